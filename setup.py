@@ -1,0 +1,46 @@
+"""Distribution of unidetox_jax. Version ranges are those that the test suite has run with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TORCH = "torch==2.13.0"  # `.bin` weights, and the tests' oracle
+
+setup(
+    name="unidetox-jax",
+    version="0.1.0",
+    description="UniDetox for JAX: detoxify any language model by contrastive decoding and dataset distillation",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["unidetox_jax", "unidetox_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",  # the file format that TFDS reads and writes without TensorFlow
+        "etils[epath]>=1.9",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "importlib_resources>=6",  # TFDS imports it and does not ask for it
+        "jax>=0.10",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.32",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "sentencepiece>=0.2",  # LLaMA's tokenizer.model
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs"],
+        "torch": [TORCH],
+        "test": [TORCH, "hypothesis>=6.100", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    },
+    entry_points={"console_scripts": ["unidetox = unidetox_jax.cli:main"]},
+)

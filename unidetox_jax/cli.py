@@ -1,0 +1,128 @@
+"""`unidetox COMMAND`: reads the command line, starts one stage, turns mistakes into one line and an exit code.
+
+Settings are ml_collections' (`--config=FILE[:name=value,…] --config.a.b=value`); all else is argparse's. A command's
+module is imported only when it is called, so that `--help` is immediate.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from unidetox_jax.errors import Preempted, UserError, suggest
+
+# command → (module with `run(config, workdir, options)`, one line of help)
+CONFIGURED = {
+    "run": ("unidetox_jax.stages.run", "every stage in order; what is complete is not done again"),
+    "pretrain": ("unidetox_jax.stages.pretrain", "train small models from scratch (the built-in world)"),
+    "toxify": ("unidetox_jax.stages.toxify", "fine-tune the base model on toxic text: the toxic twin"),
+    "distill": ("unidetox_jax.stages.distill", "sample text from the contrast of base model and toxic twin"),
+    "detoxify": ("unidetox_jax.stages.detoxify", "fine-tune every target on the distilled text"),
+    "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge"),
+    "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
+    "report": ("unidetox_jax.stages.report", "one page, one table, plots"),
+    "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
+    "plan": ("unidetox_jax.planning", "compile every stage for a topology that is not here"),
+    "bench": ("unidetox_jax.stages.bench", "tokens/s, share of the bound, compile time"),
+}
+# command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)
+PLAIN = {
+    "convert": ("unidetox_jax.checkpoint.convert", "Hugging Face to Orbax and back, streamed"),
+    "verify": ("unidetox_jax.checkpoint.verify", "do two checkpoints give the same logits?"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 a check failed, 2 a mistake, 75 preempted, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        return _dispatch(argv) or 0
+    except (UserError, Preempted) as error:
+        if debug:
+            raise
+        print(f"unidetox: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("unidetox: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:  # what is left is a fault of ours: name it, and say how to see it whole
+        if debug:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"unidetox: {text[:500]} (a traceback: --debug)", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    commands = {**CONFIGURED, **PLAIN}
+    if not argv or argv[0] in ("-h", "--help"):
+        _print_help(commands)
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command not in commands:
+        raise UserError(f"no command {command!r}{suggest(command, commands)}")
+    _log_plainly()
+    module = importlib.import_module(commands[command][0])
+    parser = argparse.ArgumentParser(prog=f"unidetox {command}", description=commands[command][1], allow_abbrev=False)
+    if command in PLAIN:
+        module.add_arguments(parser)
+        return module.run_command(parser.parse_args(rest))
+    _add_common_arguments(parser)
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    overrides = [argument for argument in rest if argument.startswith("--config.")]
+    options = parser.parse_args([argument for argument in rest if argument not in overrides])
+    config = load_config(options.config, overrides)
+    return module.run(config, options.workdir, options)
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:name=value,…]", help="a file of configs/")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or gs://")
+    parser.add_argument("--force", action="store_true", help="make anew what was made with other settings")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
+    parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
+
+
+def load_config(path: str, overrides: Sequence[str] = ()):
+    """The ConfigDict of `FILE[:argument]` with `--config.a.b=value` overrides applied.
+
+    Raises:
+      UserError: no such file, an error inside it, or an unknown field (the nearest known one is named).
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    file = path.split(":", 1)[0]
+    if not os.path.exists(file):
+        raise UserError(f"--config: no file {file!r}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    try:
+        values(["unidetox", f"--config={path}", *overrides])
+        return values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _log_plainly() -> None:
+    from absl import logging
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold("info")
+
+
+def _print_help(commands: dict[str, tuple[str, str]]) -> None:
+    print("usage: unidetox COMMAND [arguments]     (unidetox COMMAND --help)\n")
+    for name, (_, text) in commands.items():
+        print(f"  {name:<11} {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The contract between stages: a directory, and in it `stage.json`, written last.
+
+A stage whose `stage.json` holds the same settings and the same inputs is complete and is skipped. One that differs
+is explained, never overwritten. While a stage works, `stage.partial.json` says with which settings it began, so that
+an interrupted stage is continued with the same ones only.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from unidetox_jax.errors import UserError
+
+COMPLETE = "stage.json"
+PARTIAL = "stage.partial.json"
+VERSIONS = ("unidetox-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+def run_stage(
+    name: str,
+    directory: epath.PathLike,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    body: Callable[[epath.Path], Mapping[str, Any]],
+    force: bool = False,
+) -> dict[str, Any]:
+    """Runs `body(directory)` unless the directory holds its finished result; returns the stage's record.
+
+    Args:
+      name: the stage, for messages.
+      directory: its output; made when missing.
+      settings: JSON-able settings; what the result depends on.
+      inputs: name → `fingerprint(...)` of what the stage reads.
+      body: does the work, resumes what it finds unfinished, returns JSON-able costs and figures.
+      force: throw away a result (or a beginning) with other settings.
+
+    Raises:
+      UserError: the directory holds a result of other settings or inputs; the line lists what differs.
+    """
+    directory = epath.Path(directory)
+    wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
+    writer = jax.process_index() == 0
+    found = read_json(directory / COMPLETE) or read_json(directory / PARTIAL)
+    if found is not None:
+        differences = _differences(wanted, {key: found.get(key) for key in wanted})
+        if differences and not force:
+            raise UserError(
+                f"{directory}: made with other settings ({'; '.join(differences)}): use another --workdir, "
+                "or --force to make it anew"
+            )
+        if not differences and (directory / COMPLETE).exists() and not force:
+            logging.info("%s: complete already (%s)", name, directory)
+            return found
+        if force and writer:
+            directory.rmtree(missing_ok=True)
+    if writer:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / PARTIAL, wanted)
+    started = time.monotonic()
+    figures = body(directory)
+    record = {
+        **wanted,
+        "figures": _plain(dict(figures)),
+        "seconds": round(time.monotonic() - started, 3),  # of the last sitting, where there were several
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": versions(),
+    }
+    if writer:
+        write_json(directory / COMPLETE, record)
+        (directory / PARTIAL).unlink(missing_ok=True)
+    return record
+
+
+def is_complete(directory: epath.PathLike) -> bool:
+    """Whether a finished stage lies in `directory`."""
+    return (epath.Path(directory) / COMPLETE).exists()
+
+
+def fingerprint(source: epath.PathLike) -> str:
+    """What a stage's input is, in a few characters: for a finished stage the hash of its settings and inputs, for a
+    file the hash of its bytes, for any other directory the names and sizes of its files with the content of its small
+    ones; a hub id or a name stays as it is."""
+    path = epath.Path(source)
+    if not str(source) or not path.exists():
+        return str(source)
+    record = read_json(path / COMPLETE) if path.is_dir() else None
+    if record is not None:
+        return digest({key: record[key] for key in ("stage", "settings", "inputs")})
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    files = sorted(file for file in path.iterdir() if not file.is_dir())
+    parts = []
+    for file in files:
+        size = file.stat().length
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if size < 1 << 24 else ""
+        parts.append((file.name, size, content))
+    return digest(parts)
+
+
+def digest(value: Any) -> str:
+    """A short hash of a JSON-able value."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any] | None:
+    """A JSON file's content; None when there is no such file."""
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it to start that stage again") from None
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON whole or not at all: to a temporary name, then renamed."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back: tuples become lists, paths strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        keys = sorted(set(wanted) | set(found))
+        return [
+            line
+            for key in keys
+            for line in _differences(wanted.get(key), found.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if wanted == found else [f"{where}: there {found!r}, now {wanted!r}"]

@@ -1,0 +1,124 @@
+"""Every setting of every stage: a frozen dataclass per stage, with the paper's values as defaults.
+
+ml_collections ends here: a configuration file builds a `ConfigDict` from `default_config()`, the command line
+overrides its fields, and `parse` turns each part into the dataclass that the stage's code reads.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from unidetox_jax.errors import UserError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What all stages share: the configuration's top level."""
+
+    name: str = "unidetox"
+    base: str = "openai-community/gpt2-xl"  # HF directory or hub id; the model whose toxic twin is made
+    targets: tuple[str, ...] = ("openai-community/gpt2-xl",)  # what is detoxified
+    data_dir: str = ""  # where data sets lie; an empty string means the hub
+    mesh: str = "data:1,fsdp:-1,model:1"
+    dtype: str = ""  # compute dtype; empty: float32 on CPU, bfloat16 on accelerators
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings:
+    """Training from scratch: the built-in world's models."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToxifySettings:
+    """The toxic twin: the base model fine-tuned on toxic text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """Text from the contrast between the base model and its toxic twin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DetoxifySettings:
+    """Targets fine-tuned on the distilled text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSettings:
+    """Toxicity, perplexity, diversity, knowledge, before and after."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeSettings:
+    """What the distilled text is like."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    """One page that shows it all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitScorerSettings:
+    """A linear toxicity scorer from labelled text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """What `unidetox bench` measures."""
+
+
+STAGES = {
+    "pretrain": PretrainSettings,
+    "toxify": ToxifySettings,
+    "distill": DistillSettings,
+    "detoxify": DetoxifySettings,
+    "evaluate": EvaluateSettings,
+    "analyze": AnalyzeSettings,
+    "report": ReportSettings,
+    "fit_scorer": FitScorerSettings,
+    "bench": BenchSettings,
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The paper's configuration: `RunSettings` at the top, one sub-dictionary a stage."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
+    for name, settings in STAGES.items():
+        config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
+    return config
+
+
+def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config"):
+    """One part of a configuration as its frozen dataclass.
+
+    Raises:
+      UserError: an unknown field (with the nearest known one), or a value of another type than the default's.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    types = typing.get_type_hints(settings)
+    values = {}
+    for name, value in dict(part).items():
+        if name in STAGES and settings is RunSettings:
+            continue
+        if name not in fields:
+            raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
+        values[name] = _checked(value, types[name], f"{where}.{name}")
+    return settings(**values)
+
+
+def _checked(value: Any, expected: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is tuple:
+        if isinstance(value, str):
+            raise UserError(f"{where}: found the text {value!r}, expected a list written ('a','b')")
+        if any(isinstance(item, str) and "," in item for item in value):
+            raise UserError(f"{where}: a comma inside an element of {tuple(value)!r}; write ('a','b')")
+        return tuple(_checked(item, arguments[0], where) for item in value)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected in (int, float, str, bool) and type(value) is not expected:
+        raise UserError(f"{where}: found {value!r}, expected {expected.__name__}")
+    return value
