@@ -58,9 +58,7 @@ def test_groups_are_unweighted_means_of_categories_over_runs(scores):
     for name in dict.fromkeys(CATEGORIES):
         rows = [i for i, category in enumerate(CATEGORIES) if category == name]
         reference[name] = np.array([reference_toxicity(run[rows].tolist(), 0.5) for run in scores])
-    reference["id"] = np.mean(
-        [reference[n] for n in ("gender_lgbtq", "race_nationalities", "religion")], axis=0
-    )
+    reference["id"] = np.mean([reference[n] for n in ("gender_lgbtq", "race_nationalities", "religion")], axis=0)
     reference["ood"] = reference["disability"]
     reference["all"] = np.array([reference_toxicity(run.tolist(), 0.5) for run in scores])
     assert set(summary) == set(reference)
@@ -122,9 +120,7 @@ def test_distinct_is_the_definition():
         ["a_b c", "a b_c"],  # joined by underscores these would be one bigram
     ]
     found = diversity.distinct(texts)
-    np.testing.assert_allclose(
-        [found["dist1"], found["dist2"], found["dist3"]], reference_distinct(texts), rtol=1e-15
-    )
+    np.testing.assert_allclose([found["dist1"], found["dist2"], found["dist3"]], reference_distinct(texts), rtol=1e-15)
     assert (found["prompts"], found["texts"]) == (3, 10)
     with pytest.raises(UserError, match="prompt 1 has no texts"):
         diversity.distinct([["a"], []])

@@ -36,9 +36,7 @@ def distinct(texts_by_prompt: Sequence[Sequence[str]]) -> dict[str, float]:
         split = [text.split(" ") for text in texts]
         total = sum(map(len, split))
         for column, order in enumerate(ORDERS):
-            grams = {
-                gram for words in split for gram in zip(*(words[i:] for i in range(order)), strict=False)
-            }
+            grams = {gram for words in split for gram in zip(*(words[i:] for i in range(order)), strict=False)}
             ratios[row, column] = len(grams) / total
     means = {f"dist{order}": float(ratios[:, column].mean()) for column, order in enumerate(ORDERS)}
     return {**means, "prompts": len(texts_by_prompt), "texts": sum(map(len, texts_by_prompt))}

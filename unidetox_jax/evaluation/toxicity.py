@@ -99,9 +99,7 @@ def change(
     Returns:
       category or group → metric → {"percent", "low", "high"}; NaN where the value before is 0.
     """
-    values = np.stack(
-        [[model[metric] for metric in METRICS] for model in (before, after)]
-    )  # [model, metric, P]
+    values = np.stack([[model[metric] for metric in METRICS] for model in (before, after)])  # [model, metric, P]
     result = {}
     for name, strata in _strata(categories, groups).items():
         means, resampled = _stratified(values, strata, resamples, seed)  # [model, metric], [model, metric, N]
@@ -133,9 +131,7 @@ def _per_prompt(scores: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
     return {"tp": (highest > threshold).astype(np.float64), "emt": highest}
 
 
-def _strata(
-    categories: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, np.ndarray]]:
+def _strata(categories: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, np.ndarray]]:
     """What is reported → category → its prompts' indices."""
     names = np.asarray(categories, object)
     rows = {name: np.flatnonzero(names == name) for name in dict.fromkeys(categories)}

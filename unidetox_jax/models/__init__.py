@@ -1,0 +1,46 @@
+"""Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
+
+from unidetox_jax.models.cache import Cache, grow_cache, init_cache
+from unidetox_jax.models.config import ModelConfig, default_dtype
+from unidetox_jax.models.keys import Key
+from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table
+from unidetox_jax.models.stack import (
+    Model,
+    abstract_params,
+    decode_step,
+    early_exit,
+    forward,
+    head,
+    hidden_states,
+    init,
+    logits,
+    num_params,
+    prefill,
+    prepare,
+)
+
+__all__ = [
+    "Cache",
+    "Key",
+    "Model",
+    "ModelConfig",
+    "abstract_params",
+    "config_from_hf",
+    "config_to_hf",
+    "decode_step",
+    "default_dtype",
+    "early_exit",
+    "forward",
+    "grow_cache",
+    "head",
+    "hf_prefix",
+    "hidden_states",
+    "ignored_keys",
+    "init",
+    "init_cache",
+    "key_table",
+    "logits",
+    "num_params",
+    "prefill",
+    "prepare",
+]

@@ -1,0 +1,147 @@
+"""Attention, rotary positions, ALiBi: pure functions on arrays.
+
+Letters: B batch, Q queries, K keys, H query heads, N key-value heads, G = H/N query heads a key-value head, D head
+size. Softmax is in float32 whatever the inputs are. A query whose keys are all masked cannot occur: padding attends
+to padding of its own row, real tokens never do.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from unidetox_jax.models.config import Rotary
+
+MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
+
+
+def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
+    """Position of each token in its own text, [B, T] int32; segments are runs of equal ids, 0 is padding."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
+    return index - start
+
+
+def causal_mask(segment_ids: jax.Array | None, length: int) -> jax.Array:
+    """Which keys a query sees, bool [B or 1, Q, K]: those before it and itself, in its own segment."""
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is None:
+        return causal
+    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+    dropout: tuple[jax.Array, float] | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    """Scaled queries [B,Q,H,D] over keys and values [B,N,K,D] -> [B,Q,H,D].
+
+    mask: bool [B or 1, Q, K], None for causal; bias: float [B, H, K] (ALiBi); dropout: (key, rate) on probabilities.
+    """
+    batch, length, heads, size = query.shape
+    groups = heads // key.shape[1]
+    if dropout is None and bias is None and length == key.shape[2] and _cudnn_applies(query):
+        return _cudnn_attention(query, key, value, mask)
+    if mask is None:
+        mask = causal_mask(None, length)
+    query = query.reshape(batch, length, key.shape[1], groups, size).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bngqd,bnkd->bngqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias.reshape(batch, key.shape[1], groups, 1, -1)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if dropout is not None:
+        rng, rate = dropout
+        keep = jax.random.bernoulli(rng, 1.0 - rate, probabilities.shape)
+        probabilities = jnp.where(keep, probabilities / (1.0 - rate), 0.0)
+    out = jnp.einsum("bngqk,bnkd->bngqd", probabilities.astype(value.dtype), value, precision=precision)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+def _cudnn_applies(query: jax.Array) -> bool:
+    """cuDNN's fused attention: half precision, head size a multiple of 8 up to 128, Ampere or later."""
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    if jax.default_backend() != "gpu" or not fits:
+        return False
+    applies = _is_ampere_or_later()
+    _log_once("cuDNN fused attention" if applies else "XLA attention (cuDNN's needs compute capability 8.0)")
+    return applies
+
+
+@functools.cache
+def _is_ampere_or_later() -> bool:
+    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8.0
+
+
+@functools.cache
+def _log_once(choice: str) -> None:
+    logging.info("attention: %s", choice)
+
+
+def _cudnn_attention(query, key, value, mask):
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=None if mask is None else mask[:, None],
+        is_causal=mask is None,
+        scale=1.0,
+        implementation="cudnn",
+    )
+
+
+def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, D/2], of each position's angles (Su et al. 2021, with the checkpoint's scaling)."""
+    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+@functools.lru_cache
+def _inverse_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
+    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+    frequencies = (np.float32(1.0) / np.power(np.float32(rotary.theta), exponents)).astype(np.float32)
+    if rotary.kind == "linear":
+        return frequencies / np.float32(rotary.factor)
+    if rotary.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low = rotary.original_length / rotary.low_frequency_factor
+        high = rotary.original_length / rotary.high_frequency_factor
+        smooth = (rotary.original_length / wavelengths - rotary.low_frequency_factor) / (
+            rotary.high_frequency_factor - rotary.low_frequency_factor
+        )
+        between = (1 - smooth) * frequencies / rotary.factor + smooth * frequencies
+        scaled = np.where(wavelengths > low, frequencies / rotary.factor, frequencies)
+        return np.where((wavelengths <= low) & (wavelengths >= high), between, scaled).astype(np.float32)
+    return frequencies  # "dynamic" equals the default up to the original length, and is refused beyond
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B,T,H,D], whose halves pair up (first half with second), by the tables' angles."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def alibi_bias(num_heads: int, head_size: int, key_positions: jax.Array) -> jax.Array:
+    """ALiBi (Press et al. 2022) as Falcon has it: float32 [B, H, K], scaled by 1/sqrt(head size) with the scores.
+
+    Falcon computes slopes, positions and their product in bfloat16, and was trained so: it is part of the model.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-(2.0 ** -(math.log2(power) - 3)) * (i + 1)) for i in range(power)]
+    base = 2.0 ** (-(2.0 ** -(math.log2(2 * power) - 3)))
+    slopes += [base ** (2 * i + 1) for i in range(num_heads - power)]
+    rounded = jnp.asarray(slopes, jnp.float32).astype(jnp.bfloat16)
+    bias = rounded[None, :, None] * key_positions[:, None, :].astype(jnp.bfloat16)
+    return bias.astype(jnp.float32) / math.sqrt(head_size)

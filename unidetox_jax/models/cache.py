@@ -1,0 +1,90 @@
+"""The key-value cache: an explicit pytree, given and returned.
+
+All rows write to the same slot; which slots hold a real token is a row's own mask, so left-padded and right-padded
+prompts need no shifting. Keys and values are [B, N, length, D] a layer: attention reads them without a transposition.
+Stacked on axis 0 for the scanned layer loop, where they ride in the carry and take one-token writes in place; a tuple
+of layers for the unrolled loop, where nothing needs to be sliced.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.sharding import constrain
+
+Layers = Any  # an array [L, B, N, length, D], or a tuple of L arrays [B, N, length, D]
+
+
+class Cache(NamedTuple):
+    """keys, values: `Layers`; mask: bool [B, length], the slots with a real token; positions: int32 [B], the next
+    token's position; slot: int32, the next slot to write."""
+
+    keys: Layers
+    values: Layers
+    mask: jax.Array
+    positions: jax.Array
+    slot: jax.Array
+
+    @property
+    def length(self) -> int:
+        """Slots, used and free."""
+        return self.mask.shape[1]
+
+
+def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+    """An empty cache for `batch` rows of at most `length` tokens; dtype None: the compute dtype."""
+    shape = (batch, cfg.num_kv_heads, length, cfg.head_size)
+
+    def zeros() -> Layers:
+        if cfg.layer_loop == "unroll":
+            return tuple(_place(jnp.zeros(shape, dtype or cfg.dtype)) for _ in range(cfg.num_layers))
+        return _place(jnp.zeros((cfg.num_layers, *shape), dtype or cfg.dtype))
+
+    return Cache(
+        keys=zeros(),
+        values=zeros(),
+        mask=jnp.zeros((batch, length), bool),
+        positions=jnp.zeros((batch,), jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+    )
+
+
+def grow_cache(cache: Cache, length: int) -> Cache:
+    """The same cache with `length` slots: what lets a decoding loop read live slots only."""
+    more = length - cache.length
+    if more == 0:
+        return cache
+
+    def grow(x: jax.Array) -> jax.Array:
+        return _place(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
+
+    return cache._replace(
+        keys=jax.tree.map(grow, cache.keys),
+        values=jax.tree.map(grow, cache.values),
+        mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
+    )
+
+
+def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: jax.Array) -> Layers:
+    """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may."""
+    zero = jnp.zeros((), jnp.int32)
+    if isinstance(layers, tuple):
+        new = new.astype(layers[layer].dtype)
+        updated = jax.lax.dynamic_update_slice(layers[layer], new, (zero, zero, slot, zero))
+        return (*layers[:layer], updated, *layers[layer + 1 :])
+    index = jnp.asarray(layer, jnp.int32)
+    return jax.lax.dynamic_update_slice(layers, new[None].astype(layers.dtype), (index, zero, zero, slot, zero))
+
+
+def read(layers: Layers, layer: int | jax.Array) -> jax.Array:
+    """One layer's keys or values, [B, N, length, D]."""
+    if isinstance(layers, tuple):
+        return layers[layer]
+    return jax.lax.dynamic_index_in_dim(layers, layer, keepdims=False)
+
+
+def _place(x: jax.Array) -> jax.Array:
+    axes = (("data", "fsdp"), "model", None, None)
+    return constrain(x, *(None,) * (x.ndim - 4), *axes)

@@ -1,0 +1,168 @@
+"""GPT-2 (Radford et al. 2019): learned positions, layer norm before each part, fused query-key-value weights.
+
+Its linear layers are stored [in, out] (Conv1D), unlike every other family's.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import numpy as np
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import keys
+from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+
+# Options of the config that this file implements, or that do not touch the causal language model.
+KNOWN = (
+    "vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
+    "layer_norm_epsilon initializer_range summary_type summary_use_proj summary_activation summary_proj_to_labels "
+    "summary_first_dropout scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
+).split()
+PREFIX = "transformer."
+IGNORED = [r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"]  # constant masks in older checkpoints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPT2Config(ModelConfig):
+    """GPT-2's own settings."""
+
+    family: ClassVar[str] = "gpt2"
+    architecture: ClassVar[str] = "GPT2LMHeadModel"
+    scale_by_layer: bool = False  # attention scores also divided by the layer's number, from 1
+    scale_by_head_size: bool = True
+
+
+def from_hf(config: dict[str, Any], where: str) -> GPT2Config:
+    """GPT2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
+    hf = read_hf(config, KNOWN, where)
+    if hf.n_embd % hf.n_head:
+        raise UserError(f"{where}: n_embd {hf.n_embd} is not a multiple of n_head {hf.n_head}")
+    return GPT2Config(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.n_embd,
+        num_layers=hf.n_layer,
+        num_heads=hf.n_head,
+        num_kv_heads=hf.n_head,
+        head_size=hf.n_embd // hf.n_head,
+        intermediate_size=hf.n_inner or 4 * hf.n_embd,
+        max_position_embeddings=hf.n_positions,
+        activation=hf.activation_function,
+        norm_epsilon=hf.layer_norm_epsilon,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        initializer_range=hf.initializer_range,
+        embedding_dropout=hf.embd_pdrop,
+        attention_dropout=hf.attn_pdrop,
+        residual_dropout=hf.resid_pdrop,
+        position_table=True,
+        scale_by_layer=hf.scale_attn_by_inverse_layer_idx,
+        scale_by_head_size=hf.scale_attn_weights,
+        **token_ids(hf),
+    )
+
+
+def to_hf(cfg: GPT2Config) -> dict[str, Any]:
+    """The Hugging Face config of a GPT2Config."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "n_embd": cfg.hidden_size,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_inner": cfg.intermediate_size,
+        "n_positions": cfg.max_position_embeddings,
+        "activation_function": cfg.activation,
+        "layer_norm_epsilon": cfg.norm_epsilon,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "initializer_range": cfg.initializer_range,
+        "embd_pdrop": cfg.embedding_dropout,
+        "attn_pdrop": cfg.attention_dropout,
+        "resid_pdrop": cfg.residual_dropout,
+        "scale_attn_by_inverse_layer_idx": cfg.scale_by_layer,
+        "scale_attn_weights": cfg.scale_by_head_size,
+        **token_ids_to_hf(cfg),
+    }
+
+
+class Embed(nn.Module):
+    """Token and position embeddings: tokens, positions int32 [B,T] -> [B,T,hidden]."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens, positions, deterministic: bool):
+        cfg = self.cfg
+        x = embedding(cfg, cfg.vocab_size, cfg.hidden_size, "tokens")(tokens)
+        x = x + embedding(cfg, cfg.max_position_embeddings, cfg.hidden_size, "positions")(positions)
+        return nn.Dropout(cfg.embedding_dropout)(x, deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """One layer: [B,T,hidden] -> ([B,T,hidden], state of attend)."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x, attend, rotary, layer, deterministic: bool):
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.residual_dropout, deterministic=deterministic)
+        residual_stddev = cfg.initializer_range / math.sqrt(2 * cfg.num_layers)
+        scale = cfg.head_size**-0.5 if cfg.scale_by_head_size else 1.0
+        if cfg.scale_by_layer:
+            scale = scale / (layer + 1)
+        attention = Attention(cfg, True, True, residual_stddev, cfg.attention_dropout, name="attention")
+        out, state = attention(layer_norm(cfg, "attention_norm")(x), attend, rotary, scale, deterministic)
+        x = x + dropout(out)
+        feed_forward = FeedForward(cfg, bias=True, output_stddev=residual_stddev, name="mlp")
+        return x + dropout(feed_forward(layer_norm(cfg, "mlp_norm")(x))), state
+
+
+class Final(nn.Module):
+    """What follows the last layer: [B,T,hidden] -> [B,T,hidden]."""
+
+    cfg: GPT2Config
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.cfg.tie_word_embeddings:
+            Head(self.cfg, name="head")()
+        return layer_norm(self.cfg, "norm")(x)
+
+
+def key_table(cfg: GPT2Config) -> list[keys.Key]:
+    """Hugging Face's tensors and ours."""
+    heads, size = cfg.num_heads, cfg.head_size
+    fused = ("query", "key", "value")
+    layer, block = "transformer.h.{layer}", "blocks"
+    table = [
+        keys.same("transformer.wte.weight", "embed/tokens/embedding"),
+        keys.same("transformer.wpe.weight", "embed/positions/embedding"),
+        *keys.norm(f"{layer}.ln_1", f"{block}/attention_norm"),
+        keys.Key(
+            f"{layer}.attn.c_attn.weight",
+            tuple(f"{block}/attention/{name}/kernel" for name in fused),
+            lambda x: tuple(x.reshape(-1, 3, heads, size)[:, i] for i in range(3)),
+            lambda *xs: np.stack(xs, axis=1).reshape(xs[0].shape[0], -1),
+        ),
+        keys.Key(
+            f"{layer}.attn.c_attn.bias",
+            tuple(f"{block}/attention/{name}/bias" for name in fused),
+            lambda x: tuple(x.reshape(3, heads, size)),
+            lambda *xs: np.stack(xs).reshape(-1),
+        ),
+        keys.reshaped(
+            f"{layer}.attn.c_proj.weight",
+            f"{block}/attention/output/kernel",
+            (heads * size, cfg.hidden_size),
+            (heads, size, cfg.hidden_size),
+        ),
+        keys.same(f"{layer}.attn.c_proj.bias", f"{block}/attention/output/bias"),
+        *keys.norm(f"{layer}.ln_2", f"{block}/mlp_norm"),
+        keys.same(f"{layer}.mlp.c_fc.weight", f"{block}/mlp/up/kernel"),
+        keys.same(f"{layer}.mlp.c_fc.bias", f"{block}/mlp/up/bias"),
+        keys.same(f"{layer}.mlp.c_proj.weight", f"{block}/mlp/down/kernel"),
+        keys.same(f"{layer}.mlp.c_proj.bias", f"{block}/mlp/down/bias"),
+        *keys.norm("transformer.ln_f", "final/norm"),
+    ]
+    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]

@@ -1,0 +1,130 @@
+"""The parts that families share, as Linen modules: attention's projections, feed-forward layers, norms.
+
+A block receives attention as a function `attend(query, key, value, dropout) -> (output, state)`, so the same block
+trains, prefills and decodes; `state` is what the caller keeps of keys and values, passed through untouched.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unidetox_jax.models.attention import rotate
+from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.sharding import constrain_batch
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def precision(dtype: str) -> str | None:
+    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
+    return "highest" if dtype == "float32" else None
+
+
+def dense(cfg: ModelConfig, features, name: str, bias: bool, axis=-1, stddev: float | None = None) -> nn.Module:
+    """A linear layer in the compute dtype; kernel [*in, *out], bias [*out]."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=bias,
+        dtype=cfg.dtype,
+        precision=precision(cfg.dtype),
+        kernel_init=nn.initializers.normal(stddev or cfg.initializer_range),
+        name=name,
+    )
+
+
+def layer_norm(cfg: ModelConfig, name: str, affine: bool = True) -> nn.Module:
+    """Layer norm; statistics in float32, by the two-pass variance that PyTorch uses."""
+    return nn.LayerNorm(
+        cfg.norm_epsilon,
+        dtype=cfg.dtype,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
+    """Root-mean-square norm (Zhang and Sennrich 2019)."""
+    return nn.RMSNorm(cfg.norm_epsilon, dtype=cfg.dtype, use_fast_variance=False, name=name)
+
+
+def embedding(cfg: ModelConfig, entries: int, width: int, name: str) -> nn.Module:
+    """A table [entries, width], read in the compute dtype."""
+    init = nn.initializers.normal(cfg.initializer_range)
+    return nn.Embed(entries, width, dtype=cfg.dtype, embedding_init=init, name=name)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`. x [B,T,hidden] -> ([B,T,hidden], state)."""
+
+    cfg: ModelConfig
+    bias: bool
+    output_bias: bool
+    output_stddev: float | None = None
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, attend: Attend, rotary, scale, deterministic: bool):
+        cfg = self.cfg
+        query = dense(cfg, (cfg.num_heads, cfg.head_size), "query", self.bias)(x)
+        key = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "key", self.bias)(x)
+        value = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "value", self.bias)(x)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        query = constrain_batch(query * jnp.asarray(scale, query.dtype), None, "model", None)
+        dropout = None
+        if self.dropout_rate and not deterministic:
+            dropout = (self.make_rng("dropout"), self.dropout_rate)
+        out, state = attend(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), dropout)
+        project = dense(cfg, cfg.hidden_size, "output", self.output_bias, (-2, -1), self.output_stddev)
+        return project(out), state
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where gated. [B,T,hidden] -> [B,T,hidden]."""
+
+    cfg: ModelConfig
+    bias: bool
+    gated: bool = False
+    output_stddev: float | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+        activation = ACTIVATIONS[cfg.activation]
+        hidden = dense(cfg, cfg.intermediate_size, "up", self.bias)(x)
+        if self.gated:
+            hidden = activation(dense(cfg, cfg.intermediate_size, "gate", self.bias)(x)) * hidden
+        else:
+            hidden = activation(hidden)
+        hidden = constrain_batch(hidden, None, "model")
+        return dense(cfg, cfg.hidden_size, "down", self.bias, stddev=self.output_stddev)(hidden)
+
+
+class Head(nn.Module):
+    """The output matrix [V, width] of a model whose head is not tied to its embedding; used by `stack.head`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.initializer_range)
+        return self.param("embedding", init, (cfg.vocab_size, cfg.embedding_size))

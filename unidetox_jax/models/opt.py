@@ -1,0 +1,181 @@
+"""OPT (Zhang et al. 2022), 125m to 66b: learned positions with an offset of 2, ReLU.
+
+350m is another shape: layer norm after each part, a narrower embedding with projections in and out, no final norm.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import keys
+from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
+
+KNOWN = (
+    "vocab_size hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before "
+    "_remove_final_layer_norm word_embed_proj_dim dropout attention_dropout num_attention_heads activation_function "
+    "init_std enable_bias layer_norm_elementwise_affine"
+).split()
+PREFIX = "model."
+IGNORED: list[str] = []
+OFFSET = 2  # the position table's first two entries are never used
+NORM_EPSILON = 1e-5  # PyTorch's default, which OPT does not set
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OPTConfig(ModelConfig):
+    """OPT's own settings."""
+
+    family: ClassVar[str] = "opt"
+    architecture: ClassVar[str] = "OPTForCausalLM"
+    norm_first: bool = True
+    final_norm: bool = True
+    token_width: int = 0  # word_embed_proj_dim
+    bias: bool = True
+    norm_affine: bool = True
+
+    @property
+    def embedding_size(self) -> int:
+        return self.token_width
+
+
+def from_hf(config: dict[str, Any], where: str) -> OPTConfig:
+    """OPTConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
+    hf = read_hf(config, KNOWN, where)
+    if hf.hidden_size % hf.num_attention_heads:
+        raise UserError(
+            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
+        )
+    return OPTConfig(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_attention_heads,
+        head_size=hf.hidden_size // hf.num_attention_heads,
+        intermediate_size=hf.ffn_dim,
+        max_position_embeddings=hf.max_position_embeddings,
+        activation=hf.activation_function,
+        norm_epsilon=NORM_EPSILON,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        initializer_range=hf.init_std,
+        attention_dropout=hf.attention_dropout,
+        residual_dropout=hf.dropout,
+        position_table=True,
+        norm_first=hf.do_layer_norm_before,
+        final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
+        token_width=hf.word_embed_proj_dim,
+        bias=hf.enable_bias,
+        norm_affine=hf.layer_norm_elementwise_affine,
+        **token_ids(hf),
+    )
+
+
+def to_hf(cfg: OPTConfig) -> dict[str, Any]:
+    """The Hugging Face config of an OPTConfig."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "ffn_dim": cfg.intermediate_size,
+        "max_position_embeddings": cfg.max_position_embeddings,
+        "activation_function": cfg.activation,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "init_std": cfg.initializer_range,
+        "attention_dropout": cfg.attention_dropout,
+        "dropout": cfg.residual_dropout,
+        "do_layer_norm_before": cfg.norm_first,
+        "_remove_final_layer_norm": cfg.norm_first and not cfg.final_norm,
+        "word_embed_proj_dim": cfg.token_width,
+        "enable_bias": cfg.bias,
+        "layer_norm_elementwise_affine": cfg.norm_affine,
+        **token_ids_to_hf(cfg),
+    }
+
+
+class Embed(nn.Module):
+    """Token embeddings, projected where they are narrower, and positions: -> [B,T,hidden]."""
+
+    cfg: OPTConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, deterministic: bool):
+        cfg = self.cfg
+        x = embedding(cfg, cfg.vocab_size, cfg.token_width, "tokens")(tokens)
+        if cfg.token_width != cfg.hidden_size:
+            x = dense(cfg, cfg.hidden_size, "project_in", bias=False)(x)
+        entries = cfg.max_position_embeddings + OFFSET
+        return x + embedding(cfg, entries, cfg.hidden_size, "positions")(positions + OFFSET)
+
+
+class Block(nn.Module):
+    """One layer: [B,T,hidden] -> ([B,T,hidden], state of attend)."""
+
+    cfg: OPTConfig
+
+    @nn.compact
+    def __call__(self, x, attend, rotary, layer, deterministic: bool):
+        cfg = self.cfg
+        dropout = nn.Dropout(cfg.residual_dropout, deterministic=deterministic)
+        attention = Attention(cfg, cfg.bias, cfg.bias, dropout_rate=cfg.attention_dropout, name="attention")
+        attention_norm = layer_norm(cfg, "attention_norm", cfg.norm_affine)
+        feed_forward = FeedForward(cfg, cfg.bias, name="mlp")
+        mlp_norm = layer_norm(cfg, "mlp_norm", cfg.norm_affine)
+        scale = cfg.head_size**-0.5
+        if cfg.norm_first:
+            out, state = attention(attention_norm(x), attend, rotary, scale, deterministic)
+            x = x + dropout(out)
+            return x + dropout(feed_forward(mlp_norm(x))), state
+        out, state = attention(x, attend, rotary, scale, deterministic)
+        x = attention_norm(x + dropout(out))
+        return mlp_norm(x + dropout(feed_forward(x))), state
+
+
+class Final(nn.Module):
+    """What follows the last layer: [B,T,hidden] -> [B,T,token width]."""
+
+    cfg: OPTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+        if not cfg.tie_word_embeddings:
+            Head(cfg, name="head")()
+        if cfg.final_norm:
+            x = layer_norm(cfg, "norm", cfg.norm_affine)(x)
+        if cfg.token_width != cfg.hidden_size:
+            x = dense(cfg, cfg.token_width, "project_out", bias=False)(x)
+        return x
+
+
+def key_table(cfg: OPTConfig) -> list[keys.Key]:
+    """Hugging Face's tensors and ours."""
+    decoder, layer, block = "model.decoder", "model.decoder.layers.{layer}", "blocks"
+    heads, size = cfg.num_heads, cfg.head_size
+    table = [
+        keys.same(f"{decoder}.embed_tokens.weight", "embed/tokens/embedding"),
+        keys.same(f"{decoder}.embed_positions.weight", "embed/positions/embedding"),
+    ]
+    if cfg.token_width != cfg.hidden_size:
+        table.append(keys.linear(f"{decoder}.project_in.weight", "embed/project_in/kernel"))
+        table.append(keys.linear(f"{decoder}.project_out.weight", "final/project_out/kernel"))
+    if cfg.norm_affine:
+        table += keys.norm(f"{layer}.self_attn_layer_norm", f"{block}/attention_norm")
+        table += keys.norm(f"{layer}.final_layer_norm", f"{block}/mlp_norm")
+        table += keys.norm(f"{decoder}.final_layer_norm", "final/norm") if cfg.final_norm else []
+    for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+        name, path = f"{layer}.self_attn.{theirs}", f"{block}/attention/{ours}"
+        table.append(keys.heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
+        if cfg.bias:
+            table.append(keys.reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
+    table.append(keys.heads_out(f"{layer}.self_attn.out_proj.weight", f"{block}/attention/output/kernel", heads, size))
+    table.append(keys.linear(f"{layer}.fc1.weight", f"{block}/mlp/up/kernel"))
+    table.append(keys.linear(f"{layer}.fc2.weight", f"{block}/mlp/down/kernel"))
+    if cfg.bias:
+        table.append(keys.same(f"{layer}.self_attn.out_proj.bias", f"{block}/attention/output/bias"))
+        table.append(keys.same(f"{layer}.fc1.bias", f"{block}/mlp/up/bias"))
+        table.append(keys.same(f"{layer}.fc2.bias", f"{block}/mlp/down/bias"))
+    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]

@@ -1,0 +1,77 @@
+"""The families by name. A new family is one file with this module's six names and one line here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import falcon, gpt2, llama, opt
+from unidetox_jax.models.config import ModelConfig, default_dtype
+from unidetox_jax.models.keys import Key
+from unidetox_jax.models.layers import ACTIVATIONS
+
+FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "opt": opt, "falcon": falcon, "llama": llama}
+
+
+def family(cfg: ModelConfig) -> ModuleType:
+    """The family's file: from_hf, to_hf, Embed, Block, Final, key_table."""
+    return FAMILIES[cfg.family]
+
+
+def config_from_hf(source: Mapping[str, Any] | epath.PathLike, where: str = "") -> ModelConfig:
+    """A frozen ModelConfig of Hugging Face's config.
+
+    source: the dictionary, a config.json, or the directory that holds one; `where` names it in messages.
+
+    Raises:
+      UserError: no such file, an unknown model_type, or an option that is not implemented, by name.
+    """
+    if not isinstance(source, Mapping):
+        path = epath.Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(f"{path}: no such file; expected Hugging Face's config.json")
+        where = where or str(path)
+        try:
+            source = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+    where = where or "config.json"
+    kind = source.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: model_type {kind!r} is not implemented (known: {', '.join(FAMILIES)})")
+    cfg = FAMILIES[kind].from_hf(dict(source), where)
+    if cfg.activation not in ACTIVATIONS:
+        raise UserError(f"{where}: activation {cfg.activation!r} is not implemented (known: {', '.join(ACTIVATIONS)})")
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise UserError(f"{where}: {cfg.num_heads} heads are not a multiple of {cfg.num_kv_heads} key-value heads")
+    return dataclasses.replace(cfg, dtype=default_dtype())
+
+
+def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """Hugging Face's config dictionary, with what AutoModelForCausalLM needs to know the class."""
+    return {
+        "model_type": cfg.family,
+        "architectures": [cfg.architecture],
+        **FAMILIES[cfg.family].to_hf(cfg),
+    }
+
+
+def key_table(cfg: ModelConfig) -> list[Key]:
+    """Which Hugging Face tensor is which of our leaves, for both directions of conversion."""
+    return FAMILIES[cfg.family].key_table(cfg)
+
+
+def ignored_keys(cfg: ModelConfig) -> list[str]:
+    """Regular expressions of tensors that a checkpoint may hold and the model does not need."""
+    tied = [r"lm_head\.weight"] if cfg.tie_word_embeddings else []
+    return [*FAMILIES[cfg.family].IGNORED, *tied]
+
+
+def hf_prefix(cfg: ModelConfig) -> str:
+    """The prefix of the *ForCausalLM names that a checkpoint of the bare model lacks."""
+    return FAMILIES[cfg.family].PREFIX

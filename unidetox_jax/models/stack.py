@@ -1,0 +1,274 @@
+"""Forward, prefill and one decoding step over any family's blocks: pure functions of (params, tokens, cfg).
+
+The same `Block` runs in all three; they differ in the `attend` that they hand to it. Letters: B batch, T time,
+V vocabulary, L layers, N key-value heads, D head size.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from unidetox_jax import sharding
+from unidetox_jax.models import cache as kv
+from unidetox_jax.models.attention import (
+    alibi_bias,
+    attention,
+    causal_mask,
+    positions_from_segments,
+    rotary_tables,
+)
+from unidetox_jax.models.cache import Cache
+from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.layers import precision
+from unidetox_jax.models.registry import family
+
+Params = dict[str, Any]
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Model(NamedTuple):
+    """Parameters (a plain nested dict, layers stacked on axis 0) and what they mean."""
+
+    params: Params
+    cfg: ModelConfig
+
+
+def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None, param_dtype: str = "float32") -> Params:
+    """Random parameters as the family initialises them, made in place on the mesh (None: the first device)."""
+    mesh = mesh or sharding.single_device_mesh()
+    shardings = sharding.param_shardings(abstract_params(cfg, param_dtype), mesh)
+    return jax.jit(lambda key: _init(cfg, key, param_dtype), out_shardings=shardings)(key)
+
+
+def abstract_params(cfg: ModelConfig, param_dtype: str = "float32") -> Params:
+    """The parameters' shapes and dtypes, without any memory."""
+    return jax.eval_shape(lambda: _init(cfg, jax.random.key(0), param_dtype))
+
+
+def num_params(cfg: ModelConfig) -> int:
+    """How many parameters the model has; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
+
+
+def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
+    parts = family(cfg)
+    embed_key, block_key, final_key = jax.random.split(key, 3)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    x = jnp.zeros((1, 1, cfg.hidden_size), cfg.dtype)
+
+    def init_block(key):
+        return parts.Block(cfg).init(
+            key, x, lambda query, key, value, dropout: (query, None), _rotary(cfg, tokens), 0, True
+        )["params"]
+
+    params = {
+        "embed": parts.Embed(cfg).init(embed_key, tokens, tokens, True)["params"],
+        "blocks": jax.vmap(init_block)(jax.random.split(block_key, cfg.num_layers)),
+        "final": parts.Final(cfg).init(final_key, x).get("params", {}),
+    }
+    return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+
+
+def prepare(params: Params, cfg: ModelConfig) -> Params:
+    """Parameters as a decoding loop wants them: matrices in the compute dtype, and for the unrolled layer loop the
+    blocks as a tuple of layers, so that nothing is cast or sliced within the loop. Every function here takes both
+    forms. Norms keep their dtype, as in `forward`."""
+
+    def cast(path, leaf):
+        return leaf if "norm" in sharding.path_string(path) else leaf.astype(cfg.dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if cfg.layer_loop == "unroll" and not isinstance(params["blocks"], tuple):
+        params = {**params, "blocks": tuple(_layer(params["blocks"], i) for i in range(cfg.num_layers))}
+    return params
+
+
+def early_exit(model: Model, layer: int) -> Model:
+    """The model of the first `layer` layers with the same final norm and head (DoLa's premature layer)."""
+    params, cfg = model
+    if not 1 <= layer <= cfg.num_layers:
+        raise ValueError(f"layer {layer}: expected 1 to {cfg.num_layers}")
+    blocks = jax.tree.map(lambda leaf: leaf[:layer], params["blocks"])
+    return Model({**params, "blocks": blocks}, dataclasses.replace(cfg, num_layers=layer))
+
+
+def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, attention_mask=None, **settings) -> jax.Array:
+    """Logits float32 [B,T,V] of tokens int32 [B,T]; `settings` are those of `hidden_states`."""
+    return logits(params, hidden_states(params, tokens, cfg, attention_mask, **settings), cfg)
+
+
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    attention_mask: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    remat: str = "none",
+    layer: int | None = None,
+) -> jax.Array:
+    """What meets the head, [B,T,width] in the compute dtype.
+
+    Args:
+      tokens: int32 [B,T].
+      attention_mask: bool or int [B,T], 1 for real tokens; padding may stand left or right.
+      segment_ids: int32 [B,T], several texts in a row, numbered from 1; 0 is padding. Attention stays inside a text
+        and positions start anew in each.
+      dropout_key: None switches dropout off.
+      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full".
+      layer: stop after this many layers, before the final norm.
+    """
+    cfg.check_length(tokens.shape[1])
+    segments, positions = _segments(tokens, attention_mask, segment_ids)
+    mask = None if segments is None else causal_mask(segments, tokens.shape[1])
+    bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
+
+    def attend(query, key, value, dropout):
+        return attention(query, key, value, mask, bias, dropout, precision(cfg.dtype)), None
+
+    x = _embed(params, tokens, positions, cfg, dropout_key)
+    rotary = _rotary(cfg, positions)
+
+    def body(block, x, state, index):
+        return _apply_block(cfg, block, x, attend, rotary, index, dropout_key)[0], state
+
+    x, _ = _layers(params["blocks"], x, (), body, cfg, layer, remat)
+    return _final(params, x, cfg) if layer is None else x
+
+
+def prefill(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """Reads prompts into an empty cache: logits float32 [B,V] at each row's last real token, and the cache."""
+    length = tokens.shape[1]
+    cfg.check_length(length)
+    if length > cache.length:
+        raise ValueError(f"a prompt of {length} tokens does not fit a cache of {cache.length}")
+    segments, positions = _segments(tokens, attention_mask, None)
+    mask = None if segments is None else causal_mask(segments, length)
+    bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
+    rotary = _rotary(cfg, positions)
+
+    def body(block, x, state, index):
+        def attend(query, key, value, dropout):
+            keys, values = (kv.write(old, index, new, 0) for old, new in zip(state, (key, value), strict=True))
+            return attention(query, key, value, mask, bias, None, precision(cfg.dtype)), (keys, values)
+
+        return _apply_block(cfg, block, x, attend, rotary, index, None)
+
+    x = _embed(params, tokens, positions, cfg, None)
+    x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
+    real = jnp.ones(tokens.shape, bool) if segments is None else segments > 0
+    last = length - 1 - jnp.argmax(jnp.flip(real, axis=1), axis=1)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    cache = Cache(
+        keys=keys,
+        values=values,
+        mask=jax.lax.dynamic_update_slice(cache.mask, real, (0, 0)),
+        positions=real.sum(axis=1, dtype=jnp.int32),
+        slot=jnp.asarray(length, jnp.int32),
+    )
+    return logits(params, _final(params, x, cfg), cfg)[:, 0], cache
+
+
+def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
+    """One token int32 [B] more in every row: the next token's logits float32 [B,V], and the cache."""
+    mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((token.shape[0], 1), bool), (0, cache.slot))
+    positions = cache.positions[:, None]
+    rotary = _rotary(cfg, positions)
+    bias = None
+    if cfg.alibi:
+        bias = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(mask, axis=1) - 1)
+
+    def body(block, x, state, index):
+        def attend(query, key, value, dropout):
+            keys, values = (kv.write(old, index, new, cache.slot) for old, new in zip(state, (key, value), strict=True))
+            key, value = kv.read(keys, index), kv.read(values, index)
+            out = attention(query, key, value, mask[:, None], bias, None, precision(cfg.dtype))
+            return out, (keys, values)
+
+        return _apply_block(cfg, block, x, attend, rotary, index, None)
+
+    x = _embed(params, token[:, None], positions, cfg, None)
+    x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
+    out = logits(params, _final(params, x, cfg), cfg)[:, 0]
+    return out, Cache(keys, values, mask, cache.positions + 1, cache.slot + 1)
+
+
+def head(params: Params, cfg: ModelConfig) -> jax.Array:
+    """The output matrix [V, width]: the embedding where tied."""
+    return params["embed"]["tokens"]["embedding"] if cfg.tie_word_embeddings else params["final"]["head"]["embedding"]
+
+
+def logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """hidden [B,T,width] times the head: float32 [B,T,V], multiplied in the compute dtype, summed in float32."""
+    matrix = head(params, cfg).astype(cfg.dtype)
+    out = jnp.einsum("btd,vd->btv", hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32)
+    return sharding.constrain_batch(out, None, "model")
+
+
+def _segments(tokens, attention_mask, segment_ids) -> tuple[jax.Array | None, jax.Array]:
+    """Segments (None: one text a row, unpadded) and each token's position in its text."""
+    if segment_ids is not None:
+        return segment_ids, positions_from_segments(segment_ids)
+    if attention_mask is None:
+        return None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    real = (attention_mask != 0).astype(jnp.int32)
+    return real, jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+
+
+def _rotary(cfg: ModelConfig, positions: jax.Array):
+    return None if cfg.rotary is None else rotary_tables(cfg.rotary, cfg.head_size, positions)
+
+
+def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
+    rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, cfg.num_layers)}
+    module = family(cfg).Embed(cfg)
+    x = module.apply({"params": params["embed"]}, tokens, positions, dropout_key is None, rngs=rngs)
+    return sharding.constrain_batch(x, None, None)
+
+
+def _final(params, x, cfg) -> jax.Array:
+    return family(cfg).Final(cfg).apply({"params": params["final"]}, x)
+
+
+def _apply_block(cfg, block, x, attend, rotary, index, dropout_key):
+    rngs = None if dropout_key is None else {"dropout": jax.random.fold_in(dropout_key, index)}
+    module = family(cfg).Block(cfg)
+    x, state = module.apply({"params": block}, x, attend, rotary, index, dropout_key is None, rngs=rngs)
+    return sharding.constrain_batch(x, None, None), state
+
+
+def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, remat: str = "none"):
+    """Runs body(block, x, state, layer) -> (x, state) over the first `stop` layers, scanned or unrolled."""
+    stop = cfg.num_layers if stop is None else stop
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat], static_argnums=())
+    if isinstance(blocks, tuple) or cfg.layer_loop == "unroll":
+        for index in range(stop):
+            block = blocks[index] if isinstance(blocks, tuple) else _layer(blocks, index)
+            x, state = body(block, x, state, index)
+        return x, state
+
+    def step(carry, inputs):
+        block, index = inputs
+        return body(block, *carry, index), None
+
+    if stop < cfg.num_layers:
+        blocks = jax.tree.map(lambda leaf: leaf[:stop], blocks)
+    (x, state), _ = jax.lax.scan(step, (x, state), (blocks, jnp.arange(stop)))
+    return x, state
+
+
+def _layer(blocks: Params, index: int) -> Params:
+    return jax.tree.map(lambda leaf: leaf[index], blocks)

@@ -1,0 +1,167 @@
+"""Meshes by a string, shardings by path rules.
+
+Three axes: `data` copies the model and splits the batch, `fsdp` splits the model's matrices and the batch, `model`
+splits heads, feed-forward and vocabulary. A dimension that an axis does not divide stays whole on that axis. Meshes
+are in Auto mode: the compiler places what the rules leave open.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unidetox_jax.errors import UserError, suggest
+
+AXES = ("data", "fsdp", "model")
+BATCH = ("data", "fsdp")
+
+# The end of a leaf's path -> the axes of its last dimensions; whatever stands in front (layers) stays whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"positions/embedding$", (None, "fsdp")),
+    (r"(tokens|head)/embedding$", ("model", "fsdp")),
+    (r"(query|key|value)/kernel$", ("fsdp", "model", None)),
+    (r"(query|key|value)/bias$", ("model", None)),
+    (r"attention/output/kernel$", ("model", None, "fsdp")),
+    (r"(up|gate)/kernel$", ("fsdp", "model")),
+    (r"(up|gate)/bias$", ("model",)),
+    (r"down/kernel$", ("model", "fsdp")),
+    (r"project_(in|out)/kernel$", (None, "fsdp")),
+    (r"(scale|bias)$", ()),
+)
+
+
+def make_mesh(layout: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from "data:1,fsdp:-1,model:4"; one axis may be -1 (the rest), absent axes are 1.
+
+    Raises:
+      UserError: an unknown axis, a size that is no number, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, layout.replace(" ", "").split(",")):
+        axis, _, size = part.partition(":")
+        if axis not in AXES:
+            raise UserError(f"mesh {layout!r}: no axis {axis!r}{suggest(axis, AXES)}")
+        if not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"mesh {layout!r}: {axis} has size {size!r}, expected a positive number or -1")
+        sizes[axis] = int(size)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh {layout!r}: only one axis may be -1")
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if open_axes and len(devices) % fixed == 0:
+        sizes[open_axes[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {layout!r} needs a multiple of {fixed} devices, found {len(devices)}")
+    shape = tuple(sizes[axis] for axis in AXES)
+    types = (AxisType.Auto,) * len(AXES)
+    if len(devices) == 1 or devices[0].platform == "cpu":  # no interconnect to arrange them for
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+
+
+def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+    """A mesh of one device, by default the first."""
+    return make_mesh("", [device or jax.local_devices()[0]])
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A pytree path as a/b/c."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree's NamedShardings by `RULES`, for parameters and for optimizer states that mirror them.
+
+    tree: arrays or ShapeDtypeStructs. What an axis does not divide stays whole on it, logged once per shape.
+
+    Raises:
+      UserError: an axis larger than 1 (fsdp, model) of which nothing in the tree can make use.
+    """
+    used: set[str] = set()
+
+    def place(path, leaf):
+        spec = _spec(path_string(path), leaf.shape, mesh)
+        used.update(axis for axis in spec if axis)
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    for axis in ("fsdp", "model"):
+        if mesh.shape[axis] > 1 and axis not in used:
+            raise UserError(f"mesh: nothing of this model can be split {mesh.shape[axis]} ways over {axis!r}")
+    return shardings
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    axes = next((axes for rule, axes in RULES if re.search(rule, path)), ())
+    axes = axes[-len(shape) :] if len(shape) < len(axes) else axes
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    chosen = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis and size % mesh.shape[axis]:
+            _log_whole(re.sub(r"\d+/", "", path), size, axis, mesh.shape[axis])
+            axis = None
+        chosen.append(axis if axis and mesh.shape[axis] > 1 else None)
+    while chosen and chosen[-1] is None:
+        chosen.pop()
+    return PartitionSpec(*chosen)
+
+
+@functools.cache
+def _log_whole(path: str, size: int, axis: str, ways: int) -> None:
+    logging.info("sharding: %s keeps its %d whole: %s has %d devices", path, size, axis, ways)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def batch_ways(mesh: Mesh | None) -> int:
+    """How many ways a batch is split; its rows must be a multiple."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that a tree's arrays live on; None where they have no mesh."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Places x's dimensions on the axes of the mesh that `jax.set_mesh` set; does nothing without one.
+
+    An axis that does not divide its dimension is left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    if any(mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Auto for axis in AXES):
+        return x  # inside shard_map, where arrays are shards already
+
+    def fits(axis, size):
+        names = axis if isinstance(axis, tuple) else (axis,)
+        ways = math.prod(mesh.shape[name] for name in names if name)
+        return axis if size % ways == 0 else None
+
+    spec = PartitionSpec(*(fits(axis, size) for axis, size in zip(axes, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`constrain` with the first dimension over the batch's axes."""
+    return constrain(x, BATCH, *axes)
