@@ -1,0 +1,158 @@
+"""Tiny models for the built-in world, without weights: a tokenizer and a Hugging Face `config.json` for each.
+
+Four families with four vocabularies, as unlike each other as the published ones: byte-level BPE with
+`<|endoftext|>` for everything (GPT-2, Falcon), with `</s>` at both ends and `<pad>` 1 (OPT), and pieces that
+carry their space in front with `<s>` and `</s>` (LLaMA). A fifth model, of another shape and vocabulary, is
+the independent perplexity scorer. All tokenizers put the beginning-of-sequence token first, GPT-2's and
+Falcon's too: the method samples from that token alone, so these models must have seen what follows it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+END = "<|endoftext|>"
+MAX_POSITIONS = 128
+TOKENIZER_TEXTS = 4_000  # enough to see every word many times
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyModel:
+    """A tokenizer's kind and size, and the model's configuration without what the tokenizer decides."""
+
+    config: dict[str, Any]
+    vocab_size: int
+    specials: tuple[str, ...]  # ids 0, 1, 2 …; for GPT-2 it comes last, as in the published vocabulary
+    bos: str
+    eos: str
+    pad: str | None = None
+    unk: str | None = None
+    spaces: str = "bytes"  # "bytes" (GPT-2's alphabet) or "pieces" (sentencepiece's)
+
+
+_GPT2 = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4,
+    "n_positions": MAX_POSITIONS, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+}  # fmt: skip
+_OPT = {
+    "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 128, "word_embed_proj_dim": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 512, "do_layer_norm_before": True,
+    "max_position_embeddings": MAX_POSITIONS, "activation_function": "relu", "dropout": 0.0,
+    "attention_dropout": 0.0,
+}  # fmt: skip
+_FALCON = {
+    "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "multi_query": True, "parallel_attn": True,
+    "bias": False, "alibi": False, "new_decoder_architecture": False, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0, "max_position_embeddings": MAX_POSITIONS,
+}  # fmt: skip
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+    "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
+}  # fmt: skip
+_SENTENCEPIECE = {
+    "specials": ("<unk>", "<s>", "</s>"), "bos": "<s>", "eos": "</s>", "unk": "<unk>", "spaces": "pieces",
+}  # fmt: skip
+
+MODELS = {
+    "gpt2": ToyModel(_GPT2, 640, (END,), END, END),
+    "opt": ToyModel(_OPT, 720, ("<s>", "<pad>", "</s>", "<unk>"), "</s>", "</s>", "<pad>", "<unk>"),
+    "falcon": ToyModel(_FALCON, 576, (">>TITLE<<", END), END, END),
+    "llama": ToyModel(_LLAMA, 512, **_SENTENCEPIECE),
+    "scorer": ToyModel({**_LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 2}, 800, **_SENTENCEPIECE),
+}
+
+
+def write(directory: epath.Path, texts: Sequence[str]) -> None:
+    """Writes `directory/NAME/{config.json,tokenizer.json,tokenizer_config.json}` for every model of `MODELS`.
+
+    Args:
+      texts: the corpus that the tokenizers are trained on; the same corpus gives the same files.
+    """
+    for name, toy in MODELS.items():
+        tokenizer = make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
+        ids = {role: tokenizer.token_to_id(token) for role, token in _roles(toy).items()}
+        place = epath.Path(directory) / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+        (place / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(toy), indent=2))
+        config = {
+            **toy.config,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "torch_dtype": "float32",
+            **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids},
+        }
+        (place / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def make_tokenizer(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
+    """A BPE tokenizer of `toy`'s kind, trained on `texts`."""
+    first = () if toy.specials == (END,) else toy.specials  # GPT-2's end of text stands last
+    if toy.spaces == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=toy.vocab_size - (not first), special_tokens=list(first), show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.add_special_tokens(list(toy.specials))
+    else:
+        tokenizer = _sentencepiece_like(toy, texts)
+    bos = (toy.bos, tokenizer.token_to_id(toy.bos))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{toy.bos} $A", pair=f"{toy.bos} $A {toy.bos} $B", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def _sentencepiece_like(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
+    """Pieces with a leading `▁`, and a token per byte for whatever the corpus did not hold."""
+    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    learner = Tokenizer(models.BPE(unk_token=toy.unk))
+    learner.pre_tokenizer = spaces
+    room = toy.vocab_size - len(byte_tokens)
+    trainer = trainers.BpeTrainer(vocab_size=room, special_tokens=list(toy.specials), show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].get)
+    count = len(toy.specials)
+    order = [*pieces[:count], *byte_tokens, *pieces[count:]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(order)},
+            merges=[tuple(merge) for merge in learned["merges"]],
+            unk_token=toy.unk,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.pre_tokenizer = spaces
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1)
+    tokenizer.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.add_special_tokens(list(toy.specials))
+    return tokenizer
+
+
+def _roles(toy: ToyModel) -> dict[str, str]:
+    roles = {"bos": toy.bos, "eos": toy.eos, "pad": toy.pad, "unk": toy.unk}
+    return {role: token for role, token in roles.items() if token is not None}
+
+
+def _tokenizer_config(toy: ToyModel) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": True,
+        **{f"{role}_token": token for role, token in _roles(toy).items()},
+    }
