@@ -1,0 +1,234 @@
+"""Decoding objectives: pure functions (*logits, **settings) → scores, and `get`, which names them.
+
+B batch, V vocabulary. Logits are [..., V] of any float dtype, one array for each model; scores are float32
+[..., V], logits of the law that the next token is drawn from, −inf where a token is excluded. Everything
+is computed in float32.
+
+z: logits, l = log_softmax(z), p = softmax(z), and two plausible sets:
+  APC(z, α)  = {v : z[v] ≥ log α + max z}, the adaptive plausibility constraint (Li et al., 2023);
+  TopP(z, q) = the smallest set of most probable tokens whose mass exceeds q.
+A set is imposed after the logits are combined, never before: 0·(−inf) and −inf + inf are NaN.
+
+To write another objective, write another such function, here or anywhere: parameters without a default are
+models' logits, the others are settings. `get("my_package.my_module:my_objective(tau=0.5)")` finds it.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from unidetox_jax.decoding import thresholds
+from unidetox_jax.decoding.plugin import Objective, Range, resolve
+
+Share = Annotated[float, Range("(0, 1]")]
+Weight = Annotated[float, Range("[0, inf)")]
+
+
+def get(name: str, **settings) -> Objective:
+    """An objective by name ("contrastive"), or a user's by import path ("package.module:function"), as a
+    frozen value.
+
+    Either may carry literal settings: "contrastive(alpha=0.2)". Settings left out have their defaults. See
+    `Objective`.
+
+    Raises:
+      UserError: an unknown name, module, function or setting (the known ones are listed), or a value out
+      of its range.
+    """
+    return resolve(name, settings, OBJECTIVES)
+
+
+def plausible(logits: jax.Array, alpha: jax.Array | float) -> jax.Array:
+    """APC(z, α): bool [..., V]."""
+    logits = _float32(logits)
+    return logits >= jnp.log(jnp.asarray(alpha, jnp.float32)) + logits.max(-1, keepdims=True)
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """TopP(z, q): bool [..., V]; tokens tied with the crossing one are in the set too."""
+    probabilities = jax.nn.softmax(_float32(logits), -1)
+    return probabilities >= thresholds.nucleus_floor(probabilities, top_p)
+
+
+def base(base):
+    """z_b: one model, as it is."""
+    return _float32(base)
+
+
+def contrastive(base, toxic, alpha: Share = 0.1):
+    """z_b − z_t on APC(z_b, α): UniDetox's, that is `contrastive_beta` in the limit β = ∞.
+
+    Lu, Isonuma, Mori, Sakata, "UniDetox" (ICLR 2025), eq. of Sec. 2.1: α 0.1.
+    """
+    base, toxic = _float32(base), _float32(toxic)
+    return _on(plausible(base, alpha), base - toxic)
+
+
+def contrastive_beta(base, toxic, alpha: Share = 0.1, beta: Weight = 0.5):
+    """(1+β) z_b − β z_t on APC(z_b, α).
+
+    O'Brien and Lewis, "Contrastive Decoding Improves Reasoning in Large Language Models" (2023), Sec. 2.1:
+    α 0.1, β 0.5.
+    """
+    base, toxic = _float32(base), _float32(toxic)
+    return _on(plausible(base, alpha), (1 + beta) * base - beta * toxic)
+
+
+def contrastive_amateur(
+    expert,
+    amateur,
+    alpha: Share = 0.1,
+    weight: Weight = 1.0,
+    temperature: Annotated[float, Range("(0, inf)")] = 0.5,
+):
+    """l_b − c·z_s/τ on APC(z_b, α), where b is the expert, s the amateur, τ the amateur's temperature.
+
+    Li et al., "Contrastive Decoding: Open-ended Text Generation as Optimization" (ACL 2023), Sec. 3: α
+    0.1, c 1, τ 0.5.
+    """
+    expert, amateur = _float32(expert), _float32(amateur)
+    return _on(plausible(expert, alpha), jax.nn.log_softmax(expert, -1) - weight * (amateur / temperature))
+
+
+def dexperts(base, expert, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9):
+    """z_b + a (z_e − z_t) on TopP(z_b, q).
+
+    Liu et al., "DExperts: Decoding-Time Controlled Text Generation with Experts and Anti-Experts" (ACL
+    2021), eq. 2: a 2, q 0.9.
+    """
+    base, expert, anti_expert = _float32(base), _float32(expert), _float32(anti_expert)
+    return _on(nucleus(base, top_p), base + alpha * (expert - anti_expert))
+
+
+def anti_expert(base, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9):
+    """(1+a) z_b − a z_t on TopP(z_b, q): DExperts where the base model is its own expert.
+
+    Liu et al. (ACL 2021), Sec. 3.1, "anti-only": a 2, q 0.9.
+    """
+    base, anti_expert = _float32(base), _float32(anti_expert)
+    return _on(nucleus(base, top_p), (1 + alpha) * base - alpha * anti_expert)
+
+
+def proxy_tuning(base, expert, anti_expert, alpha: Weight = 1.0):
+    """z_b + a (z_e − z_t), on the whole vocabulary: a small tuned model and its untuned self steer a large
+    one.
+
+    Liu et al., "Tuning Language Models by Proxy" (COLM 2024), eq. 1: a 1.
+    """
+    base, expert, anti_expert = _float32(base), _float32(expert), _float32(anti_expert)
+    return _on(base > -jnp.inf, base + alpha * (expert - anti_expert))
+
+
+def classifier_free_guidance(conditional, unconditional, scale: Weight = 1.5):
+    """l_u + g (l_c − l_u): the same model with (c) and without (u) its prompt; scale g = 1 is no guidance.
+
+    Sanchez et al., "Stay on Topic with Classifier-Free Guidance" (ICML 2024), eq. 7: g 1.5.
+    """
+    conditional, unconditional = _log_softmax(conditional), _log_softmax(unconditional)
+    return _on(conditional > -jnp.inf, unconditional + scale * (conditional - unconditional))
+
+
+def context_aware(with_context, without_context, alpha: Weight = 0.5):
+    """(1+a) z_ctx − a z_noctx: the same model with and without the context that its answer shall follow.
+
+    Shi et al., "Trusting Your Evidence: Hallucinate Less with Context-aware Decoding" (NAACL 2024), Sec.
+    2: a 0.5.
+    """
+    with_context, without_context = _float32(with_context), _float32(without_context)
+    return _on(with_context > -jnp.inf, (1 + alpha) * with_context - alpha * without_context)
+
+
+def dola(final, premature, alpha: Share = 0.1):
+    """l_N − l_M on APC(z_N, α): the last layer against an earlier one of the same model
+    (`models.early_exit`), chosen beforehand.
+
+    Chuang et al., "DoLa: Decoding by Contrasting Layers" (ICLR 2024), eq. 3 (DoLa-static): α 0.1.
+    """
+    final = _float32(final)
+    return _on(plausible(final, alpha), jax.nn.log_softmax(final, -1) - _log_softmax(premature))
+
+
+def detoxigen(base, toxic, alpha: Weight = 1.0, top_p: Share = 0.9):
+    """log of the normalised max(0, p_b + a (p_b − p_t)), on TopP(z_b, q).
+
+    Where that leaves a row nothing (the toxic model is surer than the base model of every token in the
+    set), the row is l_b on the set. Niu et al., "Parameter-Efficient Detoxification with Contrastive
+    Decoding" (2024), eq. 1 to 3; a and q are not
+    settled there: a 1 is the plainest choice, q 0.9 is DExperts'.
+    """
+    base, toxic = _float32(base), _float32(toxic)
+    base_mass, kept = jax.nn.softmax(base, -1), nucleus(base, top_p)
+    mass = jnp.maximum(0.0, base_mass + alpha * (base_mass - jax.nn.softmax(toxic, -1)))
+    scores = jnp.log(mass) - jnp.log(mass.sum(-1, keepdims=True))
+    left = jnp.any(kept & (mass > 0), -1, keepdims=True)
+    return _on(kept, jnp.where(left, scores, jax.nn.log_softmax(base, -1)))
+
+
+def self_debiasing(base, *biased, decay: Weight = 50.0, epsilon: Annotated[float, Range("[0, 1]")] = 0.01):
+    """log of the normalised w·p_b, w = 1 where d = p_b − max_k p_k ≥ 0, else max(ε, exp(λ d)); λ is `decay`.
+
+    `biased`: the same model, its prompt preceded by each description of what is unwanted.
+    Schick, Udupa, Schütze, "Self-Diagnosis and Self-Debiasing" (TACL 2021), eq. 2 and 3: λ 50, ε 0.01.
+    """
+    log_base = _log_softmax(base)
+    most_biased = jnp.max(jnp.stack([jax.nn.softmax(_float32(logits), -1) for logits in biased]), 0)
+    difference = jnp.exp(log_base) - most_biased
+    # The weight's logarithm: w·p_b would lose what underflows.
+    log_weight = jnp.maximum(jnp.log(jnp.asarray(epsilon, jnp.float32)), decay * jnp.minimum(difference, 0.0))
+    return jax.nn.log_softmax(log_base + log_weight, -1)
+
+
+def soft_contrastive(
+    base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 10, shift_invariant: bool = True
+):
+    """z_b, less a·l_t (a·z_t if not `shift_invariant`, as published) on the tokens that the toxic model
+    favours most.
+
+    d = ‖p_b − p_t‖₂, t = log(1+d), a = t/(1+t), k = clamp(⌊aV⌋, min_k, V); the tokens: those among the k
+    largest of l_t − l_b where it is positive. HSPD's soft contrast: the more the two models differ, the
+    stronger and wider it acts; min_k 10. As published, adding a constant to z_t changes the law; with l_t
+    it does not.
+    """
+    base, toxic = _float32(base), _float32(toxic)
+    log_base, log_toxic = jax.nn.log_softmax(base, -1), jax.nn.log_softmax(toxic, -1)
+    distance = jnp.linalg.norm(jnp.exp(log_base) - jnp.exp(log_toxic), axis=-1, keepdims=True)
+    strength = jnp.log1p(distance) / (1 + jnp.log1p(distance))
+    size = base.shape[-1]
+    k = jnp.minimum(jnp.maximum(jnp.floor(strength * size), min_k), size)
+    favoured = jnp.where(base > -jnp.inf, log_toxic - log_base, -jnp.inf)
+    chosen = (favoured > 0) & (favoured >= thresholds.kth_largest(favoured, k))
+    return jnp.where(chosen, base - strength * (log_toxic if shift_invariant else toxic), base)
+
+
+def _float32(logits) -> jax.Array:
+    return jnp.asarray(logits).astype(jnp.float32)
+
+
+def _log_softmax(logits) -> jax.Array:
+    return jax.nn.log_softmax(_float32(logits), -1)
+
+
+def _on(kept: jax.Array, scores: jax.Array) -> jax.Array:
+    return jnp.where(kept, scores, -jnp.inf)
+
+
+OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
+    function.__name__: function
+    for function in (
+        base,
+        contrastive,
+        contrastive_beta,
+        contrastive_amateur,
+        dexperts,
+        anti_expert,
+        proxy_tuning,
+        classifier_free_guidance,
+        context_aware,
+        dola,
+        detoxigen,
+        self_debiasing,
+        soft_contrastive,
+    )
+}

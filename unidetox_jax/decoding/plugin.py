@@ -1,0 +1,233 @@
+"""A decoding objective with its settings, as one frozen value that a jitted function can take as an argument.
+
+What is surprising: it is at once hashable and a pytree. Settings declared as floats are its leaves, hence
+traced, so that a sweep over alpha compiles once; the function and all other settings (bools, texts, ints,
+which may be shapes) belong to its structure.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import math
+import numbers
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unidetox_jax.errors import UserError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The interval of a numeric setting: `alpha: Annotated[float, Range("(0, 1]")] = 0.1`."""
+
+    text: str
+
+    def __contains__(self, value: float) -> bool:
+        low, high = (float(end) for end in self.text[1:-1].split(","))
+        above = value >= low if self.text[0] == "[" else value > low
+        return above and (value <= high if self.text[-1] == "]" else value < high)
+
+
+def _static(**kwargs):
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """`objective(*logits)` → scores, float32 [B,V]; equal to another when name and settings are equal.
+
+    Attributes:
+      name: a name of `objectives`, or "package.module:function".
+      arguments: the models' names in the function's order, for instance ("base", "toxic"); "*biased"
+      stands for one or more.
+      num_models: how many logits it needs, or how many at least where it takes any number (`takes_more`).
+      settings: every setting with its value, those with their defaults too.
+    """
+
+    name: str = _static()
+    function: Callable[..., jax.Array] = _static(repr=False)
+    arguments: tuple[str, ...] = _static()
+    constants: tuple[tuple[str, Any], ...] = _static()
+    number_names: tuple[str, ...] = _static()
+    number_values: tuple[Any, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**dict(self.constants), **dict(zip(self.number_names, self.number_values, strict=True))}
+
+    @property
+    def num_models(self) -> int:
+        return len(self.arguments)
+
+    @property
+    def takes_more(self) -> bool:
+        return bool(self.arguments) and self.arguments[-1].startswith("*")
+
+    def check_models(self, count: int) -> None:
+        """Raises UserError unless `count` models are as many as the function takes."""
+        if count < self.num_models or (count > self.num_models and not self.takes_more):
+            expected = (
+                f"{self.num_models}{' or more' if self.takes_more else ''} ({', '.join(self.arguments)})"
+            )
+            raise UserError(f"objective {self.name}: found {count} models, expected {expected}")
+
+    def __call__(self, *logits: jax.Array) -> jax.Array:
+        self.check_models(len(logits))
+        scores = self.function(*(jnp.asarray(z).astype(jnp.float32) for z in logits), **self.settings)
+        if jnp.shape(scores) != jnp.shape(logits[0]):
+            found, expected = jnp.shape(scores), jnp.shape(logits[0])
+            raise UserError(f"objective {self.name}: returns shape {found}, expected the logits' {expected}")
+        return scores.astype(jnp.float32)
+
+    def __str__(self) -> str:
+        """What `objectives.get` turns into the same value again."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(self.settings.items()))
+        return f"{self.name}({settings})" if settings else self.name
+
+
+def resolve(text: str, settings: Mapping[str, Any], known: Mapping[str, Callable]) -> Objective:
+    """The objective that "name", "name(setting=literal)" or "package.module:function(…)" means."""
+    name, written = _parse(text)
+    for twice in written.keys() & settings.keys():
+        raise UserError(f"objective {name}: setting {twice} is given twice, in the text and beside it")
+    function = _imported(name) if ":" in name else known.get(name)
+    if function is None:
+        tail = f"{suggest(name, known)}; your own is written package.module:function"
+        raise UserError(f"objective: unknown name {name!r}{tail}")
+    return _build(name, function, {**written, **settings})
+
+
+def _build(name: str, function: Callable[..., jax.Array], given: Mapping[str, Any]) -> Objective:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (TypeError, ValueError, NameError) as error:
+        raise UserError(f"objective {name}: its signature cannot be read: {error}") from error
+    arguments, constants, names, values = [], [], [], []
+    declared = {}
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            arguments.append(f"*{parameter.name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            raise UserError(f"objective {name}: **{parameter.name} is not allowed; name every setting")
+        elif (
+            parameter.kind is not parameter.KEYWORD_ONLY
+            and parameter.default is parameter.empty
+            and (parameter.name not in given)
+        ):
+            arguments.append(parameter.name)
+        else:
+            declared[parameter.name] = parameter.default
+    for unknown in given.keys() - declared.keys():
+        raise UserError(f"objective {name}: no setting {unknown!r}{suggest(unknown, declared)}")
+    for setting, default in sorted(declared.items()):
+        value = given.get(setting, default)
+        if value is inspect.Parameter.empty:
+            raise UserError(f"objective {name}: setting {setting} has no default; write {name}({setting}=…)")
+        value, traced = _checked(f"objective {name}: {setting}", value, default, hints.get(setting))
+        if traced:
+            names.append(setting)
+            values.append(value)
+        else:
+            constants.append((setting, value))
+    if not arguments:
+        raise UserError(
+            f"objective {name}: takes no logits; a parameter without a default stands for a model"
+        )
+    return Objective(name, function, tuple(arguments), tuple(constants), tuple(names), tuple(values))
+
+
+def _checked(where: str, value: Any, default: Any, hint: Any) -> tuple[Any, bool]:
+    """The setting's value as it is kept, and whether it is traced: declared as a float, or one where nothing
+    is declared."""
+    extras = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+    kind = typing.get_args(hint)[0] if extras else hint
+    if kind is None:
+        kind = type(value) if default in (inspect.Parameter.empty, None) else type(default)
+        kind = float if kind is int and isinstance(value, float) else kind
+    if isinstance(value, jax.core.Tracer):
+        return value, True
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        value = value.item()
+    interval = next((extra for extra in extras if isinstance(extra, Range)), None)
+    if kind in (int, float):
+        wanted = numbers.Integral if kind is int else numbers.Real
+        expected = f"a {'whole ' if kind is int else ''}number{f' in {interval.text}' if interval else ''}"
+        if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
+            raise UserError(f"{where}: found {value!r}, expected {expected}")
+        if interval and value not in interval:
+            raise UserError(f"{where}: found {value!r}, expected {expected}")
+        return kind(value), kind is float
+    if kind in (bool, str) and not isinstance(value, kind):
+        raise UserError(f"{where}: found {value!r}, expected {'True or False' if kind is bool else 'a text'}")
+    value = _frozen(value)
+    try:
+        hash(value)
+    except TypeError:
+        expected = "a number, text, bool, None or a tuple of these"
+        raise UserError(f"{where}: found {value!r}, expected {expected}") from None
+    return value, False
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """ "name(a=1)" → ("name", {"a": 1}); the settings are literals, nothing is evaluated."""
+    name, bracket, rest = text.strip().partition("(")
+    name = name.strip()
+    if not bracket:
+        return name, {}
+    problem = f"objective {text!r}: expected name(setting=literal, …)"
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+    except SyntaxError as error:
+        raise UserError(f"{problem}: {error.msg}") from None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise UserError(problem)
+    settings = {}
+    for keyword in call.keywords:
+        try:
+            if keyword.arg is None:
+                raise ValueError
+            settings[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise UserError(f"{problem}: {ast.unparse(keyword)} is no literal") from None
+    return name, settings
+
+
+def _imported(path: str) -> Callable[..., jax.Array]:
+    """The function at "package.module:function"; a module in the working directory is found too."""
+    module_name, _, function_name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise UserError(f"objective {path!r}: expected package.module:function")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        # Last, so that it shadows nothing; kept, for what the function imports later.
+        sys.path.append(here)
+        importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = f"no module {error.name!r}, neither installed nor in {here}"
+        raise UserError(f"objective {path!r}: {missing}") from error
+    except Exception as error:  # the user's file is wrong: say where, in one line
+        frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        failed = f"importing it failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+        raise UserError(f"objective {path!r}: {failed}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        missing = f"{module_name} has no function {function_name!r}{suggest(function_name, known)}"
+        raise UserError(f"objective {path!r}: {missing}")
+    return function

@@ -1,0 +1,206 @@
+"""Draws one token a row from scores, inside the compiled loop: warpers applied to k candidates, noise that
+belongs to the token id.
+
+B batch, V vocabulary, k of top-k. What is surprising: the draw is not `categorical`.
+
+- A row's key is fold_in(fold_in(key(seed), row id), step), and the noise of a candidate is the Threefry
+  hash of that key and the token's id. So a token's Gumbel noise depends on seed, row, step and id, and on
+  nothing else: not on the batch, the mesh, the candidate's rank, or on which other tokens are candidates.
+  Rounding changes a draw only where two perturbed scores nearly tie.
+- With top-k, `lax.top_k` finds candidates, and the other warpers act on them. Both of its outputs must
+  stay in use and unsliced: XLA turns it into a sort of the vocabulary, fifty times slower, as soon as one
+  is dropped or cut.
+- Without top-k, one uniform number a row goes through the inverse of the cumulative law, by blocks of the
+  vocabulary.
+- Under `jax.set_mesh` with the vocabulary split over the axis `model`, both work on local parts first;
+  whole scores are never gathered.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from unidetox_jax.decoding import warpers as warpers_
+from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
+
+_BLOCK = 256  # tokens of the vocabulary summed together by the inverse law
+_ROW_STREAM = 0xFFFFFFFF  # folded in for a row's uniform number; no token has this id
+
+
+def row_keys(seed: int, row_ids: jax.Array) -> jax.Array:
+    """One key a row: int32 [B] → keys [B]. Threefry, whatever JAX's default: the same numbers on every
+    backend."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), row_ids)
+
+
+def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The rows' keys for one step: keys [B], the index of the new token (a number, or int32 [B]) → keys
+    [B]."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(step, jnp.uint32), keys.shape))
+
+
+def draw(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.Array:
+    """One token a row from softmax(warped scores).
+
+    The law is that of `warpers.apply`, exactly: a row whose k-th score ties with the next, where more than
+    k tokens survive, takes the way without candidates.
+
+    Args:
+      scores: float [B,V], logits of the law; −inf excludes a token. At least one finite entry a row.
+      warpers: in any order; they act in the order of `warpers.in_order`. `Greedy` takes the best token and
+      no key.
+      keys: keys [B] of `step_keys`.
+    Returns: int32 [B].
+    """
+    scores = scores.astype(jnp.float32)
+    warpers = warpers_.in_order(warpers)
+    if any(isinstance(warper, Greedy) for warper in warpers):
+        return jnp.argmax(scores, -1).astype(jnp.int32)
+    size = scores.shape[-1]
+    k = next((warper.k for warper in warpers if isinstance(warper, TopK)), size)
+    if k >= size:
+        return _draw_from_all(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
+    # One more than k, to see whether the k-th ties with it.
+    values, ids = top_candidates(scores, k + 1)
+    tied = (values[:, k] == values[:, k - 1]) & (values[:, k] > -jnp.inf)
+    tokens = _draw_from_candidates(values[:, :k], ids[:, :k], warpers, keys)
+    return lax.cond(
+        jnp.any(tied),
+        lambda: jnp.where(tied, _draw_from_all(scores, warpers, keys), tokens),
+        lambda: tokens,
+    )
+
+
+def token_noise(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Gumbel noise of token ids: keys [B], int32 [B,k] → float32 [B,k], a function of each (key, id)
+    alone."""
+    hashed = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, ids)
+    # A Threefry key folded with an id is the hash of both: 64 uniform bits, of which 32 are used.
+    bits = jax.random.key_data(hashed)[..., 0]
+    # u in (0, 1): small u, the large noise that decides a draw, keeps all 32 bits; above, float32's 24 are
+    # enough.
+    u = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-u))
+
+
+def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest scores of a row and their token ids, ties by the lower id: float32 [B,V] → float32
+    [B,k], int32 [B,k].
+
+    Where the mesh splits the vocabulary, each device finds its own k, and the k largest of those are the
+    answer.
+    """
+    rows, model = _mesh_axes(scores.shape)
+
+    def local(scores):
+        part = scores.shape[-1]
+        values, ids = lax.top_k(scores, min(k, part))
+        if model:
+            ids = ids + lax.axis_index(model) * part
+            values, ids = (lax.all_gather(x, model, axis=1, tiled=True) for x in (values, ids))
+            # In the order of devices, hence of ids: ties go to the lower id again.
+            values, places = lax.top_k(values, k)
+            ids = jnp.take_along_axis(ids, places, -1)
+        return values, ids
+
+    if rows or model:
+        local = jax.shard_map(
+            local,
+            in_specs=PartitionSpec(rows or None, model),
+            out_specs=PartitionSpec(rows or None, None),
+            check_vma=False,
+        )
+    return lax.optimization_barrier(local(scores))
+
+
+def _draw_from_candidates(values, ids, warpers, keys):
+    """float32 [B,k] scores and int32 [B,k] ids of the top-k candidates, in any order → int32 [B]."""
+    for warper in warpers:
+        match warper:
+            case Temperature() | MinP():
+                values = warper(values)
+            case TopP(tail=tail):
+                # Ascending, ties by id, as in the whole vocabulary's order.
+                values, ids = lax.sort((values, ids), num_keys=2)
+                mass = jnp.cumsum(jax.nn.softmax(values, -1), -1)
+                kept = (mass > tail).at[:, -1].set(True)
+                values = jnp.where(kept, values, -jnp.inf)
+    best = jnp.argmax(values + token_noise(keys, ids), -1, keepdims=True)
+    return jnp.take_along_axis(ids, best, -1)[:, 0]
+
+
+def _draw_from_all(scores, warpers, keys):
+    """float32 [B,V] → int32 [B], with any warpers, over the whole vocabulary."""
+    scores = warpers_.apply(warpers, scores)
+    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, _ROW_STREAM)))(keys)
+    rows, model = _mesh_axes(scores.shape)
+    inverse = lambda scores, uniform: inverse_law(scores, uniform, model)  # noqa: E731
+    if rows or model:
+        inverse = jax.shard_map(
+            inverse,
+            in_specs=(PartitionSpec(rows or None, model), PartitionSpec(rows or None)),
+            out_specs=PartitionSpec(rows or None),
+            check_vma=False,
+        )
+    return inverse(scores, uniform)
+
+
+def inverse_law(scores: jax.Array, uniform: jax.Array, axis: str | None = None) -> jax.Array:
+    """The first token, by id, at which the cumulative law of softmax(scores) exceeds a number in [0, 1).
+
+    Args:
+      scores: float32 [B,V]; inside `shard_map` over `axis`, the local part of the vocabulary.
+      uniform: float32 [B].
+    Returns: int32 [B]; never a token of score −inf.
+    """
+    batch, size = scores.shape
+    blocks = -(-size // _BLOCK)
+    top = scores.max(-1, keepdims=True)
+    if axis:
+        top = lax.pmax(top, axis)
+    mass = jnp.pad(jnp.exp(scores - top), ((0, 0), (0, blocks * _BLOCK - size))).reshape(
+        batch, blocks, _BLOCK
+    )
+    sums = mass.sum(-1)
+    first, owned = 0, True
+    if axis:
+        parts = lax.all_gather(sums.sum(-1), axis, axis=1)
+        part, uniform = _step_into(parts, uniform * parts.sum(-1))
+        first, owned = lax.axis_index(axis) * size, part == lax.axis_index(axis)
+    else:
+        uniform = uniform * sums.sum(-1)
+    block, uniform = _step_into(sums, uniform)
+    place, _ = _step_into(jnp.take_along_axis(mass, block[:, None, None], 1)[:, 0], uniform)
+    token = first + block * _BLOCK + place
+    return lax.psum(jnp.where(owned, token, 0), axis) if axis else token
+
+
+def _step_into(mass, target):
+    """Where a cumulative mass passes the target: float32 [B,n], [B] → the index [B], and what is left of
+    the target within it [B]."""
+    upto = jnp.cumsum(mass, -1)
+    # A cumulative sum in floating point may pass the target on an entry of no mass, or nowhere: neither is
+    # an answer.
+    passed = (upto > target[:, None]) & (mass > 0)
+    index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), jnp.argmax(mass, -1)).astype(jnp.int32)
+    before = (jnp.take_along_axis(upto, index[:, None], -1) - jnp.take_along_axis(mass, index[:, None], -1))[
+        :, 0
+    ]
+    return index, jnp.maximum(target - before, 0.0)
+
+
+def _mesh_axes(shape: tuple[int, int]) -> tuple[tuple[str, ...], str | None]:
+    """The mesh's axes that split the rows, and the one that splits the vocabulary, of scores [B,V]; none
+    without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return (), None
+    rows = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
+    if shape[0] % math.prod(mesh.shape[name] for name in rows):
+        rows = ()
+    parts = mesh.shape.get("model", 1)
+    return rows, "model" if parts > 1 and shape[1] % parts == 0 else None
