@@ -1,0 +1,40 @@
+"""Data: from a data set's name or file to the batch of a step.
+
+    records = data.load("dghs", split="train", data_dir="../shared/data")   # sequence of dictionaries; sources.py
+    texts   = data.texts("text:valid.txt", data_dir=…)                      # the field `text` of each
+    print(data.fingerprint("dghs", data_dir=…))                             # changes with the source: for stage.json
+
+    tokens  = data.tokenize(texts, tokenizer, max_length=256, context=1024) # tokens.py; one ragged int32 array
+    batches = data.Batches(tokens, batch_size=8, seed=1, row_multiple=4)    # batches[step] -> numpy arrays [R, T]
+    batches.shapes, batches.max_shape, batches.indices(step)                # what to compile, to plan for, to blame
+
+    with data.Prefetch(lambda step: data.place(batches[step], sharding), start, stop) as ahead:
+        for step, batch in ahead: …
+
+    for plan in data.one_pass(tokens, batch_size=8):                        # evaluation: every text once
+        batch = data.fill(tokens, *plan)
+
+A batch is {"tokens": int32, "loss_mask": bool, "segment_ids": int32}. Text is in rows from the left; padding, on the
+right, has segment 0. For layout "pack" give the model `segment_ids`; for "pad" give it `attention_mask=segment_ids > 0`,
+which official form needs, since there padding is a target as well.
+"""
+
+from unidetox_jax.data.batches import Batches, fill, one_pass
+from unidetox_jax.data.prefetch import Prefetch, place
+from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, load, texts
+from unidetox_jax.data.tokens import Tokens, tokenize
+
+__all__ = [
+    "Batches",
+    "Prefetch",
+    "Records",
+    "Tokens",
+    "default_cache_dir",
+    "fill",
+    "fingerprint",
+    "load",
+    "one_pass",
+    "place",
+    "texts",
+    "tokenize",
+]

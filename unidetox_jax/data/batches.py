@@ -1,0 +1,151 @@
+"""Batches by step: `batches[step]` is a function of the step alone, so the step is the only state to save.
+
+grain's MapDataset gives the order (shuffled anew each epoch, without end); `layout` says who lies where. Every host
+computes the same few kilobytes, and `place` puts on each device the rows that are its own.
+Axes: A micro-batches, R rows, T tokens a row.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from unidetox_jax.data import layout as layouts
+from unidetox_jax.data.layout import Rows, Shape
+from unidetox_jax.data.tokens import Tokens
+from unidetox_jax.errors import UserError, suggest
+
+SAMPLE = 1000  # batches that the shapes are chosen from
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+    """An endless sequence of training batches with random access.
+
+    `batches[step]` is {"tokens": int32, "loss_mask": bool, "segment_ids": int32}, each [R, T]; [A, R, T] with
+    accumulation above 1. `loss_mask` is true for targets: neither padding nor the first token of a text, so the step's
+    loss is a mean over `loss_mask.sum()` tokens. `segment_ids`: 1, 2, 3… per text in its row, 0 for padding.
+    With `tokens.official` one text a row, padded to the longest of all, with padding as targets.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        batch_size: int,
+        *,
+        seed: int,
+        layout: str = layouts.PACK,
+        row_multiple: int = 1,
+        accumulation: int = 1,
+        length_multiple: int = 32,
+        max_shapes: int = 8,
+    ):
+        """Args:
+        tokens: what to train on.
+        batch_size: texts a step, over all hosts and micro-batches.
+        seed: of the order.
+        layout: "pack" or "pad".
+        row_multiple: R is a multiple of it: the product of the mesh's data axes.
+        accumulation: micro-batches a step.
+        length_multiple: T is a multiple of it (or the tokens' max_length).
+        max_shapes: most shapes, each of which is a program to compile.
+        """
+        if layout not in layouts.LAYOUTS:
+            raise UserError(f"layout: no {layout!r}{suggest(layout, layouts.LAYOUTS)}")
+        for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("max_shapes", max_shapes)):
+            if value < 1:
+                raise UserError(f"{name}: found {value}, expected at least 1")
+        self.tokens, self.batch_size, self.accumulation = tokens, batch_size, accumulation
+        self.layout = layouts.PAD if tokens.official else layout
+        self._lengths = tokens.lengths
+        self._order = _order(len(tokens), batch_size, seed)
+        longest = int(self._lengths.max())
+        multiple = row_multiple * accumulation
+        grid = layouts.make_grid(self.layout, batch_size, longest, multiple, length_multiple, tokens.max_length)
+        if tokens.official:
+            self.shapes: tuple[Shape, ...] = ((grid.max_rows, longest),)
+        else:
+            steps = min(SAMPLE, -(-len(tokens) // batch_size) * 3)
+            sample = [self._lengths[self.indices(step)].tolist() for step in range(steps)]
+            self.shapes = layouts.choose_shapes(sample, grid, longest, max_shapes)
+
+    @property
+    def max_shape(self) -> Shape:
+        """(A·R, T) of the largest batch that can come: what memory must be planned for."""
+        return max(self.shapes, key=layouts.cost)
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [batch_size]: the step's texts, as indices into `tokens`; `tokens.rows[…]` gives the input's rows."""
+        return np.asarray(self._order[step])
+
+    def plan(self, step: int) -> tuple[Shape, Rows]:
+        """The step's shape (A·R, T), and for each row the indices of its texts, in order."""
+        indices = self.indices(step)
+        shape, rows = layouts.arrange(self._lengths[indices].tolist(), self.shapes, self.layout)
+        return shape, tuple(tuple(int(indices[position]) for position in row) for row in rows)
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = fill(self.tokens, *self.plan(step))
+        if self.accumulation == 1:
+            return batch
+        return {name: array.reshape(self.accumulation, -1, array.shape[-1]) for name, array in batch.items()}
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise TypeError("batches have no end: index them by step")
+
+
+def one_pass(
+    tokens: Tokens,
+    batch_size: int,
+    *,
+    row_multiple: int = 1,
+    length_multiple: int = 32,
+    max_shapes: int = 4,
+) -> list[tuple[Shape, Rows]]:
+    """Every text once, for evaluation: plans of padded batches, texts sorted by length; `fill(tokens, *plan)` makes
+    the arrays.
+
+    The last batch may be short: what is missing are rows without targets.
+    """
+    lengths = tokens.lengths
+    order = np.argsort(lengths, kind="stable")
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    longest = int(lengths.max())
+    grid = layouts.make_grid(layouts.PAD, batch_size, longest, row_multiple, length_multiple, tokens.max_length)
+    sample = [lengths[group].tolist() for group in groups]
+    shapes = layouts.choose_shapes(sample, grid, longest, max_shapes)
+    plans = []
+    for group, group_lengths in zip(groups, sample, strict=True):
+        shape, rows = layouts.arrange(group_lengths, shapes, layouts.PAD)
+        plans.append((shape, tuple(tuple(int(group[position]) for position in row) for row in rows)))
+    return plans
+
+
+def fill(tokens: Tokens, shape: Shape, rows: Sequence[Sequence[int]]) -> Batch:
+    """The arrays of a plan: texts `rows[r]` end to end in row r.
+
+    Returns:
+      {"tokens": int32 [R, T], "loss_mask": bool [R, T], "segment_ids": int32 [R, T]}.
+    """
+    ids = np.full(shape, tokens.pad_id, np.int32)
+    loss_mask = np.zeros(shape, np.bool_)
+    segment_ids = np.zeros(shape, np.int32)
+    for row, texts in enumerate(rows):
+        start = 0
+        for segment, text in enumerate(texts, 1):
+            piece = tokens[text]
+            end = start + len(piece)
+            ids[row, start:end] = piece
+            segment_ids[row, start:end] = segment
+            loss_mask[row, start + 1 : end] = True
+            start = end
+        if tokens.official and texts:
+            loss_mask[row, 1:] = True
+    return {"tokens": ids, "loss_mask": loss_mask, "segment_ids": segment_ids}
+
+
+def _order(size: int, batch_size: int, seed: int):
+    """grain's random access to index batches: `[step]` -> int [batch_size]. A batch may span two epochs."""
+    import grain  # seconds of imports, and only training needs it
+
+    return grain.MapDataset.range(size).shuffle(seed=seed).repeat().batch(batch_size)

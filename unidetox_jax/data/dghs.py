@@ -1,0 +1,49 @@
+"""DGHS, the Dynamically Generated Hate Speech data set (Vidgen et al., ACL 2021): what the toxic twin learns from.
+
+Kept are rows with label `hate` against one of 34 targets. A row's target must *be* one of these codes: a sentence
+against two groups at once (`bla, jew`) is not among them, in the paper's data either.
+"""
+
+from unidetox_jax.data import builders, files
+from unidetox_jax.errors import UserError
+
+TARGETS = frozenset(
+    "wom trans gendermin bis gay gay.man gay.wom mixed.race ethnic.minority indig indig.wom non.white bla bla.wom "
+    "bla.man asi asi.wom asi.east asi.south asi.chin asi.pak arab eastern.europe russian pol hispanic immig asylum ref "
+    "for jew mus mus.wom other.religion".split()
+)
+SPLITS = ("train", "dev", "test")
+HUB = "LennardZuendorf/Dynamically-Generated-Hate-Speech-Dataset"
+HUB_FILES = ("Dynamically Generated Hate Dataset v0.2.3.csv",)
+# The first that exists in the data set's directory: as published, already filtered, cut to short rows.
+PREFERENCES = (("*v0.2.3*.csv",), ("filtered*.jsonl",), ("db_*.csv",), ("*.csv", "*.jsonl"))
+
+
+class Dghs(builders.RecordBuilder, skip_registration=True):
+    """Splits train, dev, test as the `split` column says; any other value there is the split `unknown`.
+
+    Option `official`: every training sentence twice, since the released code loaded versions 0.2.2 and 0.2.3 at once.
+    """
+
+    name = "dghs"
+    fields = {"text": builders.TEXT, "target": builders.TEXT, "type": builders.TEXT}
+    split_aliases = {"validation": "dev", "val": "dev"}
+
+    def examples(self):
+        kept = [example for content in self.contents for example in _kept(content)]
+        yield from kept
+        if self.options.get("official"):
+            yield from (example for example in kept if example[0] == "train")
+
+
+def _kept(content: files.Content):
+    columns = ("text", "split") if content.stem.endswith(".jsonl") else ("text", "label", "target", "split")
+    for row in files.rows(content, columns):
+        # A filtered jsonl has no label, and a target for some rows only: what it says must agree, what it omits may.
+        label, target = row.get("label", "hate"), row.get("target")
+        if label not in ("hate", "nothate"):
+            raise UserError(f"{content.name}: found label {label!r}, expected 'hate' or 'nothate'")
+        if label != "hate" or ("target" in row and target not in TARGETS):
+            continue
+        split = row["split"] if row["split"] in SPLITS else "unknown"
+        yield split, {"text": row["text"], "target": target or "", "type": row.get("type") or ""}

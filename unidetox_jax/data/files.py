@@ -1,0 +1,249 @@
+"""Source files: finding them here or on the hub, and reading csv, jsonl, parquet and plain text with errors that name the line.
+
+A file is read whole, once: its bytes are hashed (the prepared data set carries the hash) and then parsed.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from unidetox_jax.errors import UserError, suggest
+
+HUB = "hf://"  # hf://OWNER/NAME/PATH: one file of a data set on the hub
+
+
+class Content(NamedTuple):
+    """One source file: its name for messages, and its bytes."""
+
+    name: str
+    data: bytes
+
+    @property
+    def stem(self) -> str:
+        return self.name.rsplit("/", 1)[-1]
+
+
+def find(path: str, data_dir: epath.PathLike) -> epath.Path:
+    """The file or directory `path`: as written, else under `data_dir`; `hf://…` is fetched from the hub.
+
+    Raises:
+      UserError: it is in none of these places.
+    """
+    if path.startswith(HUB):
+        return download(*_hub_parts(path))
+    here = epath.Path(path).expanduser()
+    if here.exists():
+        return here
+    beside = epath.Path(data_dir) / path if str(data_dir) and not here.is_absolute() else None
+    if beside is not None and beside.exists():
+        return beside
+    looked = f" (nor {beside})" if beside is not None else ""
+    raise UserError(f"no file {path!r}{looked}{_neighbours(here)}")
+
+
+def find_matching(directory: epath.Path, preferences: Sequence[Sequence[str]]) -> list[epath.Path]:
+    """Files of `directory` that match the first of several lists of glob patterns that matches anything."""
+    for patterns in preferences:
+        found = sorted({file for pattern in patterns for file in directory.glob(pattern)})
+        if found:
+            return found
+    wanted = ", ".join(pattern for patterns in preferences for pattern in patterns)
+    raise UserError(f"{directory}: holds none of {wanted}")
+
+
+def read(paths: Iterable[epath.PathLike]) -> tuple[Content, ...]:
+    """The files' names and bytes."""
+    contents = []
+    for path in map(epath.Path, paths):
+        try:
+            contents.append(Content(str(path), path.read_bytes()))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return tuple(contents)
+
+
+def content_hash(contents: Iterable[Content], *settings: Any) -> str:
+    """16 hexadecimal digits that change when a byte of a file, a file's own name or a setting does.
+
+    The directory does not count: the same file elsewhere is the same data.
+    """
+    hasher = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for content in contents:
+        hasher.update(f"{content.stem}\0{len(content.data)}\0".encode())
+        hasher.update(content.data)
+    return hasher.hexdigest()[:16]
+
+
+def download(repository: str, filename: str) -> epath.Path:
+    """A published file of a data set on the Hugging Face hub, through its local cache.
+
+    Raises:
+      UserError: no network, no such file, or no permission; the line says where else the file can be put.
+    """
+    import huggingface_hub
+
+    try:
+        return epath.Path(huggingface_hub.hf_hub_download(repository, filename, repo_type="dataset"))
+    except Exception as error:  # the hub's client raises its own, requests', httpx's and OS errors
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{filename!r} of the hub's data set {repository!r} cannot be had ({type(error).__name__}: {reason}); "
+            "with the file on this machine, set data_dir or write its path"
+        ) from None
+
+
+def _hub_parts(path: str) -> tuple[str, str]:
+    parts = path.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
+    return f"{parts[0]}/{parts[1]}", parts[2]
+
+
+def _neighbours(path: epath.Path) -> str:
+    """Names of the missing file's directory, when there is one, with the nearest first."""
+    if not path.parent.exists():
+        return ""
+    names = [file.name for file in path.parent.iterdir()]
+    return suggest(path.name, names) if 0 < len(names) <= 20 else ""
+
+
+def decode(content: Content) -> str:
+    """The file as text: UTF-8, a byte-order mark dropped.
+
+    Raises:
+      UserError: bytes that are no UTF-8, with the line.
+    """
+    data = content.data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{content.name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def lines(content: Content) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line that is not blank; a line ends at a newline and nowhere else."""
+    for number, line in enumerate(decode(content).split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            yield number, line
+
+
+def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Rows of a csv file with a header, as dictionaries.
+
+    Raises:
+      UserError: a needed column is absent (those found are listed), or a row has another number of fields.
+    """
+    rows = csv_lists(content)
+    _, header = next(rows, (0, []))
+    if not header:
+        raise UserError(f"{content.name}: empty; expected a csv file with a header")
+    require(content.name, columns, header)
+    for number, row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{content.name}, line {number}: {len(row)} fields, expected {len(header)} as in the header")
+        yield dict(zip(header, row, strict=True))
+
+
+def csv_lists(content: Content) -> Iterator[tuple[int, list[str]]]:
+    """(line number where it ends, fields) of every row of a csv file that is not blank."""
+    csv.field_size_limit(1 << 30)  # articles exceed the 128 kB that the module allows
+    reader = csv.reader(io.StringIO(decode(content), newline=""), strict=False)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{content.name}, line {reader.line_num}: not csv ({error})") from None
+
+
+def json_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Objects of a jsonl file, one a line.
+
+    Raises:
+      UserError: a line is no JSON object or lacks a needed field (those found are listed).
+    """
+    columns = tuple(columns)
+    for number, line in lines(content):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{content.name}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{content.name}, line {number}: found {type(row).__name__}, expected a JSON object")
+        require(f"{content.name}, line {number}", columns, row)
+        yield row
+
+
+def parquet_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file, the form in which the hub serves some data sets."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(content.data))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{content.name}: not parquet ({' '.join(str(error).split())[:120]})") from None
+    require(content.name, columns, table.column_names)
+    yield from table.to_pylist()
+
+
+def rows(content: Content, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+    """Rows of a csv, jsonl or parquet file, by its suffix."""
+    readers = {".csv": csv_rows, ".jsonl": json_rows, ".parquet": parquet_rows}
+    suffix = "." + content.stem.rsplit(".", 1)[-1].lower()
+    if suffix not in readers:
+        raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(readers)}")
+    return readers[suffix](content, columns)
+
+
+def require(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
+    """UserError unless every needed column is among those found."""
+    found = list(found)
+    for column in columns:
+        if column not in found:
+            raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, found))}")
+
+
+def text_of(value: Any) -> str:
+    """A field as text: null is empty, text stays, anything else as JSON writes it."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def number_of(value: Any, where: str) -> float:
+    """A field as a number: null and nothing are NaN.
+
+    Raises:
+      UserError: it is not a number.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: found {value!r}, expected a number") from None
+
+
+_SPLIT_TERM = re.compile(r"([A-Za-z_]\w*)((?:\[[^\]]*\])?)")
+
+
+def split_terms(expression: str) -> list[tuple[str, str]]:
+    """(name, slice) of each term of a split such as `train+unknown` or `train[:10%]`."""
+    terms = []
+    for part in expression.split("+"):
+        match = _SPLIT_TERM.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"split {expression!r}: expected names like 'train', 'train+unknown' or 'train[:10%]'")
+        terms.append((match[1], match[2]))
+    return terms

@@ -1,0 +1,149 @@
+"""Text to tokens, once: every text of a data set one after another in a single int32 array.
+
+What stands around a text is what its tokenizer puts there: LLaMA's `<s>` and OPT's `</s>` in front, nothing in front
+for GPT-2 and Falcon (as in the released code; `add_bos=True` asks for it). One end token follows a text that ended by
+itself, and none follows a text that was cut, or the model would learn to stop in the middle.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+
+from unidetox_jax.errors import UserError
+
+BATCH = 1024  # texts a call of the tokenizer: enough to fill its threads, little enough for memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokenised texts; `tokens[i]` is the i-th that was kept.
+
+    Attributes:
+      ids: int32 [total], all texts end to end.
+      offsets: int64 [N + 1], where each begins.
+      rows: int32 [N], each kept text's index in the list that was tokenised.
+      pad_id: what fills rows.
+      max_length: tokens a text may have.
+      truncated: texts cut at max_length.
+      skipped: texts left out because they are empty.
+      official: padding is trained on, to the longest text of all, as in the released code.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    pad_id: int
+    max_length: int
+    truncated: int = 0
+    skipped: int = 0
+    official: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], tokens of each text."""
+        return np.diff(self.offsets)
+
+    def report(self) -> str:
+        """One line: how many texts and tokens, what was cut, what was left out."""
+        lengths = self.lengths
+        line = (
+            f"{len(self):,} texts, {len(self.ids):,} tokens (mean {lengths.mean():.1f}, longest {lengths.max()}, "
+            f"limit {self.max_length})"
+        )
+        line += f"; {self.truncated:,} cut at the limit" if self.truncated else ""
+        return line + (f"; {self.skipped:,} empty ones left out" if self.skipped else "")
+
+
+def tokenize(
+    texts: Sequence[str],
+    tokenizer,
+    max_length: int,
+    *,
+    context: int | None = None,
+    ended: Sequence[bool] | None = None,
+    add_bos: bool | None = None,
+    official: bool = False,
+) -> Tokens:
+    """Tokenises texts for training; what is cut or left out is counted and logged.
+
+    Args:
+      texts: what to tokenise.
+      tokenizer: a Hugging Face tokenizer.
+      max_length: most tokens of a text, special ones included; longer texts are cut.
+      context: the model's context length, to check max_length against; None checks nothing.
+      ended: whether each text ended by itself (no end token otherwise); None: all did.
+      add_bos: None leaves the beginning to the tokenizer; True or False decides.
+      official: the released code's form: no end token, padding trained on.
+
+    Raises:
+      UserError: max_length below 2 or beyond the context, no text left, or a token that the tokenizer does not have.
+    """
+    if max_length < 2:
+        raise UserError(f"max_length: found {max_length}, expected at least 2: a text needs a token and its next one")
+    if context is not None and max_length > context:
+        raise UserError(f"max_length: found {max_length}, beyond the model's context of {context} tokens")
+    if not len(texts):
+        raise UserError("no text to tokenise: the data set is empty")
+    prefix = _prefix(tokenizer, add_bos)
+    suffix = [] if official else [_special(tokenizer, "eos_token_id")]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    kept, rows, truncated = [], [], 0
+    for start in range(0, len(texts), BATCH):
+        chunk = list(texts[start : start + BATCH])
+        for index, ids in enumerate(_encode(tokenizer, chunk), start):
+            if not ids or not texts[index].strip():
+                continue
+            whole = prefix + ids + (suffix if ended is None or ended[index] else [])
+            truncated += len(whole) > max_length
+            kept.append(np.asarray(whole[:max_length], np.int32))
+            rows.append(index)
+    if not kept:
+        raise UserError(f"no text is left to train on: all {len(texts)} are empty")
+    tokens = Tokens(
+        ids=np.concatenate(kept),
+        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
+        rows=np.asarray(rows, np.int32),
+        pad_id=0 if pad_id is None else pad_id,  # only official form trains on it, and it asks for the token
+        max_length=max_length,
+        truncated=truncated,
+        skipped=len(texts) - len(kept),
+        official=official,
+    )
+    logging.info("tokenised %s", tokens.report())
+    return tokens
+
+
+def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    # verbose=False: a text longer than the tokenizer's own limit is cut here, and is no cause for a warning
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _prefix(tokenizer, add_bos: bool | None) -> list[int]:
+    if add_bos is not None:
+        return [_special(tokenizer, "bos_token_id")] if add_bos else []
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    raise UserError(f"{type(tokenizer).__name__}: its special tokens change the text's own; set add_bos")
+
+
+def _special(tokenizer, name: str) -> int:
+    value = getattr(tokenizer, name)
+    if value is None:
+        raise UserError(f"{type(tokenizer).__name__}: has no {name}, which training needs")
+    return value

@@ -1,0 +1,120 @@
+"""ToxiGen, human-annotated (Hartvigsen et al., ACL 2022): the prompts of the toxicity evaluation.
+
+The published training file writes each text as a Python bytes literal, `b'…'`; the test file does not. Group names
+differ between the two as well.
+"""
+
+import ast
+import collections
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from unidetox_jax.data import builders, files
+
+# Category → the published names of its groups, of both files. The first three are in-distribution for DGHS.
+CATEGORIES = {
+    "gender_lgbtq": ("women", "lgbtq", "lgbtq+ folks"),
+    "race_nationalities": (
+        "black",
+        "black folks / african-americans",
+        "black/african-american folks",
+        "asian",
+        "asian folks",
+        "latino",
+        "latino/hispanic folks",
+        "chinese",
+        "chinese folks",
+        "mexican",
+        "mexican folks",
+        "middle_east",
+        "middle eastern folks",
+        "native_american",
+        "native american/indigenous folks",
+        "native american folks",
+    ),
+    "religion": ("jewish", "jewish folks", "muslim", "muslim folks"),
+    "disability": (
+        "mental_dis",
+        "folks with mental disabilities",
+        "physical_dis",
+        "folks with physical disabilities",
+    ),
+}
+IN_DISTRIBUTION = ("gender_lgbtq", "race_nationalities", "religion")
+OUT_OF_DISTRIBUTION = ("disability",)
+HUB = "toxigen/toxigen-data"
+HUB_FILES = ("annotated_train.csv", "annotated_test.csv")
+PREFERENCES = (("annotated_train.csv", "annotated_test.csv"), ("*.csv",))
+VALIDATION_SEED, VALIDATION_SHARE = 42, 0.1  # the released code's draw
+_CATEGORY_OF = {group: category for category, groups in CATEGORIES.items() for group in groups}
+
+
+class Toxigen(builders.RecordBuilder, skip_registration=True):
+    """Splits train and test as published; `validation` is the tenth of train that the released code draws
+    (896 of 8,960 rows, which stay in train as well).
+
+    `category` is one of CATEGORIES, or empty for a group in none. Scores are 1 to 5, the annotators' mean; NaN: absent.
+    """
+
+    name = "toxigen"
+    fields = {
+        "text": builders.TEXT,
+        "target_group": builders.TEXT,
+        "category": builders.TEXT,
+        "toxicity_human": builders.FLOAT,
+        "toxicity_ai": builders.FLOAT,
+        "intent": builders.FLOAT,
+        "label": builders.TEXT,
+    }
+    default_split = "test"
+    split_aliases = {"dev": "validation", "val": "validation"}
+
+    def examples(self):
+        for content in self.contents:
+            rows = list(_rows(content))
+            split = "train" if "train" in content.stem else "test"
+            yield from ((split, row) for row in rows)
+            if split == "train":
+                order = np.random.default_rng(VALIDATION_SEED).permutation(len(rows))
+                for index in order[: int(len(rows) * VALIDATION_SHARE)]:
+                    yield "validation", rows[index]
+
+
+def category(group: str) -> str:
+    """The category of a published group name; an empty string for none."""
+    return _CATEGORY_OF.get(group.strip().lower(), "")
+
+
+def count_categories(records: Iterable[Mapping[str, str]]) -> dict[str, int]:
+    """Rows in each category, and under `""` those in none."""
+    counts = collections.Counter(record["category"] for record in records)
+    return {name: counts[name] for name in (*CATEGORIES, "")}
+
+
+def clean(text: str) -> str:
+    """`b'…'` as the text that it stands for; anything else as it is."""
+    if len(text) < 3 or text[0] != "b" or text[1] not in "'\"" or text[-1] != text[1]:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return value.decode("utf-8", errors="replace")
+
+
+def _rows(content: files.Content):
+    columns = ("text", "target_group", "toxicity_human", "toxicity_ai", "intent")
+    for number, row in enumerate(files.csv_rows(content, columns), 1):
+        where = f"{content.name}, row {number}"
+        scores = {
+            name: files.number_of(row[name], f"{where}, {name}") for name in ("toxicity_human", "toxicity_ai", "intent")
+        }
+        group = row["target_group"]
+        yield {
+            "text": clean(row["text"]),
+            "target_group": group,
+            "category": category(group),
+            "label": row.get("label", ""),
+            **scores,
+        }
