@@ -100,7 +100,7 @@ def one_pass(
     *,
     row_multiple: int = 1,
     length_multiple: int = 32,
-    max_shapes: int = 4,
+    max_shapes: int = 6,
 ) -> list[tuple[Shape, Rows]]:
     """Every text once, for evaluation: plans of padded batches, texts sorted by length; `fill(tokens, *plan)` makes
     the arrays.
