@@ -64,6 +64,22 @@ class ReportSettings:
 class FitScorerSettings:
     """A linear toxicity scorer from labelled text."""
 
+    data: str = ""  # csv (with a header) or jsonl
+    text_field: str = "text"
+    label_field: str = "toxicity_human"
+    above: float = 3.0  # toxic: the label is a number greater than this …
+    positive: tuple[str, ...] = ()  # … or, where this is not empty, one of these
+    test_data: str = ""  # another file to test on; empty: a random part of `data`, held out
+    held_out: float = 0.1  # that part
+    test_text_field: str = ""  # empty: the field's name is the training file's
+    test_label_field: str = ""  # empty: the label is read as the training file's; else by the next two
+    test_above: float = 3.0
+    test_positive: tuple[str, ...] = ()
+    analyses: tuple[str, ...] = ("words", "characters")
+    strength: float = 4.0  # inverse of the L2 penalty
+    balanced: bool = False  # weigh both labels the same: calls more text toxic, and is calibrated no longer
+    seed: int = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:

@@ -1,0 +1,95 @@
+"""Toxicity scorers, all of one kind: texts → float64 [N] in [0, 1].
+
+A scorer's module is imported when it is chosen. What every scorer must keep is checked here, once: one number
+per text, between 0 and 1. NaN is a mistake of the scorer's and stops the work, except from Perspective, where
+it stands
+for a text that the service would not score: that is the caller's to report, and never harmless.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unidetox_jax.errors import UserError, suggest
+
+Scorer = Callable[[Sequence[str]], np.ndarray]
+
+
+def get(spec: str) -> Scorer:
+    """A scorer by name.
+
+    Args:
+      spec: `lexicon` (the built-in world's own), `linear:DIRECTORY` (made by `unidetox fit-scorer`),
+        `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT or RoBERTa: a Hugging Face directory or id, or a Detoxify
+        `.ckpt`), or `perspective[:ATTRIBUTE]`.
+
+    Raises:
+      UserError: no such scorer, nothing at its path, no such label.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind not in _KINDS:
+        raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, _KINDS)}")
+    make, wants = _KINDS[kind]
+    if wants and not argument:
+        raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{wants}")
+    if wants is None and argument:
+        raise UserError(f"scorer {spec!r}: {kind} takes no argument, found {argument!r}")
+    return _checked(make(argument), spec, may_fail=kind == "perspective")
+
+
+def _checked(scorer: Scorer, spec: str, may_fail: bool) -> Scorer:
+    def score(texts: Sequence[str]) -> np.ndarray:
+        if isinstance(texts, str):
+            raise TypeError("a scorer takes a list of texts, not one text")
+        texts = list(texts)
+        if not texts:
+            return np.zeros(0)
+        scores = np.asarray(scorer(texts), np.float64)
+        if scores.shape != (len(texts),):
+            raise UserError(f"scorer {spec!r}: gave an array of shape {scores.shape} for {len(texts)} texts")
+        wrong = ~((scores >= 0) & (scores <= 1))  # true for NaN as well
+        if may_fail:
+            wrong &= ~np.isnan(scores)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise UserError(
+                f"scorer {spec!r}: gave {scores[at]} for text {at}; {int(wrong.sum())} of {len(texts)} texts "
+                "have no number in [0, 1]"
+            )
+        return scores
+
+    return score
+
+
+def _lexicon(argument: str) -> Scorer:
+    from unidetox_jax.data import toyworld
+
+    return toyworld.score
+
+
+def _linear(directory: str) -> Scorer:
+    from unidetox_jax.evaluation.scorers import linear
+
+    return linear.load(directory).toxicity
+
+
+def _classifier(source: str) -> Scorer:
+    from unidetox_jax.evaluation.scorers import classifier
+
+    path, _, label = source.partition("#")
+    return classifier.scorer(path, label)
+
+
+def _perspective(attribute: str) -> Scorer:
+    from unidetox_jax.evaluation.scorers import perspective
+
+    return perspective.scorer(attribute or "TOXICITY")
+
+
+# kind → (its maker, what stands after the colon: None nothing, "" something or nothing)
+_KINDS: dict[str, tuple[Callable[[str], Scorer], str | None]] = {
+    "lexicon": (_lexicon, None),
+    "linear": (_linear, "DIRECTORY"),
+    "classifier": (_classifier, "PATH_OR_HUB_ID[#LABEL]"),
+    "perspective": (_perspective, ""),
+}

@@ -1,0 +1,424 @@
+"""Scorers: the same numbers as their oracles, and a clear line for every way in which they can go wrong."""
+
+import collections
+import http.server
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from ml_collections import ConfigDict
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import scorers
+from unidetox_jax.evaluation.scorers import classifier, labelled, linear, perspective
+from unidetox_jax.stages import fit_scorer, settings
+
+WORDS = "the a of people are is kind dull brave rude and very not never they lamp in valley so old".split()
+LABELS = ("toxicity", "insult", "threat")
+
+
+class Options:
+    force = dry_run = False
+
+
+def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(0, longest))) for _ in range(count)]
+
+
+# ----------------------------------------------------------------------------------------------- get and its checks
+
+
+def test_lexicon_scores_the_built_in_world():
+    scores = scorers.get("lexicon")(["the Plorins are kind.", "the Plorins are rude and dull."])
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, [0.0, 1 - 0.4**2])
+    assert scorers.get("lexicon")([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("linaer:x", "did you mean 'linear'"),
+        ("linear", "expected linear:DIRECTORY"),
+        ("lexicon:x", "takes no argument"),
+        ("linear:/nowhere", "no such file"),
+        ("perspective", "PERSPECTIVE_API_KEY"),
+        ("classifier:/nowhere.ckpt", "no such file"),
+        ("classifier:/nowhere/at/all", "no such directory"),
+    ],
+)
+def test_a_wrong_spec_is_one_clear_line(spec, words, monkeypatch):
+    monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
+    with pytest.raises(UserError, match=words):
+        scorers.get(spec)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ([0.5, np.nan], "gave nan for text 1; 1 of 2 texts"),
+        ([0.5, 1.5], "gave 1.5"),
+        ([0.5], r"shape \(1,\) for 2"),
+    ],
+)
+def test_nan_and_nonsense_are_refused(result, words, monkeypatch):
+    monkeypatch.setitem(scorers._KINDS, "broken", (lambda argument: lambda texts: result, None))
+    with pytest.raises(UserError, match=words):
+        scorers.get("broken")(["a", "b"])
+
+
+def test_one_text_is_not_a_list_of_letters():
+    with pytest.raises(TypeError, match="a list of texts"):
+        scorers.get("lexicon")("the Plorins are rude.")
+
+
+# ----------------------------------------------------------------------------------------------- linear
+
+
+def toy_labelled(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    texts = sentences(count, seed, longest=12)
+    return texts, ["toxic" if ("rude" in text or "dull" in text) else "harmless" for text in texts]
+
+
+def test_linear_equals_scikit_learn_after_a_round_trip(tmp_path):
+    texts, labels = toy_labelled(200)
+    fitted = linear.fit(texts, labels, fit_scorer.LABELS, min_texts=2)
+    linear.save(tmp_path, fitted, {"auc": 1.0})
+    model = LogisticRegression(C=4.0, max_iter=2000).fit(fitted.features(texts), labels)
+    fresh = sentences(50, 1)
+    found = scorers.get(f"linear:{tmp_path}")(fresh)
+    np.testing.assert_allclose(found, model.predict_proba(fitted.features(fresh))[:, 1], atol=1e-9)
+    np.testing.assert_array_equal(found, fitted.toxicity(fresh))
+    assert np.ptp(found) > 0.5
+    np.load(tmp_path / "linear.npz", allow_pickle=False)["weights"]
+
+
+def test_linear_of_three_labels_gives_probabilities_and_no_toxicity():
+    texts, _ = toy_labelled(120)
+    labels = ["left" if "kind" in t else "right" if "old" in t else "center" for t in texts]
+    fitted = linear.fit(texts, labels, ("left", "center", "right"), min_texts=2)
+    found = fitted.probabilities(texts)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    assert np.mean(np.array(fitted.labels)[found.argmax(axis=1)] == labels) > 0.9
+    with pytest.raises(UserError, match="left, center, right"):
+        fitted.toxicity(texts)
+
+
+def test_linear_refuses_what_is_not_one(tmp_path):
+    texts, labels = toy_labelled(100)
+    linear.save(tmp_path / "scorer", linear.fit(texts, labels, min_texts=2), {})
+    with pytest.raises(UserError, match="did you mean .*scorer"):
+        linear.load(tmp_path)
+    content = json.loads((tmp_path / "scorer/linear.json").read_text())
+    content["vocabularies"]["words"].append("more")
+    (tmp_path / "scorer/linear.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="terms and 2 labels"):
+        linear.load(tmp_path / "scorer")
+    (tmp_path / "scorer/linear.npz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a linear classifier"):
+        linear.load(tmp_path / "scorer")
+
+
+def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
+    texts, labels = toy_labelled(400)
+    rows = [{"text": t, "label": label} for t, label in zip(texts, labels, strict=True)]
+    train, test = rows, rows[:60]  # the test's texts are all in the training file, and must be left out there
+    for name, part in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    config = settings.default_config()
+    config.fit_scorer.update(
+        data=str(tmp_path / "train.jsonl"), test_data=str(tmp_path / "test.jsonl"), label_field="label"
+    )
+    config.fit_scorer.positive = ("toxic",)
+    fit_scorer.run(config, str(tmp_path), Options)
+    figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
+    assert figures["train_texts"] == 400 - len([t for t in texts if t.strip() in {r["text"].strip() for r in test}])
+    assert figures["train_texts_left_out"] >= 60 and figures["test_texts"] == 60
+    scores = scorers.get(f"linear:{tmp_path / 'scorer'}")([row["text"] for row in test])
+    expected = roc_auc_score([row["label"] == "toxic" for row in test], scores)
+    assert figures["auc"] == pytest.approx(expected, abs=1e-4) and expected > 0.9
+    assert f"AUC {figures['auc']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": ""}, "config.fit_scorer.data: empty"),
+        ({"label_field": "lable"}, "no field 'lable'; did you mean 'label'"),
+        ({"positive": ("toxin",)}, "no row has label = 'toxin'; did you mean 'toxic'"),
+        ({"positive": ()}, "label = 'harmless', expected a number|label = 'toxic', expected a number"),
+        ({"held_out": 1.0}, "held_out: found 1.0"),
+    ],
+)
+def test_fit_scorer_names_the_mistake(change, words, tmp_path):
+    texts, labels = toy_labelled(100)
+    lines = (json.dumps({"text": t, "label": label}) + "\n" for t, label in zip(texts, labels, strict=True))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    config = settings.default_config()
+    config.fit_scorer = ConfigDict(
+        dict(config.fit_scorer)
+        | dict(data=str(tmp_path / "a.jsonl"), label_field="label", positive=("toxic",))
+        | change
+    )
+    with pytest.raises(UserError, match=words):
+        fit_scorer.run(config, str(tmp_path), Options)
+
+
+def test_labelled_reads_bytes_literals_and_names_bad_files(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n\"b'caf\\xc3\\xa9 \\'s'\",5\nb'broken,1\nplain,3\n")
+    rows = labelled.rows(path)
+    assert labelled.texts(rows, "text", path) == ["café 's", "b'broken", "plain"]
+    assert labelled.positives(rows, "label", path, 3.0, ()) == [True, False, False]
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n[]\n')
+    (tmp_path / "c.csv").write_text("text,label\n")
+    for name, words in (("b.jsonl", "line 2 is list"), ("c.csv", "no rows"), ("d.csv", "no such file")):
+        with pytest.raises(UserError, match=words):
+            labelled.rows(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_linear_auc_on_toxigen(shared, tmp_path):
+    config = settings.default_config()
+    config.fit_scorer.data = str(shared / "data/toxigen/annotated_train.csv")
+    config.fit_scorer.test_data = str(shared / "data/toxigen/annotated_test.csv")
+    fit_scorer.run(config, str(tmp_path), Options)
+    figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
+    assert (figures["test_texts"], figures["test_toxic"]) == (940, 368)
+    assert figures["auc"] > 0.80
+
+
+# ----------------------------------------------------------------------------------------------- classifier
+
+
+def tokenizer_of(family: str):
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if family == "bert" else ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: at for at, word in enumerate([*special, *WORDS])}
+    start, end = ("[CLS]", "[SEP]") if family == "bert" else ("<s>", "</s>")
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=special[3]))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+    )
+    pad = special[0] if family == "bert" else special[1]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token=special[3], pad_token=pad)
+
+
+def torch_classifier(family: str, labels=LABELS):
+    torch.manual_seed(0)
+    common = dict(
+        vocab_size=40,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=48,
+        id2label=dict(enumerate(labels)),
+        label2id={label: at for at, label in enumerate(labels)},
+        initializer_range=0.2,
+    )
+    if family == "bert":
+        config = transformers.BertConfig(**common, max_position_embeddings=40)
+        return transformers.BertForSequenceClassification(config).eval()
+    config = transformers.RobertaConfig(**common, max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-5)
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+def torch_logits(model, tokenizer, texts: list[str]) -> np.ndarray:
+    """One text at a time, no padding."""
+    with torch.no_grad():
+        encoded = [tokenizer(t, return_tensors="pt", truncation=True, max_length=40)["input_ids"] for t in texts]
+        return np.concatenate([model(ids).logits.numpy() for ids in encoded])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_classifier_equals_pytorch(family, form, tmp_path):
+    model, tokenizer = torch_classifier(family), tokenizer_of(family)
+    tokenizer.save_pretrained(tmp_path)
+    source = tmp_path
+    if form == "safetensors":
+        model.save_pretrained(tmp_path)
+    else:  # as Detoxify releases them; a buffer as old files have
+        source = tmp_path / "toxic.ckpt"
+        buffer = {f"{family}.embeddings.position_ids": torch.arange(40)[None]}
+        architecture = {"model_type": "none", "model_name": type(model).__name__, "num_classes": 3}
+        config = {"arch": {"args": architecture}, "dataset": {"args": {"classes": list(LABELS)}}}
+        torch.save({"config": config, "state_dict": collections.OrderedDict(model.state_dict() | buffer)}, source)
+    texts = [*sentences(21), "", "", "Rude LAMP of"]
+    loaded = classifier.load(str(source))
+    assert len(loaded.mesh.devices.flat) == len(jax.local_devices())
+    expected = torch_logits(model, tokenizer, texts)
+    np.testing.assert_allclose(loaded.logits(texts), expected, atol=1e-4)
+    scores = scorers.get(f"classifier:{source}#insult")(texts)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-expected[:, 1].astype(np.float64))), atol=1e-4)
+    assert np.ptp(scores) > 0.01
+    default = scorers.get(f"classifier:{source}")(texts)
+    np.testing.assert_allclose(default, 1 / (1 + np.exp(-expected[:, 0].astype(np.float64))), atol=1e-4)
+    with pytest.raises(UserError, match="no label 'insults'; did you mean 'insult'.*threat, toxicity"):
+        scorers.get(f"classifier:{source}#insults")
+
+
+def test_two_labels_exclude_each_other(tmp_path):
+    model, tokenizer = torch_classifier("roberta", ("neutral", "toxic")), tokenizer_of("roberta")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = sentences(5)
+    expected = torch.softmax(torch.tensor(torch_logits(model, tokenizer, texts)), dim=1)[:, 1]
+    np.testing.assert_allclose(scorers.get(f"classifier:{tmp_path}")(texts), expected, atol=1e-4)
+
+
+def test_a_damaged_classifier_is_one_clear_line(tmp_path):
+    model, tokenizer = torch_classifier("bert"), tokenizer_of("bert")
+    tokenizer.save_pretrained(tmp_path)
+    model.bert.save_pretrained(tmp_path)  # no head
+    with pytest.raises(UserError, match="not a bert sequence classifier"):
+        classifier.load(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 49}))
+    with pytest.raises(UserError, match=r"has shape .*, config.json expects"):
+        classifier.load(str(tmp_path))
+    (tmp_path / "bad.ckpt").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="not readable as weights alone"):
+        classifier.load(str(tmp_path / "bad.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "bad.ckpt")
+    with pytest.raises(UserError, match="not a Detoxify checkpoint"):
+        classifier.load(str(tmp_path / "bad.ckpt"))
+    torch.save({"config": Options()}, tmp_path / "bad.ckpt")  # wants to run code
+    with pytest.raises(UserError, match="not readable as weights alone"):
+        classifier.load(str(tmp_path / "bad.ckpt"))
+
+
+# ----------------------------------------------------------------------------------------------- perspective
+
+
+class Service(http.server.BaseHTTPRequestHandler):
+    """A stand-in for the API. A text's words say what happens to it."""
+
+    def do_POST(self):
+        state = self.server.state
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        state["bodies"].append(body)
+        state["keys"].append(self.headers["X-Goog-Api-Key"])
+        text = body["comment"]["text"]
+        state["tries"][text] += 1
+        if "french" in text:
+            return self.answer(400, {"error": {"message": "x", "details": [{"errorType": "LANGUAGE_NOT_SUPPORTED"}]}})
+        if "bad key" in text:
+            return self.answer(400, {"error": {"message": "x", "details": [{"reason": "API_KEY_INVALID"}]}})
+        if "gone" in text:
+            return self.answer(404, {})
+        if "busy" in text and state["tries"][text] < 3:
+            return self.answer(429, {"error": {"message": "quota"}}, {"Retry-After": "7"})
+        if "never" in text:
+            return self.answer(503, {})
+        if "empty answer" in text:
+            return self.answer(200, {"attributeScores": {}})
+        value = {"summaryScore": {"value": len(text) / 100}}
+        self.answer(200, {"attributeScores": {"TOXICITY": value}})
+
+    def answer(self, code, body, headers=()):
+        self.send_response(code)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    server.state = {"bodies": [], "keys": [], "tries": collections.Counter()}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PERSPECTIVE_API_KEY", "s3cret")
+    monkeypatch.setenv("PERSPECTIVE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/analyze")
+    monkeypatch.setenv("PERSPECTIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PERSPECTIVE_RATE", "200")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    found = []
+    monkeypatch.setattr(perspective.Client, "pause", staticmethod(found.append))
+    return found
+
+
+def test_perspective_scores_reports_and_keeps(service, pauses, tmp_path, caplog):
+    texts = ["abc", "abc", "in french", "", "abcdef"]
+    found = scorers.get("perspective")(texts)
+    np.testing.assert_array_equal(found, [0.03, 0.03, np.nan, np.nan, 0.06])
+    assert "31 December 2026" in caplog.text
+    assert "2 of 5 texts have no score: " in caplog.text and "1 LANGUAGE_NOT_SUPPORTED" in caplog.text
+    assert all(body["doNotStore"] is True for body in service.state["bodies"])
+    assert set(service.state["keys"]) == {"s3cret"}
+    assert service.state["tries"] == {"abc": 1, "in french": 1, "abcdef": 1}
+    # another process: what has a score is not asked again; a line cut short by a crash harms nothing
+    cache = tmp_path / "cache/TOXICITY.jsonl"
+    cache.write_text(cache.read_text() + '{"text": "12')
+    np.testing.assert_array_equal(scorers.get("perspective")([*texts, "new"])[-2:], [0.06, 0.03])
+    assert service.state["tries"] == {"abc": 1, "in french": 2, "abcdef": 1, "new": 1}
+    assert len(perspective.Cache(cache.__class__(cache))) == 3
+    assert "abc" not in cache.read_text()
+    assert "s3cret" not in caplog.text + cache.read_text()
+
+
+def test_perspective_tries_again_and_waits_as_told(service, pauses):
+    np.testing.assert_array_equal(scorers.get("perspective")(["busy"]), [0.04])
+    assert service.state["tries"]["busy"] == 3 and pauses == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "tries"),
+    [
+        ("never", "no score from .* in 6 attempts .503.*1 scores are kept in", 6),
+        ("empty answer", "an answer without a score for TOXICITY", 6),
+        ("gone", "answers 404", 1),
+        ("bad key", "the key is not accepted", 1),
+    ],
+)
+def test_perspective_stops_with_one_line(text, words, tries, service, pauses):
+    scorers.get("perspective")(["fine"])
+    with pytest.raises(UserError, match=words) as raised:
+        scorers.get("perspective")([text])
+    assert service.state["tries"][text] == tries and "s3cret" not in str(raised.value)
+    assert all(later >= earlier for earlier, later in zip(pauses, pauses[1:], strict=False))
+
+
+def test_perspective_unreachable_and_bad_rate(service, pauses, monkeypatch):
+    monkeypatch.setenv("PERSPECTIVE_ENDPOINT", "http://127.0.0.1:9/")  # nobody listens
+    with pytest.raises(UserError, match=r"no score from http://127.0.0.1:9/ in 6 attempts .*refused"):
+        scorers.get("perspective")(["abc"])
+    for rate in ("0", "fast", "-1", "nan"):
+        monkeypatch.setenv("PERSPECTIVE_RATE", rate)
+        with pytest.raises(UserError, match="PERSPECTIVE_RATE"):
+            scorers.get("perspective")
+
+
+def test_limiter_keeps_the_rate_over_threads():
+    limiter, starts = perspective.Limiter(0.05), []
+
+    def work():
+        limiter.wait()
+        starts.append(perspective.time.monotonic())
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.diff(sorted(starts)).min() > 0.03 and max(starts) - min(starts) > 0.19

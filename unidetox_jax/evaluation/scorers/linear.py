@@ -1,0 +1,151 @@
+"""A linear classifier of text: TF-IDF of words and of characters, logistic regression.
+
+The offline scorer for real text, and the classifier of political leaning. scikit-learn fits it; what is
+stored is plain data (`linear.json`, and `linear.npz` read with allow_pickle=False), so that loading one
+cannot run anything.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.sparse
+from etils import epath
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from unidetox_jax.errors import UserError
+
+FORMAT = 1
+SETTINGS, ARRAYS = "linear.json", "linear.npz"
+# character n-grams stay inside words: they see through spelling, not through syntax
+ANALYSES = {
+    "words": {"analyzer": "word", "ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"},
+    "characters": {"analyzer": "char_wb", "ngram_range": (2, 5)},
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearClassifier:
+    """A fitted classifier.
+
+    weights [features, columns], bias [columns]: one column for two labels, else one for each label.
+
+    labels: names in the order of the probabilities; of two, the second is what `toxicity` gives.
+    vocabularies: analysis → its terms, in the order of the features. idf: [features].
+    """
+
+    labels: tuple[str, ...]
+    vocabularies: dict[str, list[str]]
+    idf: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+
+    def features(self, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """TF-IDF rows [N, features], each analysis of unit length."""
+        blocks, start = [], 0
+        for name, terms in self.vocabularies.items():
+            vectorizer = _vectorizer(name, vocabulary={term: at for at, term in enumerate(terms)})
+            vectorizer.idf_ = self.idf[start : start + len(terms)]
+            blocks.append(vectorizer.transform(texts))
+            start += len(terms)
+        return scipy.sparse.hstack(blocks, format="csr")
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Probabilities of the labels, float64 [N, labels]; rows sum to 1."""
+        logits = self.features(texts) @ self.weights + self.bias
+        if logits.shape[1] == 1:
+            logits = np.hstack([np.zeros_like(logits), logits])
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+    def toxicity(self, texts: Sequence[str]) -> np.ndarray:
+        """The second label's probability, float64 [N]."""
+        if len(self.labels) != 2:
+            raise UserError(f"a linear scorer with the labels {', '.join(self.labels)}: toxicity needs two of them")
+        return self.probabilities(texts)[:, 1]
+
+
+def fit(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    order: Sequence[str] = (),
+    analyses: Sequence[str] = ("words", "characters"),
+    strength: float = 4.0,
+    min_texts: int = 3,
+    max_features: int = 100_000,
+    balanced: bool = False,
+) -> LinearClassifier:
+    """Fits a classifier.
+
+    Args:
+      texts, labels: N texts and the names of their labels.
+      order: the labels in the wanted order; sorted when empty.
+      strength: inverse of the L2 penalty (scikit-learn's C).
+      min_texts: a term must occur in so many texts.
+      max_features: the most frequent terms of each analysis that are kept.
+      balanced: every label weighs the same, however rare.
+    """
+    order = tuple(order) or tuple(sorted(set(labels)))
+    if len(set(labels)) < 2 or set(labels) != set(order):
+        raise UserError(f"labels found: {sorted(set(labels))}; expected at least two, and those of {list(order)}")
+    vocabularies, idf, blocks = {}, [], []
+    for name in analyses:
+        vectorizer = _vectorizer(name, min_df=min_texts, max_features=max_features)
+        try:
+            blocks.append(vectorizer.fit_transform(texts))
+        except ValueError as error:  # scikit-learn's word for: no term is frequent enough
+            raise UserError(f"{len(texts)} texts are too few or too short for a classifier: {error}") from None
+        vocabularies[name] = [str(term) for term in vectorizer.get_feature_names_out()]
+        idf.append(vectorizer.idf_)
+    model = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if balanced else None)
+    model.fit(scipy.sparse.hstack(blocks, format="csr"), [order.index(label) for label in labels])
+    return LinearClassifier(order, vocabularies, np.concatenate(idf), model.coef_.T.copy(), model.intercept_)
+
+
+def _vectorizer(analysis: str, **settings) -> TfidfVectorizer:
+    return TfidfVectorizer(sublinear_tf=True, lowercase=True, **ANALYSES[analysis], **settings)
+
+
+def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict) -> None:
+    """Writes `linear.npz` and `linear.json`; `figures` (held-out AUC, counts) are stored with it."""
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ARRAYS).open("wb") as file:
+        arrays = {"idf": classifier.idf, "weights": classifier.weights, "bias": classifier.bias}
+        np.savez_compressed(file, **{name: value.astype(np.float64) for name, value in arrays.items()})
+    content = {
+        "format": FORMAT,
+        "labels": list(classifier.labels),
+        "figures": figures,
+        "vocabularies": classifier.vocabularies,
+    }
+    (directory / SETTINGS).write_text(json.dumps(content, ensure_ascii=False))
+
+
+def load(directory: epath.PathLike) -> LinearClassifier:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: nothing there, another format, or arrays that do not fit the vocabulary.
+    """
+    directory = epath.Path(directory)
+    path = directory / SETTINGS
+    if not path.exists():
+        inside = directory / "scorer"
+        hint = f"; did you mean {inside}?" if (inside / SETTINGS).exists() else ""
+        raise UserError(f"{path}: no such file; expected a directory that `unidetox fit-scorer` made{hint}")
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path}: format {content.get('format')!r}, expected {FORMAT}")
+        with (directory / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            idf, weights, bias = (arrays[name] for name in ("idf", "weights", "bias"))
+        labels, vocabularies = tuple(content["labels"]), content["vocabularies"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: not a linear classifier ({error})") from None
+    features, columns = sum(map(len, vocabularies.values())), 1 if len(labels) == 2 else len(labels)
+    if not set(vocabularies) <= set(ANALYSES) or idf.shape != (features,) or weights.shape != (features, columns):
+        raise UserError(f"{directory}: {features} terms and {len(labels)} labels, but weights of shape {weights.shape}")
+    return LinearClassifier(labels, vocabularies, idf, weights, bias)

@@ -1,0 +1,122 @@
+"""`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with an AUC on text that it has not
+seen.
+
+Reads any csv or jsonl; writes WORKDIR/scorer, which `linear:WORKDIR/scorer` names. A training text that also
+stands in the test file is left out of training (ToxiGen's two files share some), and the count is reported.
+"""
+
+import dataclasses
+
+import numpy as np
+from absl import logging
+from etils import epath
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.scorers import labelled, linear
+from unidetox_jax.stages import base
+from unidetox_jax.stages.settings import FitScorerSettings, parse
+
+LABELS = ("harmless", "toxic")
+
+
+def run(config, workdir, options) -> None:
+    """Fits, tests, stores and prints."""
+    settings = parse(config.fit_scorer, FitScorerSettings, "config.fit_scorer")
+    if not settings.data:
+        raise UserError("config.fit_scorer.data: empty; expected a csv or jsonl file of labelled text")
+    directory = epath.Path(workdir) / "scorer"
+    if options.dry_run:
+        print(f"fit-scorer: would fit on {settings.data} and write {directory}")
+        return
+    inputs = {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
+    given = dataclasses.asdict(settings)
+    record = base.run_stage("fit-scorer", directory, given, inputs, lambda at: fit(settings, at), options.force)
+    print(describe(record["figures"]))
+    print(f"use it: --config.evaluate.scorer=linear:{directory}")
+
+
+def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
+    """Fits on the training text, tests on the rest, writes the classifier; returns the figures."""
+    texts, toxic = _read(settings.data, settings.text_field, settings.label_field, settings.above, settings.positive)
+    dropped = 0
+    if settings.test_data:
+        test = _read(
+            settings.test_data,
+            settings.test_text_field or settings.text_field,
+            settings.test_label_field or settings.label_field,
+            settings.test_above if settings.test_label_field else settings.above,
+            settings.test_positive if settings.test_label_field else settings.positive,
+        )
+        seen = {_plain(text) for text in test[0]}
+        keep = np.array([_plain(text) not in seen for text in texts])
+        dropped = int((~keep).sum())
+        train = [text for text, kept in zip(texts, keep, strict=True) if kept], toxic[keep]
+    else:
+        train, test = _split(texts, toxic, settings)
+    logging.info("fit-scorer: %d texts to train on, %d to test on", len(train[0]), len(test[0]))
+    _both(train[1], settings.data)
+    _both(test[1], settings.test_data or f"{settings.data}, its held-out part")
+    classifier = linear.fit(
+        train[0],
+        [LABELS[int(value)] for value in train[1]],
+        LABELS,
+        analyses=settings.analyses,
+        strength=settings.strength,
+        balanced=settings.balanced,
+    )
+    scores = classifier.toxicity(test[0])
+    figures = {
+        "auc": round(float(roc_auc_score(test[1], scores)), 4),
+        "accuracy": round(float(((scores > 0.5) == test[1]).mean()), 4),  # at the threshold that TP uses
+        "called_toxic": round(float((scores > 0.5).mean()), 4),
+        "train_texts": len(train[0]),
+        "train_toxic": int(train[1].sum()),
+        "train_texts_left_out": dropped,
+        "test_texts": len(test[0]),
+        "test_toxic": int(test[1].sum()),
+        "tested_on": settings.test_data or f"a random {settings.held_out:g} of {settings.data}",
+        "features": len(classifier.idf),
+    }
+    linear.save(directory, classifier, figures)
+    return figures
+
+
+def describe(figures: dict) -> str:
+    """The figures in two lines."""
+    return (
+        f"fit on {figures['train_texts']} texts ({figures['train_toxic']} toxic; {figures['train_texts_left_out']}"
+        f" left out because the test has them), {figures['features']} features\n"
+        f"held out: AUC {figures['auc']:.4f}, accuracy {figures['accuracy']:.4f}, "
+        f"calls {figures['called_toxic']:.1%} of {figures['test_texts']} texts toxic "
+        f"({figures['test_toxic']} are): {figures['tested_on']}"
+    )
+
+
+def _read(path: str, text: str, label: str, above: float, positive: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    rows = labelled.rows(path)
+    return labelled.texts(rows, text, path), np.array(labelled.positives(rows, label, path, above, positive))
+
+
+def _split(texts: list[str], toxic: np.ndarray, settings: FitScorerSettings) -> tuple:
+    """Train and test; every occurrence of a text falls on the same side."""
+    distinct = sorted({_plain(text) for text in texts})
+    if not 0 < settings.held_out < 1:
+        raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")
+    if len(distinct) < 10:
+        raise UserError(f"{settings.data}: {len(distinct)} different texts, too few to hold some out")
+    _, held = train_test_split(distinct, test_size=settings.held_out, random_state=settings.seed)
+    held = set(held)
+    test = np.array([_plain(text) in held for text in texts])
+    texts = np.array(texts, object)
+    return (texts[~test].tolist(), toxic[~test]), (texts[test].tolist(), toxic[test])
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _both(toxic: np.ndarray, where: str) -> None:
+    if toxic.all() or not toxic.any():
+        raise UserError(f"{where}: {int(toxic.sum())} toxic texts of {len(toxic)}; expected some of each kind")
