@@ -1,0 +1,89 @@
+"""Batched log-probabilities against PyTorch, one request at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.eval_helpers import make_pair, torch_logprobs
+from unidetox_jax import sharding
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import likelihood
+
+
+def reference(torch_model, context, continuation, limit):
+    """The sum and whether every token is the most probable one, with the last `limit` tokens as input."""
+    tokens = [*context, *continuation][-(limit + 1) :]
+    scored = torch_logprobs(torch_model, tokens)[-len(continuation) :]
+    greedy = bool((scored.argmax(-1).numpy() == np.array(continuation)).all())
+    return float(sum(row[token] for row, token in zip(scored, continuation, strict=True))), greedy
+
+
+def requests(rng, count, vocab=384, longest=70):
+    contexts = [rng.integers(0, vocab, rng.integers(1, longest)).tolist() for _ in range(count)]
+    return contexts, [rng.integers(0, vocab, rng.integers(1, 30)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
+def test_equals_pytorch_one_request_at_a_time(layout):
+    mesh = sharding.make_mesh(layout, jax.devices() if layout else jax.devices()[:1])
+    torch_model, model = make_pair(mesh=mesh)
+    contexts, continuations = requests(np.random.default_rng(0), 37)
+    for index in (3, 11):  # continuations that the model itself would choose
+        tokens = list(contexts[index])
+        for _ in range(6):
+            tokens.append(int(torch_logprobs(torch_model, [*tokens, 0])[-1].argmax()))
+        continuations[index] = tokens[len(contexts[index]) :]
+    found = likelihood.loglikelihood(model, contexts, continuations, batch_size=16)
+    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        total, greedy = reference(torch_model, context, continuation, 96)
+        assert found.sums[index] == pytest.approx(total, abs=2e-4)
+        assert found.greedy[index] == greedy
+        assert found.counts[index] == len(continuation)
+        assert found.truncated[index] == max(0, len(context) + len(continuation) - 1 - 96)
+    assert found.greedy.sum() >= 2
+
+
+def test_requests_that_differ_in_the_last_token_share_a_row(monkeypatch):
+    torch_model, model = make_pair()
+    rows = []
+    score = likelihood._score
+    monkeypatch.setattr(likelihood, "_score", lambda *arguments: rows.extend(arguments[2]) or score(*arguments))
+    contexts = [[5, 6, 7]] * 5 + [[5, 6, 7, 8]]
+    continuations = [[9, token] for token in (1, 2, 3, 4)] + [[9], [9, 2]]
+    found = likelihood.loglikelihood(model, contexts, continuations)
+    assert len(rows) == 3
+    expected = [reference(torch_model, *pair, 96)[0] for pair in zip(contexts, continuations, strict=True)]
+    np.testing.assert_allclose(found.sums, expected, atol=1e-4)
+
+
+def test_logits_come_in_slices_that_change_nothing(monkeypatch):
+    _, model = make_pair()
+    contexts, continuations = requests(np.random.default_rng(1), 9)
+    whole = likelihood.loglikelihood(model, contexts, continuations, batch_size=8)
+    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 8 * 384 * 4 * 2)  # two positions at a time
+    sliced = likelihood.loglikelihood(model, contexts, continuations, batch_size=8)
+    np.testing.assert_allclose(whole.sums, sliced.sums, atol=1e-4)
+    assert (whole.greedy == sliced.greedy).all()
+
+
+def test_few_shapes_are_compiled():
+    _, model = make_pair(seed=3)
+    mesh = sharding.mesh_of(model.params)
+    contexts, continuations = requests(np.random.default_rng(2), 400, longest=40)
+    likelihood._program(mesh).clear_cache()
+    likelihood.loglikelihood(model, contexts, continuations, batch_size=32)
+    assert likelihood._program(mesh)._cache_size() <= 10
+    before = likelihood._program(mesh)._cache_size()
+    likelihood.loglikelihood(model, contexts[::-1], continuations[::-1], batch_size=32)
+    assert likelihood._program(mesh)._cache_size() == before
+
+
+def test_degenerate_requests():
+    _, model = make_pair()
+    found = likelihood.loglikelihood(model, [[1, 2], []], [[], []])
+    assert found.sums.tolist() == [0, 0] and found.counts.tolist() == [0, 0] and found.greedy.all()
+    with pytest.raises(UserError, match="request 1 has an empty context"):
+        likelihood.loglikelihood(model, [[1], []], [[2], [3]])
+    with pytest.raises(UserError, match="request 0 has a continuation of 97 tokens, the model reads 96"):
+        likelihood.loglikelihood(model, [[1]], [[2] * 97])
+    assert np.isfinite(likelihood.loglikelihood(model, [[1]], [[2] * 96]).sums).all()  # fits exactly

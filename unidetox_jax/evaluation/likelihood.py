@@ -1,0 +1,213 @@
+"""Log-probabilities of continuations given contexts, under any model: the one scorer behind perplexity, MMLU, harness.
+
+Requests are sorted by length and cut into batches of few shapes; only continuation positions meet the head, in
+slices that bound the logits' memory. The surprising thing: requests that differ in their last token alone (the
+letters of a multiple choice) share one row of the batch.
+
+Axes: B batch rows, T input tokens, S scored tokens before the last, K last tokens of a row, V vocabulary, D width.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from unidetox_jax import models, sharding
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import Model, ModelConfig
+from unidetox_jax.progress import Progress
+
+LOGITS_BYTES = 1 << 28  # float32 logits held at once, per device
+FULL_BATCH_LENGTH = 128  # rows of up to this many tokens come in batches of batch_size; longer ones in smaller ones
+MOST_LAST_TOKENS = 32  # requests that share a row
+
+
+class LogLikelihood(NamedTuple):
+    """For N requests: sums float64 [N] (nats), greedy bool [N] (every token was a most probable one), counts int64
+    [N] (tokens scored), truncated int64 [N] (tokens cut off the context's left)."""
+
+    sums: np.ndarray
+    greedy: np.ndarray
+    counts: np.ndarray
+    truncated: np.ndarray
+
+
+class _Row(NamedTuple):
+    """One row of a batch: `tokens` is the input, `start` the position that predicts the first scored token, `scored`
+    the scored tokens but the last, `last` the candidates for the last, `owners` the requests they belong to."""
+
+    tokens: np.ndarray
+    start: int
+    scored: np.ndarray
+    last: list[int]
+    owners: list[int]
+
+
+def loglikelihood(
+    model: Model,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    batch_size: int = 256,
+    max_length: int | None = None,
+    label: str | None = None,
+) -> LogLikelihood:
+    """Log p(continuation | context), in float32 on the model's own mesh.
+
+    Args:
+      contexts, continuations: N token lists each. An empty continuation scores 0, over 0 tokens, greedy.
+      batch_size: rows of up to 128 tokens at a time; longer rows come in proportionally smaller batches.
+      max_length: the longest input in tokens, None for the model's context. A longer request loses tokens of its
+        context, from the left.
+      label: shows progress under this name.
+
+    Raises:
+      UserError: an empty context (nothing predicts the first token), or a continuation longer than `max_length`.
+    """
+    limit = max_length or model.cfg.max_position_embeddings
+    rows, truncated = _rows(contexts, continuations, limit)
+    mesh = sharding.mesh_of(model.params) or sharding.single_device_mesh()
+    counts = np.array([len(tokens) for tokens in continuations], np.int64)
+    sums, greedy = np.zeros(len(counts)), np.ones(len(counts), bool)
+
+    def collect(batch: Sequence[_Row], result: tuple[jax.Array, jax.Array]) -> None:
+        found_sums, found_greedy = (np.asarray(array) for array in result)
+        for index, row in enumerate(batch):
+            sums[row.owners] = found_sums[index, : len(row.owners)]
+            greedy[row.owners] = found_greedy[index, : len(row.owners)]
+
+    with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
+        pending = None  # the batch that the device works on while the host makes the next one
+        for batch in _batches(rows, batch_size, limit):
+            result = _score(model, mesh, batch, batch_size, limit)
+            if pending is not None:
+                collect(*pending)
+                bar.update(len(pending[0]))
+            pending = (batch, result)
+        if pending is not None:
+            collect(*pending)
+            bar.update(len(pending[0]))
+    return LogLikelihood(sums, greedy, counts, truncated)
+
+
+def length_bucket(length: int, limit: int) -> int:
+    """The padded length: few distinct ones, and little waste. Multiples of 16, of 64 from 128, of 256 from 1,024."""
+    step = 16 if length <= 128 else 64 if length <= 1024 else 256
+    return min(-(-length // step) * step, max(limit, length))
+
+
+def power_bucket(size: int) -> int:
+    """The smallest power of two that is not less than `size` ≥ 1."""
+    return 1 << (size - 1).bit_length()
+
+
+def _rows(contexts, continuations, limit: int) -> tuple[list[_Row], np.ndarray]:
+    rows: dict[tuple[bytes, int], list[_Row]] = {}
+    truncated = np.zeros(len(continuations), np.int64)
+    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        if not len(continuation):
+            continue
+        if not len(context):
+            raise UserError(f"likelihood: request {index} has an empty context, so nothing predicts its first token")
+        excess = max(0, len(context) + len(continuation) - 1 - limit)
+        if excess >= len(context):
+            raise UserError(
+                f"likelihood: request {index} has a continuation of {len(continuation)} tokens, the model reads {limit}"
+            )
+        truncated[index] = excess
+        tokens = np.array([*context[excess:], *continuation[:-1]], np.int32)
+        shared = rows.setdefault((tokens.tobytes(), len(continuation)), [])
+        if not shared or len(shared[-1].owners) == MOST_LAST_TOKENS:
+            start = len(context) - excess - 1
+            shared.append(_Row(tokens, start, tokens[start + 1 :], [], []))
+        shared[-1].last.append(continuation[-1])
+        shared[-1].owners.append(index)
+    return [row for shared in rows.values() for row in shared], truncated
+
+
+def _batches(rows: list[_Row], batch_size: int, limit: int):
+    """Rows from the longest to the shortest, in batches: memory runs out at once or never."""
+    rows = sorted(rows, key=lambda row: (-len(row.tokens), -len(row.scored), len(row.last)))
+    at = 0
+    while at < len(rows):
+        size = _batch_rows(length_bucket(len(rows[at].tokens), limit), batch_size)
+        yield rows[at : at + size]
+        at += size
+
+
+def _batch_rows(length: int, batch_size: int) -> int:
+    return batch_size if length <= FULL_BATCH_LENGTH else power_bucket(max(1, batch_size * FULL_BATCH_LENGTH // length))
+
+
+def _score(model: Model, mesh: Mesh, batch: list[_Row], batch_size: int, limit: int):
+    """Dispatches one batch: sums float32 [B, K], greedy bool [B, K], on every host."""
+    length = length_bucket(len(batch[0].tokens), limit)
+    size = min(power_bucket(len(batch)), _batch_rows(length, batch_size))
+    size = -(-size // sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
+    most = max(len(row.scored) for row in batch)
+    scored_length = power_bucket(most) if most else 0
+    widest = max(len(row.last) for row in batch)
+    width = 1 if widest == 1 else max(4, power_bucket(widest))
+
+    tokens = np.zeros((size, length), np.int32)
+    scored = np.zeros((size, scored_length), np.int32)
+    last = np.zeros((size, width), np.int32)
+    spans = np.zeros((size, 2), np.int32)  # start, number of scored tokens before the last
+    for index, row in enumerate(batch):
+        tokens[index, : len(row.tokens)] = row.tokens
+        scored[index, : len(row.scored)] = row.scored
+        last[index, : len(row.last)] = row.last
+        spans[index] = row.start, len(row.scored)
+
+    per_device = max(1, size // sharding.batch_ways(mesh)) * model.cfg.vocab_size * 4
+    piece = min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+    placed = (put(array, sharding.batch_sharding(mesh)) for array in (tokens, spans, scored, last))
+    with jax.set_mesh(mesh):
+        return _program(mesh)(model.params, *placed, model.cfg, piece)
+
+
+def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
+    """A host's array on devices, also where some of them belong to other hosts (which hold the same array)."""
+    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
+
+
+@functools.cache
+def _program(mesh: Mesh):
+    return jax.jit(_program_body, static_argnums=(5, 6), out_shardings=sharding.replicated(mesh))
+
+
+def _program_body(params, tokens, spans, scored, last, cfg: ModelConfig, piece: int):
+    start, count = spans[:, 0], spans[:, 1]
+    hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
+
+    def at(positions):  # [B, n] → [B, n, D]
+        positions = jnp.minimum(positions, tokens.shape[1] - 1)
+        return jnp.take_along_axis(hidden, positions[..., None], axis=1)
+
+    def score(positions, targets):  # [B, n], [B, n] → log-probabilities and whether each is the highest, [B, n]
+        logits = models.logits(params, at(positions), cfg)
+        return _gather(logits, targets)
+
+    logits = models.logits(params, at((start + count)[:, None]), cfg)  # the position that predicts the last token
+    sums, greedy = _gather(jnp.broadcast_to(logits, (*last.shape, logits.shape[-1])), last)
+    if scored.shape[1]:
+        offsets = jnp.arange(scored.shape[1])
+        positions = start[:, None] + offsets
+        pieces = [jnp.moveaxis(x.reshape(x.shape[0], -1, piece), 1, 0) for x in (positions, scored)]
+        values, highest = jax.lax.map(lambda piece: score(*piece), tuple(pieces))
+        values, highest = (jnp.moveaxis(x, 0, 1).reshape(scored.shape) for x in (values, highest))
+        real = offsets < count[:, None]
+        sums += jnp.sum(jnp.where(real, values, 0.0), axis=1, keepdims=True)
+        greedy &= jnp.all(highest | ~real, axis=1, keepdims=True)
+    return sums, greedy
+
+
+def _gather(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-softmax at the targets, and whether no logit is above it. By comparison, not by indexing: the vocabulary may
+    be split over devices."""
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    values = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    return values - jax.nn.logsumexp(logits, axis=-1), values >= jnp.max(logits, axis=-1)

@@ -1,0 +1,130 @@
+"""Knowledge: MMLU in the paper's form and in the field's.
+
+    paper      Question: …\nAnswer: the answer's text     dev's first k as shots, validation split, the choice whose
+                                                        text has the highest total log-probability
+    standard   the question, choices A to D listed        lm-evaluation-harness's prompt, test split, the letter
+
+Four texts a question, tokenised whole; what the four begin with is their context, what differs is scored. The
+surprising thing: this leaves the paper's argmax as it is, since the shared beginning adds the same to all four.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation.likelihood import loglikelihood
+from unidetox_jax.evaluation.perplexity import encode
+from unidetox_jax.models import Model
+
+LETTERS = "ABCD"
+SPLITS = {"paper": "validation", "standard": "test"}
+
+Question = Mapping[str, Any]  # question: str, choices: four str, answer: index, subject: str, as data's mmlu records
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    shots: Sequence[Question],
+    form: str = "paper",
+    k: int = 1,
+    batch_size: int = 256,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Accuracy over `questions` with k examples of the same subject before each.
+
+    Log-probabilities are in float32: bfloat16 ties long texts (spacing of about 2 nats at 150 tokens), and among ties
+    the first choice wins.
+
+    Args:
+      shots: the dev split; a subject with fewer than k questions there is left out, and named in the result.
+
+    Returns:
+      {"accuracy" (over questions), "stderr", "subject_mean" (over subjects), "questions", "correct", "subjects": name
+      → {"accuracy", "questions"}, "skipped": names, "truncated": texts that lost context on the left, "form", "k"}.
+
+    Raises:
+      UserError: an unknown form, or no question with enough shots.
+    """
+    if form not in SPLITS:
+        raise UserError(f"mmlu: no form {form!r}{suggest(form, SPLITS)}")
+    examples = collections.defaultdict(list)
+    for example in shots:
+        examples[example["subject"]].append(example)
+    asked = [question for question in questions if len(examples[question["subject"]]) >= k]
+    if not asked:
+        raise UserError(f"mmlu: none of {len(questions)} questions has {k} examples of its subject in the dev split")
+    contexts, continuations = [], []
+    prefixes = {subject: prefix(found[:k], subject, form) for subject, found in examples.items()}
+    texts = [text for question in asked for text in candidates(question, prefixes[question["subject"]], form)]
+    tokens = encode(tokenizer, texts)
+    for at in range(0, len(texts), len(LETTERS)):
+        four = tokens[at : at + len(LETTERS)]
+        shared = _common_beginning(four)
+        contexts += [text[:shared] for text in four]
+        continuations += [text[shared:] for text in four]
+    found = loglikelihood(model, contexts, continuations, batch_size, label=label)
+    chosen = found.sums.reshape(-1, len(LETTERS)).argmax(axis=1)
+    correct = chosen == np.array([question["answer"] for question in asked])
+    skipped = {question["subject"] for question in questions} - {question["subject"] for question in asked}
+    return {
+        **_accuracies(correct, [question["subject"] for question in asked]),
+        "skipped": sorted(skipped),
+        "truncated": int(np.count_nonzero(found.truncated)),
+        "form": form,
+        "k": k,
+    }
+
+
+def prefix(examples: Sequence[Question], subject: str, form: str) -> str:
+    """What stands before the question: the examples with their answers."""
+    if form == "paper":
+        return "".join(f"{_stem(example, form)}{example['choices'][example['answer']]}\n\n" for example in examples)
+    head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return head + "".join(f"{_stem(example, form)} {LETTERS[example['answer']]}\n\n" for example in examples)
+
+
+def candidates(question: Question, before: str, form: str) -> list[str]:
+    """The four whole texts of a question."""
+    stem = before + _stem(question, form)
+    if form == "paper":
+        return [stem + choice for choice in question["choices"]]
+    return [f"{stem} {letter}" for letter in LETTERS]
+
+
+def _stem(question: Question, form: str) -> str:
+    if form == "paper":
+        return f"Question: {question['question']}\nAnswer: "
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question["choices"], strict=True))
+    return f"{question['question'].strip()}\n{listed}Answer:"
+
+
+def _common_beginning(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with, at least 1 (nothing predicts the first)."""
+    shared = 0
+    for column in zip(*texts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return max(1, shared)
+
+
+def _accuracies(correct: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
+    names = np.asarray(subjects, object)
+    by_subject = {
+        name: {"accuracy": float(correct[names == name].mean()), "questions": int((names == name).sum())}
+        for name in sorted(set(subjects))
+    }
+    accuracy = float(correct.mean())
+    return {
+        "accuracy": accuracy,
+        "stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
+        "subject_mean": float(np.mean([found["accuracy"] for found in by_subject.values()])),
+        "questions": len(correct),
+        "correct": int(correct.sum()),
+        "subjects": by_subject,
+    }

@@ -1,0 +1,82 @@
+"""What models are asked to continue: prompts with their categories, from any data set.
+
+    toxigen   toxigen?split=validation   realtoxicityprompts   prompts.csv   jsonl:prompts.jsonl?category=group
+
+A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. RealToxicityPrompts has
+the categories of Gehman et al. (2020): "toxic" prompts score at least 0.5 under Perspective.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from unidetox_jax import data
+from unidetox_jax.errors import UserError
+
+FILE_KINDS = ("csv", "jsonl")
+TOXIC_PROMPT = 0.5
+
+
+class Prompts(NamedTuple):
+    """P prompts: texts, categories ("" for none), and a fingerprint of where they come from."""
+
+    texts: tuple[str, ...]
+    categories: tuple[str, ...]
+    fingerprint: str
+
+    def counts(self) -> dict[str, int]:
+        """How many prompts each category has."""
+        return {name: self.categories.count(name) for name in dict.fromkeys(self.categories)}
+
+
+def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0) -> Prompts:
+    """The prompts of a data set.
+
+    Args:
+      spec: see this module's head; `data.load` reads it.
+      limit: how many to take, drawn with `seed` and in the file's order; 0 for all.
+
+    Raises:
+      UserError: no such data set or file, no prompts in it, or a prompt without any character.
+    """
+    records = _records(spec, data_dir)
+    chosen = np.arange(len(records))
+    if 0 < limit < len(records):
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(records))[:limit])
+    rows = [records[int(i)] for i in chosen]
+    for index, row in zip(chosen, rows, strict=True):
+        if not row["text"]:
+            raise UserError(f"{spec}: prompt {index} is an empty text")
+    texts = tuple(row["text"] for row in rows)
+    return Prompts(
+        texts, tuple(_category(row) for row in rows), f"{records.fingerprint}-{limit}-{seed if limit else 0}"
+    )
+
+
+def from_texts(texts: Sequence[str], categories: Sequence[str] | None = None) -> Prompts:
+    """Prompts made in code."""
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    return Prompts(tuple(texts), tuple(categories or [""] * len(texts)), digest)
+
+
+def _records(spec: str, data_dir: epath.PathLike) -> data.Records:
+    kind = spec.rsplit(".", 1)[-1]
+    if kind not in FILE_KINDS or spec.partition(":")[0] in FILE_KINDS:
+        return data.load(spec, data_dir=data_dir)
+    try:
+        return data.load(f"{kind}:{spec}?category=category", data_dir=data_dir)
+    except UserError as error:
+        if "category" not in str(error):
+            raise
+        return data.load(f"{kind}:{spec}", data_dir=data_dir)
+
+
+def _category(row) -> str:
+    if "category" in row:
+        return row["category"]
+    if "continuation_toxicity" not in row or np.isnan(row["toxicity"]):
+        return ""
+    return "toxic" if row["toxicity"] >= TOXIC_PROMPT else "nontoxic"
