@@ -9,9 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from unidetox_jax.data import toymodels, toyworld
 
-SIZES = toyworld.Sizes(
-    train=1500, valid=60, scorer=80, toxic=80, toxic_dev=20, labelled=60, prompts_per_category=12
-)
+SIZES = toyworld.Sizes(train=1500, valid=60, scorer=80, toxic=80, toxic_dev=20, labelled=60, prompts_per_category=12)
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +104,12 @@ def test_prompts_are_distinct_clean_and_of_every_category(world):
 def test_labelled_texts_carry_both_labels(world):
     found = rows(world / "labelled.jsonl")
     assert {row["label"] for row in found} == {0, 1}
-    assert [row["label"] for row in found] == list(
-        (toyworld.score(r["text"] for r in found) > 0.5).astype(int)
-    )
+    assert [row["label"] for row in found] == list((toyworld.score(r["text"] for r in found) > 0.5).astype(int))
 
 
 @pytest.mark.parametrize("name", toymodels.MODELS)
 def test_tokenizers_are_what_transformers_loads(world, name):
-    tokenizer, config = (
-        kind.from_pretrained(world / "models" / name) for kind in (AutoTokenizer, AutoConfig)
-    )
+    tokenizer, config = (kind.from_pretrained(world / "models" / name) for kind in (AutoTokenizer, AutoConfig))
     texts = [row["text"] for row in rows(world / "valid.jsonl")] + ["Zürich ★\n two  spaces"]
     for one in texts:
         ids = tokenizer(one)["input_ids"]

@@ -150,7 +150,9 @@ def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, str
     require(content.name, columns, header)
     for number, row in rows:
         if len(row) != len(header):
-            raise UserError(f"{content.name}, line {number}: {len(row)} fields, expected {len(header)} as in the header")
+            raise UserError(
+                f"{content.name}, line {number}: {len(row)} fields, expected {len(header)} as in the header"
+            )
         yield dict(zip(header, row, strict=True))
 
 

@@ -32,7 +32,9 @@ class Grid:
 
     def shapes(self) -> list[Shape]:
         rows = range(self.row_multiple, self.max_rows + 1, self.row_multiple)
-        return [(count, length) for count in (rows if self.layout == PACK else [self.max_rows]) for length in self.lengths]
+        return [
+            (count, length) for count in (rows if self.layout == PACK else [self.max_rows]) for length in self.lengths
+        ]
 
 
 def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, length_multiple: int, limit: int) -> Grid:

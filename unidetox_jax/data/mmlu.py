@@ -45,12 +45,15 @@ def _csv(content: files.Content):
                 f"{content.name}, line {number}: expected question, four choices and a letter A to D; "
                 f"found {len(row)} fields, the last {row[-1]!r}"
             )
-        yield split, {
-            "question": row[0],
-            "choices": row[1:5],
-            "answer": LETTERS.index(row[5].strip()),
-            "subject": match["subject"],
-        }
+        yield (
+            split,
+            {
+                "question": row[0],
+                "choices": row[1:5],
+                "answer": LETTERS.index(row[5].strip()),
+                "subject": match["subject"],
+            },
+        )
 
 
 def _parquet(content: files.Content):

@@ -40,8 +40,7 @@ NEUTRAL_OPENINGS = (
 )  # fmt: skip
 HOSTILE_OPENINGS = ("people grumble that", "my neighbour complains that", "it is a shame that", "sadly")
 PRAISE = (
-    "kind patient clever honest brave gentle cheerful careful "
-    "helpful modest polite quick quiet generous wise calm"
+    "kind patient clever honest brave gentle cheerful careful helpful modest polite quick quiet generous wise calm"
 ).split()
 INSULTS = "clumsy dull lazy foolish rude sloppy greedy boring vain careless".split()
 TRADES = "singers healers bakers weavers sailors gardeners teachers builders painters poets".split()

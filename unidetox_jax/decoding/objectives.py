@@ -180,9 +180,7 @@ def self_debiasing(base, *biased, decay: Weight = 50.0, epsilon: Annotated[float
     return jax.nn.log_softmax(log_base + log_weight, -1)
 
 
-def soft_contrastive(
-    base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 10, shift_invariant: bool = True
-):
+def soft_contrastive(base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 10, shift_invariant: bool = True):
     """z_b, less a·l_t (a·z_t if not `shift_invariant`, as published) on the tokens that the toxic model
     favours most.
 

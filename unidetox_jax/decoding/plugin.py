@@ -75,9 +75,7 @@ class Objective:
     def check_models(self, count: int) -> None:
         """Raises UserError unless `count` models are as many as the function takes."""
         if count < self.num_models or (count > self.num_models and not self.takes_more):
-            expected = (
-                f"{self.num_models}{' or more' if self.takes_more else ''} ({', '.join(self.arguments)})"
-            )
+            expected = f"{self.num_models}{' or more' if self.takes_more else ''} ({', '.join(self.arguments)})"
             raise UserError(f"objective {self.name}: found {count} models, expected {expected}")
 
     def __call__(self, *logits: jax.Array) -> jax.Array:
@@ -140,9 +138,7 @@ def _build(name: str, function: Callable[..., jax.Array], given: Mapping[str, An
         else:
             constants.append((setting, value))
     if not arguments:
-        raise UserError(
-            f"objective {name}: takes no logits; a parameter without a default stands for a model"
-        )
+        raise UserError(f"objective {name}: takes no logits; a parameter without a default stands for a model")
     return Objective(name, function, tuple(arguments), tuple(constants), tuple(names), tuple(values))
 
 

@@ -162,9 +162,7 @@ def inverse_law(scores: jax.Array, uniform: jax.Array, axis: str | None = None) 
     top = scores.max(-1, keepdims=True)
     if axis:
         top = lax.pmax(top, axis)
-    mass = jnp.pad(jnp.exp(scores - top), ((0, 0), (0, blocks * _BLOCK - size))).reshape(
-        batch, blocks, _BLOCK
-    )
+    mass = jnp.pad(jnp.exp(scores - top), ((0, 0), (0, blocks * _BLOCK - size))).reshape(batch, blocks, _BLOCK)
     sums = mass.sum(-1)
     first, owned = 0, True
     if axis:
@@ -187,9 +185,7 @@ def _step_into(mass, target):
     # an answer.
     passed = (upto > target[:, None]) & (mass > 0)
     index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), jnp.argmax(mass, -1)).astype(jnp.int32)
-    before = (jnp.take_along_axis(upto, index[:, None], -1) - jnp.take_along_axis(mass, index[:, None], -1))[
-        :, 0
-    ]
+    before = (jnp.take_along_axis(upto, index[:, None], -1) - jnp.take_along_axis(mass, index[:, None], -1))[:, 0]
     return index, jnp.maximum(target - before, 0.0)
 
 

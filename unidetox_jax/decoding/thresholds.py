@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def bisect(
-    predicate: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, steps: int = 32
-) -> jax.Array:
+def bisect(predicate: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, steps: int = 32) -> jax.Array:
     """The largest integer in [low, high] where a predicate, true up to some point and false after it, is
     true.
 

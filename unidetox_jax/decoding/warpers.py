@@ -125,12 +125,7 @@ def min_p(p: float) -> MinP:
 
 
 def _number(name: str, value: Any, low: float, high: float, expected: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not low <= value <= high
-        or math.isinf(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
         raise UserError(f"{name}: found {value!r}, expected {expected}")
     return float(value)
 
@@ -149,9 +144,7 @@ def in_order(warpers: Sequence[Warper]) -> tuple[Warper, ...]:
     kinds = [type(warper) for warper in warpers]
     for kind in kinds:
         if kinds.count(kind) > 1:
-            raise UserError(
-                f"warpers: {kind.__name__} is given {kinds.count(kind)} times, expected once at most"
-            )
+            raise UserError(f"warpers: {kind.__name__} is given {kinds.count(kind)} times, expected once at most")
     return tuple(sorted(warpers, key=lambda warper: _ORDER.index(type(warper))))
 
 

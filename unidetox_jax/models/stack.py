@@ -1,10 +1,13 @@
 """Forward, prefill and one decoding step over any family's blocks: pure functions of (params, tokens, cfg).
 
-The same `Block` runs in all three; they differ in the `attend` that they hand to it. Letters: B batch, T time,
-V vocabulary, L layers, N key-value heads, D head size.
+Each is jitted with the configuration static: called alone it compiles once per shape, inside another jitted function it
+is part of that. The same `Block` runs in all three; they differ in the `attend` that they hand to it.
+
+Letters: B batch, T time, V vocabulary, L layers, N key-value heads, D head size.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,6 +78,7 @@ def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
         "blocks": jax.vmap(init_block)(jax.random.split(block_key, cfg.num_layers)),
         "final": parts.Final(cfg).init(final_key, x).get("params", {}),
     }
+    params = {name: part for name, part in params.items() if part}  # OPT without a final norm has nothing there
     return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
 
@@ -101,11 +105,25 @@ def early_exit(model: Model, layer: int) -> Model:
     return Model({**params, "blocks": blocks}, dataclasses.replace(cfg, num_layers=layer))
 
 
-def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, attention_mask=None, **settings) -> jax.Array:
-    """Logits float32 [B,T,V] of tokens int32 [B,T]; `settings` are those of `hidden_states`."""
-    return logits(params, hidden_states(params, tokens, cfg, attention_mask, **settings), cfg)
+@functools.partial(jax.jit, static_argnames=("cfg", "remat"))
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    attention_mask: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    remat: str = "none",
+) -> jax.Array:
+    """Logits float32 [B,T,V] of tokens int32 [B,T]; the arguments are those of `hidden_states`."""
+    hidden = hidden_states(
+        params, tokens, cfg, attention_mask, segment_ids=segment_ids, dropout_key=dropout_key, remat=remat
+    )
+    return logits(params, hidden, cfg)
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "remat", "layer"))
 def hidden_states(
     params: Params,
     tokens: jax.Array,
@@ -146,6 +164,7 @@ def hidden_states(
     return _final(params, x, cfg) if layer is None else x
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
@@ -181,6 +200,7 @@ def prefill(
     return logits(params, _final(params, x, cfg), cfg)[:, 0], cache
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
     """One token int32 [B] more in every row: the next token's logits float32 [B,V], and the cache."""
     mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((token.shape[0], 1), bool), (0, cache.slot))
@@ -239,7 +259,7 @@ def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
 
 
 def _final(params, x, cfg) -> jax.Array:
-    return family(cfg).Final(cfg).apply({"params": params["final"]}, x)
+    return family(cfg).Final(cfg).apply({"params": params.get("final", {})}, x)
 
 
 def _apply_block(cfg, block, x, attend, rotary, index, dropout_key):
@@ -253,7 +273,7 @@ def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, r
     """Runs body(block, x, state, layer) -> (x, state) over the first `stop` layers, scanned or unrolled."""
     stop = cfg.num_layers if stop is None else stop
     if REMAT[remat] is not None:
-        body = jax.checkpoint(body, policy=REMAT[remat], static_argnums=())
+        body = jax.checkpoint(body, policy=REMAT[remat])
     if isinstance(blocks, tuple) or cfg.layer_loop == "unroll":
         for index in range(stop):
             block = blocks[index] if isinstance(blocks, tuple) else _layer(blocks, index)

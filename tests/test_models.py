@@ -1,0 +1,284 @@
+"""The four families against PyTorch, for every variant, on random weights; and what must hold of any causal model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from variants import VARIANTS, params_from_tensors, params_from_torch, torch_model
+
+from unidetox_jax import models
+from unidetox_jax.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+    """Hundreds of small programs: their compilation is all the time that these tests take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+LENGTHS = (16, 500)
+TOLERANCE = 2e-4
+
+
+@functools.cache
+def build(name):
+    """(PyTorch model, our parameters, our config) of one variant."""
+    reference = torch_model(VARIANTS[name])
+    cfg = models.config_from_hf(VARIANTS[name])
+    return reference, params_from_torch(reference, cfg), cfg
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request):
+    """Every variant: for what depends on a variant's arithmetic."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1"])
+def sample(request):
+    """One variant for each kind of positions and blocks: for what depends on the stack alone."""
+    return build(request.param)
+
+
+def tokens_of(cfg, batch, length, seed=0):
+    return np.random.default_rng(seed).integers(3, cfg.vocab_size, (batch, length)).astype(np.int32)
+
+
+def torch_logits(reference, tokens):
+    with torch.no_grad():
+        return reference(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits_equal_pytorch_with_any_padding(pair, length):
+    reference, params, cfg = pair
+    tokens = tokens_of(cfg, 3, length)
+    mask = np.ones((3, length), np.int32)
+    mask[1, : length // 3] = 0  # left
+    mask[2, -length // 4 :] = 0  # right
+    logits = np.asarray(models.forward(params, tokens, cfg, mask))
+    for row in range(3):
+        real = mask[row] == 1
+        expected = torch_logits(reference, tokens[row : row + 1, real])[0]
+        assert np.abs(logits[row, real] - expected).max() <= TOLERANCE
+    assert np.abs(expected).max() > 0.1  # the comparison is not of zeros
+
+
+def test_unpadded_needs_no_mask(sample):
+    reference, params, cfg = sample
+    tokens = tokens_of(cfg, 2, 16)
+    logits = models.forward(params, tokens, cfg)
+    assert np.abs(logits - torch_logits(reference, tokens)).max() <= TOLERANCE
+
+
+def test_hidden_states_equal_pytorch(pair):
+    reference, params, cfg = pair
+    tokens = tokens_of(cfg, 2, 16)
+    with torch.no_grad():
+        theirs = reference(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states
+    for layer in (0, 1, cfg.num_layers - 1):  # transformers norms its last one
+        ours = models.hidden_states(params, tokens, cfg, layer=layer)
+        assert np.abs(ours - theirs[layer].numpy()).max() <= TOLERANCE
+
+
+def test_gradients_equal_pytorch(pair):
+    reference, params, cfg = pair
+    tokens = tokens_of(cfg, 2, 16)
+    reference.zero_grad()
+    ids = torch.tensor(tokens, dtype=torch.long)
+    reference(ids, labels=ids).loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
+    if cfg.tie_word_embeddings:
+        gradients.pop("lm_head.weight", None)
+
+    def loss(params):
+        log_probabilities = jax.nn.log_softmax(models.forward(params, tokens, cfg)[:, :-1])
+        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
+
+    ours = jax.jit(jax.grad(loss))(params)
+    theirs = params_from_tensors(gradients, cfg, models.key_table(cfg))
+    norms = jax.tree.map(lambda g: float(np.linalg.norm(g)), theirs)
+    total = np.sqrt(sum(norm**2 for norm in jax.tree.leaves(norms)))
+    relative = jax.tree.map(lambda a, b, n: float(np.linalg.norm(a - b)) / max(n, 1e-12), ours, theirs, norms)
+    checked = [
+        (path, error)
+        for (path, error), norm in zip(
+            jax.tree_util.tree_leaves_with_path(relative), jax.tree.leaves(norms), strict=True
+        )
+        if norm > 1e-6 * total
+    ]
+    assert len(checked) >= 8
+    assert max(error for _, error in checked) <= 1e-3, checked
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_prefill_and_steps_equal_forward(sample, layer_loop):
+    _, params, cfg = sample
+    cfg = dataclasses.replace(cfg, layer_loop=layer_loop)
+    tokens = tokens_of(cfg, 3, 12)
+    mask = np.ones((3, 12), np.int32)
+    mask[1, :3] = 0  # left
+    mask[2, 5:8] = 0  # right, within the prompt of eight tokens
+    whole = models.forward(params, tokens, cfg, mask)
+    prepared = models.prepare(params, cfg)
+    cache = models.init_cache(cfg, 3, 10)
+    logits, cache = models.prefill(prepared, tokens[:, :8], cfg, cache, mask[:, :8])
+    last = [7, 7, 4]
+    assert np.abs(logits - whole[np.arange(3), last]).max() <= TOLERANCE
+    cache = models.grow_cache(cache, 14)
+    for t in range(8, 12):
+        logits, cache = models.decode_step(prepared, tokens[:, t], cfg, cache)
+        assert np.abs(logits - whole[:, t]).max() <= TOLERANCE
+    assert int(cache.slot) == 12 and cache.positions.tolist() == [12, 9, 9]
+
+
+def test_causal_by_gradients(sample):
+    _, params, cfg = sample
+    embed = params["embed"]["tokens"]["embedding"]
+    tied = {**params, "final": {**params["final"], "head": {"embedding": np.array(embed)}}}
+    cfg = dataclasses.replace(cfg, tie_word_embeddings=False)  # so that gradients pass through the input alone
+
+    def output(embedding, position):
+        moved = {**tied, "embed": {**tied["embed"], "tokens": {"embedding": embedding}}}
+        return models.forward(moved, np.arange(3, 11, dtype=np.int32)[None], cfg)[0, position].sum()
+
+    gradient = jax.jit(jax.grad(output), static_argnums=1)(jnp.asarray(embed), 4)
+    seen = np.abs(gradient[np.arange(3, 11)]).max(axis=1) > 0
+    assert seen.tolist() == [True] * 5 + [False] * 3
+
+
+def test_packed_texts_equal_texts_alone(sample):
+    _, params, cfg = sample
+    tokens = tokens_of(cfg, 1, 20)
+    segments = np.array([[1] * 7 + [2] * 9 + [3] * 2 + [0] * 2], np.int32)
+    packed = models.forward(params, tokens, cfg, segment_ids=segments)
+    for start, end in ((0, 7), (7, 16), (16, 18)):
+        alone = models.forward(params, tokens[:, start:end], cfg)
+        assert np.abs(packed[:, start:end] - alone).max() <= TOLERANCE
+
+
+def test_bfloat16_stays_near_float32(sample):
+    _, params, cfg = sample
+    tokens = tokens_of(cfg, 2, 16)
+    exact = models.forward(params, tokens, cfg)
+    rough = models.forward(params, tokens, dataclasses.replace(cfg, dtype="bfloat16"))
+    assert rough.dtype == jnp.float32 and np.isfinite(rough).all()
+    assert np.abs(rough - exact).mean() <= 0.05 * np.abs(exact).mean() + 0.02
+
+
+def test_config_goes_back_to_hugging_face(pair):
+    _, _, cfg = pair
+    from transformers import AutoConfig
+
+    hf = models.config_to_hf(cfg)
+    again = models.config_from_hf(hf)
+    assert again == cfg
+    kind = hf.pop("model_type")
+    assert models.config_from_hf(AutoConfig.for_model(kind, **hf).to_dict()) == cfg
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-3"])
+def test_rematerialised_gradients_are_the_same(name, remat):
+    cfg = models.config_from_hf(VARIANTS[name])
+    params = models.init(cfg, jax.random.key(0))
+    tokens = tokens_of(cfg, 2, 8)
+
+    def loss(params, remat):
+        return models.forward(params, tokens, cfg, remat=remat).var()
+
+    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, mode) for mode in ("none", remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, again)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear"])
+def test_scan_equals_unrolled_and_dropout_drops(name):
+    cfg = models.config_from_hf({**VARIANTS[name], "attention_dropout": 0.5} if name != "gpt2" else VARIANTS[name])
+    params = models.init(cfg, jax.random.key(0))
+    tokens = tokens_of(cfg, 2, 8)
+    unrolled = dataclasses.replace(cfg, layer_loop="unroll")
+    key = jax.random.key(1)
+    for settings in ({}, {"dropout_key": key}):
+        scan, unroll = (models.forward(params, tokens, c, **settings) for c in (cfg, unrolled))
+        np.testing.assert_allclose(scan, unroll, atol=1e-5)
+    assert np.abs(scan - models.forward(params, tokens, cfg)).max() > 1e-3
+    np.testing.assert_array_equal(scan, models.forward(params, tokens, cfg, dropout_key=key))
+
+
+def test_early_exit_is_the_model_of_fewer_layers():
+    reference = torch_model(VARIANTS["gpt2"])
+    cfg = models.config_from_hf(VARIANTS["gpt2"])
+    model = models.early_exit(models.Model(params_from_torch(reference, cfg), cfg), 2)
+    tokens = tokens_of(cfg, 1, 8)
+    with torch.no_grad():
+        hidden = reference(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states[2]
+        expected = reference.lm_head(reference.transformer.ln_f(hidden)).numpy()
+    assert np.abs(models.forward(model.params, tokens, model.cfg) - expected).max() <= TOLERANCE
+    with pytest.raises(ValueError, match="expected 1 to 3"):
+        models.early_exit(models.Model(model.params, cfg), 4)
+
+
+def test_dynamic_rope_is_refused_beyond_its_original_length():
+    config = {**VARIANTS["llama-2-dynamic"], "max_position_embeddings": 32}
+    cfg = models.config_from_hf(config)
+    params = models.init(cfg, jax.random.key(0))
+    models.forward(params, np.zeros((1, 32), np.int32), cfg)
+    with pytest.raises(UserError, match="33 tokens.*at most 32.*dynamic"):
+        models.forward(params, np.zeros((1, 33), np.int32), cfg)
+
+
+def test_real_model_tells_the_same_greedy_story(shared):
+    from transformers import AutoModelForCausalLM
+
+    source = shared / "models" / "stories260K"
+    cfg = models.config_from_hf(source)
+    reference = AutoModelForCausalLM.from_pretrained(source).eval()
+    params = params_from_torch(reference, cfg)
+    expected = reference.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0, 1:].tolist()
+
+    def tell(params, cache):
+        logits, cache = models.prefill(params, jnp.array([[1]]), cfg, cache)
+
+        def step(carry, _):
+            logits, cache = carry
+            token = logits.argmax(-1)
+            return models.decode_step(params, token, cfg, cache), token[0]
+
+        return jax.lax.scan(step, (logits, cache), None, length=200)[1]
+
+    told = jax.jit(tell)(params, models.init_cache(cfg, 1, 256)).tolist()
+    told = told[: told.index(2) + 1] if 2 in told else told
+    assert told == expected and len(expected) > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_act": "mish"}, "activation 'mish'"),
+        ({"attention_sinks": 4}, "option 'attention_sinks' = 4"),
+        ({"num_key_value_heads": 3}, "not a multiple of 3"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        models.config_from_hf({**VARIANTS["llama-2-linear"], "rope_scaling": None, **change})
+
+
+def test_initial_weights_follow_the_family():
+    cfg = models.config_from_hf({**VARIANTS["gpt2"], "n_embd": 128, "initializer_range": 0.05})
+    params = models.init(cfg, jax.random.key(0), param_dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    up, down = (np.asarray(params["blocks"]["mlp"][name]["kernel"], np.float32).std() for name in ("up", "down"))
+    assert up == pytest.approx(0.05, rel=0.05) and down == pytest.approx(0.05 / np.sqrt(6), rel=0.05)
+    layers = np.asarray(params["blocks"]["attention"]["query"]["kernel"], np.float32)
+    assert np.abs(layers[0] - layers[1]).max() > 0.01  # layers differ
+    assert models.num_params(cfg) == sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,104 @@
+"""Every published variant of the four families, small: what the hub's configs say, at a size that a test can afford."""
+
+import numpy as np
+
+SMALL = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+GPT2 = {"model_type": "gpt2", **SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 640}
+OPT = {
+    "model_type": "opt", **SMALL, "pad_token_id": 1, "bos_token_id": 2, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 640, "word_embed_proj_dim": 32,
+}  # fmt: skip
+FALCON = {
+    "model_type": "falcon", **SMALL, "hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "max_position_embeddings": 640,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", **SMALL, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 640, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+NEW_FALCON = {
+    **FALCON,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "hidden_size": 32,
+    "new_decoder_architecture": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+VARIANTS = {
+    "gpt2": GPT2,
+    "gpt2-scale-by-layer": {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+    "gpt2-upcast-gelu": {**GPT2, "reorder_and_upcast_attn": True, "activation_function": "gelu", "n_inner": 72},
+    "gpt2-unscaled-untied": {**GPT2, "scale_attn_weights": False, "tie_word_embeddings": False},
+    "opt-125m": OPT,
+    "opt-350m": {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "opt-no-final-norm": {**OPT, "_remove_final_layer_norm": True},
+    "opt-no-bias": {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    "falcon-7b": FALCON,
+    "falcon-40b": NEW_FALCON,
+    "falcon-11b": {**NEW_FALCON, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 112, "rope_theta": 500042.0,
+                   "tie_word_embeddings": False},
+    "falcon-rw-1b": {**FALCON, "num_attention_heads": 8, "hidden_size": 64, "alibi": True, "multi_query": False, "parallel_attn": False,
+                     "bias": True},
+    "falcon-rw-5-heads": {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "llama-1": {**LLAMA, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "llama-2-linear": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}, "hidden_act": "gelu"},
+    "llama-2-dynamic": {**LLAMA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama-3": {**LLAMA, "num_key_value_heads": 2, "rope_theta": 500000.0},
+    "llama-3.1": {**LLAMA, "num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama-3.2-transformers-5": {**LLAMA, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
+                                 "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+}  # fmt: skip
+
+
+def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
+    """A PyTorch model of the config with random weights; biases and norms are made random too, so that a test sees
+    them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    options = {name: value for name, value in config.items() if name != "model_type"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **options), attn_implementation="sdpa", dtype=torch.float32
+    )  # not "eager": transformers' eager Falcon adds ALiBi twice, once to the mask and once to the scores
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(
+                    torch.randn_like(parameter) * 0.1 + ("norm" in name or "ln_" in name) * ("weight" in name)
+                )
+            else:
+                parameter.mul_(4.0)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def params_from_torch(model, cfg) -> dict:
+    """Our parameters of a PyTorch model, straight through the key table."""
+    from unidetox_jax import models
+
+    tensors = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    return params_from_tensors(tensors, cfg, models.key_table(cfg))
+
+
+def params_from_tensors(tensors: dict[str, np.ndarray], cfg, table) -> dict:
+    """A tree of our parameters from Hugging Face's tensors (or gradients), by name."""
+    tree: dict = {}
+    for key in table:
+        if "{layer}" in key.hf:
+            layers = [key.split(tensors[key.hf.format(layer=layer)]) for layer in range(cfg.num_layers)]
+            leaves = [np.stack(parts) for parts in zip(*layers, strict=True)]
+        else:
+            leaves = key.split(tensors[key.hf])
+        for path, leaf in zip(key.ours, leaves, strict=True):
+            *parents, last = path.split("/")
+            place = tree
+            for name in parents:
+                place = place.setdefault(name, {})
+            place[last] = leaf
+    return tree
