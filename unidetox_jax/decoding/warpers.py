@@ -1,8 +1,9 @@
 """Warpers: pure functions scores → scores over a whole vocabulary, which reshape the law that a token is
 drawn from.
 
-B batch, V vocabulary. Dropped tokens are −inf. Each equals the class of the same name in Hugging Face
-transformers, token for token, ties included. The order is fixed by `in_order`, not by the caller:
+B batch, V vocabulary. Dropped tokens are −inf. Each keeps the tokens that the
+class of the same name in Hugging Face transformers keeps, ties included (where that leaves the choice among
+equals to torch's unstable sort, the higher ids stay, as with a stable one). The order is fixed by `in_order`, not by the caller:
 temperature, top-k, top-p, min-p.
 
 A warper is a frozen value: equal when its settings are. As an argument of a jitted function, its numbers
