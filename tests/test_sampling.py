@@ -1,12 +1,16 @@
 """The sampler: its law, whose noise it is, and the same tokens wherever it runs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from unidetox_jax.decoding import sampling, warpers
+from unidetox_jax.sharding import make_mesh
 
 DRAWS = 20_000
 
@@ -65,3 +69,131 @@ def test_draws_have_the_exact_law(name):
     counts = np.bincount(tokens, minlength=len(scores))
     assert counts[law == 0].sum() == 0
     assert stats.chisquare(counts[law > 0], DRAWS * law[law > 0]).pvalue > 0.01
+
+
+def test_top_k_beyond_one_block_and_without_top_k():
+    """A vocabulary of several blocks of the inverse law, the last one short."""
+    scores = np.random.default_rng(4).normal(size=700) * 2
+    for chosen, settings in (((), {}), ((warpers.top_p(0.7),), {"p": 0.7})):
+        law = exact_law(scores, **settings)
+        tokens = draws_of(scores, chosen)
+        assert (law[tokens] > 0).all()
+        groups = np.add.reduceat(law, np.arange(0, 700, 50)), np.bincount(tokens // 50, minlength=14)
+        assert stats.chisquare(groups[1], DRAWS * groups[0]).pvalue > 0.01
+
+
+def test_noise_is_gumbels_and_belongs_to_row_step_and_token():
+    keys = sampling.step_keys(sampling.row_keys(0, jnp.arange(200)), 7)
+    noise = np.asarray(sampling.token_noise(keys, jnp.broadcast_to(jnp.arange(100), (200, 100))))
+    assert stats.kstest(noise.ravel(), "gumbel_r").pvalue > 0.01
+    assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.02
+    some = np.asarray(sampling.token_noise(keys[50:60], jnp.tile(jnp.asarray([93, 2, 17]), (10, 1))))
+    np.testing.assert_array_equal(some, noise[50:60][:, [93, 2, 17]])
+    other_step = sampling.token_noise(
+        sampling.step_keys(sampling.row_keys(0, jnp.arange(10)), 8), jnp.zeros((10, 1), int)
+    )
+    assert not np.isin(other_step, noise).any()
+
+
+def test_the_noise_is_the_same_for_ever():
+    """Anyone's texts change when these numbers do."""
+    keys = sampling.step_keys(sampling.row_keys(1234, jnp.asarray([0, 639])), 254)
+    noise = sampling.token_noise(keys, jnp.asarray([[0, 50_256], [0, 50_256]]))
+    np.testing.assert_allclose(noise, [[0.658083, -0.057924], [2.05408, 0.675566]], rtol=1e-4)
+
+
+CHAINS = {
+    "greedy": (warpers.greedy(),),
+    "top_k": (warpers.top_k(50),),
+    "all": (warpers.temperature(0.8), warpers.top_k(50), warpers.top_p(0.9), warpers.min_p(0.01)),
+    "none": (),
+    "top_p": (warpers.top_p(0.9),),
+}
+BATCH, VOCABULARY = 16, 1024
+
+
+@jax.jit
+def draw_rows(scores, chain, row_ids):
+    return sampling.draw(scores, chain, sampling.step_keys(sampling.row_keys(9, row_ids), 3))
+
+
+def scores_with_ties():
+    scores = np.random.default_rng(5).normal(size=(BATCH, VOCABULARY)).astype(np.float32) * 2
+    scores[3] = np.round(scores[3])  # ties at the k-th score
+    scores[4, 30:] = -np.inf  # fewer tokens than k
+    scores[5] = 0.0
+    return scores
+
+
+@pytest.mark.parametrize("name", ("all", "top_p"))
+def test_a_row_draws_the_same_alone_and_among_others(name):
+    scores, rows = scores_with_ties(), np.arange(BATCH) + 40
+    together = np.asarray(draw_rows(scores, CHAINS[name], rows))
+    order = np.random.default_rng(0).permutation(BATCH)
+    np.testing.assert_array_equal(draw_rows(scores[order], CHAINS[name], rows[order]), together[order])
+    for row in (0, 3, 5):
+        alone = draw_rows(scores[row : row + 1], CHAINS[name], rows[row : row + 1])
+        np.testing.assert_array_equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [(name, "data:2,model:4") for name in CHAINS] + [("all", "model:8"), ("top_p", "data:2,fsdp:4")],
+)
+def test_a_mesh_changes_no_token_and_gathers_no_vocabulary(name, layout):
+    scores, rows = scores_with_ties(), jnp.arange(BATCH)
+    expected = np.asarray(draw_rows(scores, CHAINS[name], rows))
+    mesh = make_mesh(layout)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(scores, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "model")))
+        compiled = draw_rows.lower(split, CHAINS[name], rows).compile()
+        np.testing.assert_array_equal(compiled(split, CHAINS[name], rows), expected)
+    gathered = re.findall(r" = ([^=]*?) all-gather(?:-start)?\(", compiled.as_text())
+    shapes = [shape for shapes in gathered for shape in re.findall(r"\[([\d,]*)\]", shapes)]
+    assert bool(shapes) or "model" not in layout  # the local candidates or masses, else the pattern is stale
+    assert all(
+        np.prod([int(size) for size in shape.split(",")]) < BATCH * VOCABULARY / 2 for shape in shapes
+    ), shapes
+
+
+def test_what_the_mesh_does_not_divide_stays_whole():
+    scores = np.random.default_rng(6).normal(size=(3, 997)).astype(np.float32)
+    expected = np.asarray(draw_rows(scores, CHAINS["all"], jnp.arange(3)))
+    with jax.set_mesh(make_mesh("data:2,model:4")):
+        np.testing.assert_array_equal(draw_rows(scores, CHAINS["all"], jnp.arange(3)), expected)
+
+
+def test_candidates_of_a_split_vocabulary_are_top_ks():
+    scores = scores_with_ties()
+    expected = jax.lax.top_k(scores, 200)  # more than the 128 tokens that a device holds
+    with jax.set_mesh(make_mesh("model:8")):
+        found = jax.jit(lambda scores: sampling.top_candidates(scores, 200))(scores)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA's CPU compiler treats top_k")
+def test_the_vocabulary_is_never_sorted():
+    """XLA turns a top_k into a sort of the vocabulary, fifty times slower, once an output is cut or dropped."""
+    scores = jnp.zeros((4, 50_257))
+    for name in ("all", "top_p"):
+        text = draw_rows.lower(scores, CHAINS[name], jnp.arange(4)).compile().as_text()
+        assert not re.search(r"50257[^=]* sort\(", text)
+        assert ("TopK" in text) == (name == "all")
+
+
+def test_the_inverse_law_takes_only_tokens_that_have_mass():
+    scores = np.full((4, 600), -np.inf, np.float32)
+    scores[:, [5, 300, 590]] = [[0.0, -1.0, -30.0]]
+    uniform = jnp.asarray([0.0, 0.7, 0.9, 1 - 2**-24])
+    np.testing.assert_array_equal(sampling.inverse_law(scores, uniform), [5, 5, 300, 300])
+    certain = np.where(np.arange(600) == 599, 0.0, -np.inf)[None].astype(np.float32)
+    np.testing.assert_array_equal(sampling.inverse_law(certain, jnp.asarray([0.0])), [599])
+
+
+def test_settings_of_warpers_are_traced():
+    scores, rows = scores_with_ties(), jnp.arange(BATCH)
+    draw_rows(scores, (warpers.temperature(0.5), warpers.top_k(50), warpers.top_p(0.3)), rows)
+    before = draw_rows._cache_size()
+    draw_rows(scores, (warpers.temperature(1.5), warpers.top_k(50), warpers.top_p(0.8)), rows)
+    assert draw_rows._cache_size() == before

@@ -1,14 +1,13 @@
-"""Warpers: pure functions scores → scores over a whole vocabulary, which reshape the law that a token is
-drawn from.
+"""Warpers: pure functions scores → scores over a whole vocabulary, which reshape the law of the next token.
 
-B batch, V vocabulary. Dropped tokens are −inf. Each keeps the tokens that the
-class of the same name in Hugging Face transformers keeps, ties included (where that leaves the choice among
-equals to torch's unstable sort, the higher ids stay, as with a stable one). The order is fixed by `in_order`, not by the caller:
+B batch, V vocabulary. Dropped tokens are −inf. Each keeps the tokens that the class of the same name in
+Hugging Face transformers keeps, ties included (top-p leaves the choice among equals to torch's unstable sort
+there; here the higher ids stay, as with a stable one). The order is fixed by `in_order`, not by the caller:
 temperature, top-k, top-p, min-p.
 
-A warper is a frozen value: equal when its settings are. As an argument of a jitted function, its numbers
-are traced (another temperature compiles nothing) and top-k's k is static (it is a shape). The compiled
-sampler applies them to the k candidates only, see `sampling`; the forms here define what that must equal.
+A warper is a frozen value: equal when its settings are. As an argument of a jitted function, its numbers are
+traced (another temperature compiles nothing) and top-k's k is static (it is a shape). The compiled sampler
+applies them to the k candidates only, see `sampling`; the forms here define what that must equal.
 """
 
 import dataclasses
