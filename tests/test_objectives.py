@@ -14,8 +14,7 @@ from unidetox_jax.decoding import objectives
 from unidetox_jax.errors import UserError
 
 NUMBERS = {  # how many logits the tests give to each
-    name: max(objectives.get(name).num_models, 3 if name == "self_debiasing" else 0)
-    for name in objectives.OBJECTIVES
+    name: max(objectives.get(name).num_models, 3 if name == "self_debiasing" else 0) for name in objectives.OBJECTIVES
 }
 UNIFORM_WHERE_EQUAL = {"contrastive", "dola"}  # z_t = z_b gives the uniform law on the plausible set
 STRENGTH = {  # the setting whose zero gives the base law, truncated or not
@@ -96,9 +95,7 @@ REFERENCES = {
     "dexperts": lambda b, e, t, alpha=2.0, top_p=0.9: on(top_p_set(b, top_p), b + alpha * (e - t)),
     "anti_expert": lambda b, t, alpha=2.0, top_p=0.9: on(top_p_set(b, top_p), (1 + alpha) * b - alpha * t),
     "proxy_tuning": lambda b, e, t, alpha=1.0: b + alpha * (e - t),
-    "classifier_free_guidance": lambda c, u, scale=1.5: (
-        log_softmax(u) + scale * (log_softmax(c) - log_softmax(u))
-    ),
+    "classifier_free_guidance": lambda c, u, scale=1.5: log_softmax(u) + scale * (log_softmax(c) - log_softmax(u)),
     "context_aware": lambda c, n, alpha=0.5: (1 + alpha) * c - alpha * n,
     "dola": lambda n, m, alpha=0.1: on(apc(n, alpha), log_softmax(n) - log_softmax(m)),
     "detoxigen": reference_detoxigen,
@@ -376,9 +373,7 @@ def test_a_users_function_is_found_in_the_working_directory(users_module):
     assert jax.tree.leaves(objective) == [0.5]
     other = objectives.get(f"{users_module}:my_objective(mode='base', k=5)")
     np.testing.assert_array_equal(evaluate(other, base, toxic), base)
-    np.testing.assert_allclose(
-        evaluate(objectives.get(f"{users_module}:without_default(tau=2)"), base), base / 2
-    )
+    np.testing.assert_allclose(evaluate(objectives.get(f"{users_module}:without_default(tau=2)"), base), base / 2)
     half = jnp.asarray(base, jnp.bfloat16)
     assert objectives.get(f"{users_module}:my_objective")(half, half).dtype == jnp.float32
 

@@ -151,9 +151,7 @@ def test_a_mesh_changes_no_token_and_gathers_no_vocabulary(name, layout):
     gathered = re.findall(r" = ([^=]*?) all-gather(?:-start)?\(", compiled.as_text())
     shapes = [shape for shapes in gathered for shape in re.findall(r"\[([\d,]*)\]", shapes)]
     assert bool(shapes) or "model" not in layout  # the local candidates or masses, else the pattern is stale
-    assert all(
-        np.prod([int(size) for size in shape.split(",")]) < BATCH * VOCABULARY / 2 for shape in shapes
-    ), shapes
+    assert all(np.prod([int(size) for size in shape.split(",")]) < BATCH * VOCABULARY / 2 for shape in shapes), shapes
 
 
 def test_what_the_mesh_does_not_divide_stays_whole():

@@ -35,8 +35,8 @@ class _Chatter(standard_logging.Filter):
 def _quieten(previous=sys.unraisablehook) -> None:
     """Installs the filter, and keeps Python from printing tracebacks of reads that came too late.
 
-    When a damaged file ends a restore, TensorStore delivers what it was still reading to an event loop that is
-    closed, from its own thread and at any later time; the error itself has been reported by then.
+    When a damaged file ends a restore, TensorStore delivers what it was still reading to an event loop that
+    is closed, from its own thread and at any later time; the error itself has been reported by then.
     """
 
     def hook(unraisable) -> None:

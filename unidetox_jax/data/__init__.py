@@ -14,9 +14,9 @@
     for plan in data.one_pass(tokens, batch_size=8):                        # evaluation: every text once
         batch = data.fill(tokens, *plan)
 
-A batch is {"tokens": int32, "loss_mask": bool, "segment_ids": int32}. Text is in rows from the left; padding, on the
-right, has segment 0. For layout "pack" give the model `segment_ids`; for "pad" give it `attention_mask=segment_ids > 0`,
-which official form needs, since there padding is a target as well.
+A batch is {"tokens": int32, "loss_mask": bool} [R, T], and for layout "pack" "segment_ids": int32 as well: hand it to
+`training.loss` as it is. R is a multiple of `row_multiple`: the mesh's data axes times the accumulation.
+Distilled text knows where its model stopped: `data.tokenize(records.column("text"), …, ended=records.ended())`.
 """
 
 from unidetox_jax.data.batches import Batches, fill, one_pass

@@ -2,10 +2,10 @@
 
 grain's MapDataset gives the order (shuffled anew each epoch, without end); `layout` says who lies where. Every host
 computes the same few kilobytes, and `place` puts on each device the rows that are its own.
-Axes: A micro-batches, R rows, T tokens a row.
+Axes: R rows, T tokens a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -22,10 +22,11 @@ Batch = dict[str, np.ndarray]
 class Batches:
     """An endless sequence of training batches with random access.
 
-    `batches[step]` is {"tokens": int32, "loss_mask": bool, "segment_ids": int32}, each [R, T]; [A, R, T] with
-    accumulation above 1. `loss_mask` is true for targets: neither padding nor the first token of a text, so the step's
-    loss is a mean over `loss_mask.sum()` tokens. `segment_ids`: 1, 2, 3… per text in its row, 0 for padding.
-    With `tokens.official` one text a row, padded to the longest of all, with padding as targets.
+    `batches[step]` is {"tokens": int32 [R, T], "loss_mask": bool [R, T]} and, for layout "pack", "segment_ids": int32
+    [R, T], 1, 2, 3… per text in its row and 0 for padding. `loss_mask` is true for targets, neither padding nor the
+    first token of a text, so the step's loss is a mean over `loss_mask.sum()` tokens. Padding stands on the right:
+    causal attention alone keeps it from what is before it, and layout "pad" needs no other mask.
+    With `tokens.official` each text has a row, padded to the longest text of all, with padding as targets.
     """
 
     def __init__(
@@ -36,42 +37,46 @@ class Batches:
         seed: int,
         layout: str = layouts.PACK,
         row_multiple: int = 1,
-        accumulation: int = 1,
         length_multiple: int = 32,
         max_shapes: int = 8,
     ):
-        """Args:
-        tokens: what to train on.
-        batch_size: texts a step, over all hosts and micro-batches.
-        seed: of the order.
-        layout: "pack" or "pad".
-        row_multiple: R is a multiple of it: the product of the mesh's data axes.
-        accumulation: micro-batches a step.
-        length_multiple: T is a multiple of it (or the tokens' max_length).
-        max_shapes: most shapes, each of which is a program to compile.
+        """Chooses the shapes.
+
+        Args:
+          tokens: what to train on.
+          batch_size: texts a step, over all hosts and micro-batches.
+          seed: of the order.
+          layout: "pack" or "pad".
+          row_multiple: R is a multiple of it: the product of the mesh's data axes times the accumulation.
+          length_multiple: T is a multiple of it (or the tokens' max_length).
+          max_shapes: most shapes, each of which is a program to compile.
+
+        Raises:
+          UserError: an unknown layout or a number out of range.
         """
         if layout not in layouts.LAYOUTS:
             raise UserError(f"layout: no {layout!r}{suggest(layout, layouts.LAYOUTS)}")
-        for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("max_shapes", max_shapes)):
+        for name, value in (("batch_size", batch_size), ("max_shapes", max_shapes), ("row_multiple", row_multiple)):
             if value < 1:
                 raise UserError(f"{name}: found {value}, expected at least 1")
-        self.tokens, self.batch_size, self.accumulation = tokens, batch_size, accumulation
+        if not 0 <= seed < 1 << 32:
+            raise UserError(f"seed: found {seed}, expected 0 to {(1 << 32) - 1}")
+        self.tokens, self.batch_size = tokens, batch_size
         self.layout = layouts.PAD if tokens.official else layout
         self._lengths = tokens.lengths
         self._order = _order(len(tokens), batch_size, seed)
         longest = int(self._lengths.max())
-        multiple = row_multiple * accumulation
-        grid = layouts.make_grid(self.layout, batch_size, longest, multiple, length_multiple, tokens.max_length)
+        grid = layouts.make_grid(self.layout, batch_size, longest, row_multiple, length_multiple, tokens.max_length)
         if tokens.official:
             self.shapes: tuple[Shape, ...] = ((grid.max_rows, longest),)
         else:
-            steps = min(SAMPLE, -(-len(tokens) // batch_size) * 3)
+            steps = min(SAMPLE, 3 * -(-len(tokens) // batch_size))
             sample = [self._lengths[self.indices(step)].tolist() for step in range(steps)]
             self.shapes = layouts.choose_shapes(sample, grid, longest, max_shapes)
 
     @property
     def max_shape(self) -> Shape:
-        """(A·R, T) of the largest batch that can come: what memory must be planned for."""
+        """(R, T) of the largest batch that can come: what memory must be planned for."""
         return max(self.shapes, key=layouts.cost)
 
     def indices(self, step: int) -> np.ndarray:
@@ -79,16 +84,14 @@ class Batches:
         return np.asarray(self._order[step])
 
     def plan(self, step: int) -> tuple[Shape, Rows]:
-        """The step's shape (A·R, T), and for each row the indices of its texts, in order."""
+        """The step's shape (R, T), and for each row the indices of its texts, in order."""
         indices = self.indices(step)
         shape, rows = layouts.arrange(self._lengths[indices].tolist(), self.shapes, self.layout)
-        return shape, tuple(tuple(int(indices[position]) for position in row) for row in rows)
+        return shape, _texts_of(rows, indices)
 
     def __getitem__(self, step: int) -> Batch:
-        batch = fill(self.tokens, *self.plan(step))
-        if self.accumulation == 1:
-            return batch
-        return {name: array.reshape(self.accumulation, -1, array.shape[-1]) for name, array in batch.items()}
+        shape, rows = self.plan(step)
+        return fill(self.tokens, shape, rows, segments=self.layout == layouts.PACK)
 
     def __iter__(self) -> Iterator[Batch]:
         raise TypeError("batches have no end: index them by step")
@@ -114,34 +117,35 @@ def one_pass(
     grid = layouts.make_grid(layouts.PAD, batch_size, longest, row_multiple, length_multiple, tokens.max_length)
     sample = [lengths[group].tolist() for group in groups]
     shapes = layouts.choose_shapes(sample, grid, longest, max_shapes)
-    plans = []
-    for group, group_lengths in zip(groups, sample, strict=True):
-        shape, rows = layouts.arrange(group_lengths, shapes, layouts.PAD)
-        plans.append((shape, tuple(tuple(int(group[position]) for position in row) for row in rows)))
-    return plans
+    arranged = (layouts.arrange(lengths, shapes, layouts.PAD) for lengths in sample)
+    return [(shape, _texts_of(rows, group)) for group, (shape, rows) in zip(groups, arranged, strict=True)]
 
 
-def fill(tokens: Tokens, shape: Shape, rows: Sequence[Sequence[int]]) -> Batch:
-    """The arrays of a plan: texts `rows[r]` end to end in row r.
+def fill(tokens: Tokens, shape: Shape, rows: Rows, segments: bool = False) -> Batch:
+    """The arrays of a plan: texts `rows[r]` end to end in row r; with `segments`, segment_ids as well.
 
     Returns:
-      {"tokens": int32 [R, T], "loss_mask": bool [R, T], "segment_ids": int32 [R, T]}.
+      {"tokens": int32 [R, T], "loss_mask": bool [R, T]} and perhaps {"segment_ids": int32 [R, T]}.
     """
-    ids = np.full(shape, tokens.pad_id, np.int32)
-    loss_mask = np.zeros(shape, np.bool_)
+    batch = {"tokens": np.full(shape, tokens.pad_id, np.int32), "loss_mask": np.zeros(shape, np.bool_)}
     segment_ids = np.zeros(shape, np.int32)
     for row, texts in enumerate(rows):
         start = 0
         for segment, text in enumerate(texts, 1):
             piece = tokens[text]
             end = start + len(piece)
-            ids[row, start:end] = piece
+            batch["tokens"][row, start:end] = piece
+            batch["loss_mask"][row, start + 1 : end] = True
             segment_ids[row, start:end] = segment
-            loss_mask[row, start + 1 : end] = True
             start = end
         if tokens.official and texts:
-            loss_mask[row, 1:] = True
-    return {"tokens": ids, "loss_mask": loss_mask, "segment_ids": segment_ids}
+            batch["loss_mask"][row, 1:] = True
+    return {**batch, "segment_ids": segment_ids} if segments else batch
+
+
+def _texts_of(rows: Rows, indices: np.ndarray) -> Rows:
+    """Positions within a batch as indices into the tokens."""
+    return tuple(tuple(int(indices[position]) for position in row) for row in rows)
 
 
 def _order(size: int, batch_size: int, seed: int):

@@ -88,13 +88,14 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
             with _quiet():
                 self.download_and_prepare()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # array_record's writer knows no other error than RuntimeError
             if epath.Path(self.data_dir, "dataset_info.json").exists():  # another process was first
                 self.info.read_from_directory(self.data_dir)
                 return
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self._data_dir_root}: prepared data cannot be written there ({error.strerror or error}); "
-                "set cache_dir or XDG_CACHE_HOME"
+                f"{self._data_dir_root}: prepared data cannot be written there ({reason}); "
+                "make room, or set cache_dir or XDG_CACHE_HOME"
             ) from None
 
     def read(self, split: str) -> list[dict[str, Any]]:
@@ -107,6 +108,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # TFDS's own decoding takes half a millisecond a row; its protocol buffer alone takes ten microseconds.
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
+            if not self.info.splits[wanted].num_examples:
+                raise UserError(f"{self.contents[0].name}: split {split!r} is empty")
             with _quiet():
                 source = self.as_data_source(split=wanted, deserialize_method=raw_bytes)
         except (ValueError, AssertionError) as error:

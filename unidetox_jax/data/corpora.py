@@ -50,7 +50,7 @@ def _scored(row, where: str):
 
 
 class Politics(builders.RecordBuilder, skip_registration=True):
-    """News articles (Baly et al., 2020): `text` the article, `label` left, center or right, `source` who published it."""
+    """News (Baly et al., 2020): `text` is the article, `label` left, center or right, `source` its publisher."""
 
     name = "politics"
     fields = {name: builders.TEXT for name in ("text", "label", "source", "topic", "title", "date")}

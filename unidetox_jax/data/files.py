@@ -1,4 +1,4 @@
-"""Source files: finding them here or on the hub, and reading csv, jsonl, parquet and plain text with errors that name the line.
+"""Source files, here or on the hub: csv, jsonl, parquet and plain text, read with errors that name the line.
 
 A file is read whole, once: its bytes are hashed (the prepared data set carries the hash) and then parsed.
 """
@@ -150,9 +150,8 @@ def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, str
     require(content.name, columns, header)
     for number, row in rows:
         if len(row) != len(header):
-            raise UserError(
-                f"{content.name}, line {number}: {len(row)} fields, expected {len(header)} as in the header"
-            )
+            found = f"{len(row)} fields, expected {len(header)} as in the header"
+            raise UserError(f"{content.name}, line {number}: {found}")
         yield dict(zip(header, row, strict=True))
 
 

@@ -31,10 +31,9 @@ class Grid:
     lengths: tuple[int, ...]
 
     def shapes(self) -> list[Shape]:
-        rows = range(self.row_multiple, self.max_rows + 1, self.row_multiple)
-        return [
-            (count, length) for count in (rows if self.layout == PACK else [self.max_rows]) for length in self.lengths
-        ]
+        fewest = self.row_multiple if self.layout == PACK else self.max_rows
+        rows = range(fewest, self.max_rows + 1, self.row_multiple)
+        return [(count, length) for count in rows for length in self.lengths]
 
 
 def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, length_multiple: int, limit: int) -> Grid:

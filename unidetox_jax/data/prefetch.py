@@ -45,11 +45,12 @@ class Prefetch:
         self.close()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        while True:
+        while not self._closed.is_set():
             step, item, error = self._queue.get()
-            if error is not None:
-                raise error
             if step is None:
+                self._closed.set()
+                if error is not None:
+                    raise error
                 return
             yield step, item
 

@@ -13,7 +13,6 @@
 
 import dataclasses
 import os
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +85,10 @@ class Records(Sequence):
             raise UserError(f"{self.spec}: the records have no field {name!r}; found {', '.join(self.rows[0])}")
         return [row[name] for row in self.rows]
 
+    def ended(self) -> list[bool] | None:
+        """Whether each text ended by itself, if the data set says so (`distilled`); None: take it that all did."""
+        return self.column("ended") if "ended" in self.rows[0] else None
+
 
 def load(
     spec: str, split: str | None = None, data_dir: epath.PathLike = "", cache_dir: epath.PathLike | None = None
@@ -106,10 +109,7 @@ def load(
     builder = _builder(parsed, data_dir, cache_dir)
     builder.prepare()
     split = split or parsed.options.get("split") or builder.default_split
-    rows = tuple(builder.read(split))
-    if not rows:
-        raise UserError(f"{spec}: split {split!r} is empty")
-    return Records(spec, split, f"{builder.fingerprint}-{split}", rows)
+    return Records(spec, split, f"{builder.fingerprint}-{split}", tuple(builder.read(split)))
 
 
 def texts(
@@ -139,7 +139,12 @@ def parse_spec(spec: str) -> Spec:
     """
     body, _, query = spec.partition("?")
     name, colon, argument = body.partition(":")
-    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    options = {}
+    for part in query.split("&") if query else ():
+        key, equals, value = part.partition("=")
+        if not (key and equals and value):
+            raise UserError(f"{spec!r}: found the option {part!r}, expected key=value")
+        options[key] = value
     known = {**NAMED, **FILES}
     if name not in known:
         raise UserError(f"no data set {spec!r}{suggest(name, known)}")

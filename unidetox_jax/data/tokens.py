@@ -99,7 +99,7 @@ def tokenize(
         raise UserError("no text to tokenise: the data set is empty")
     prefix = _prefix(tokenizer, add_bos)
     suffix = [] if official else [_special(tokenizer, "eos_token_id")]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _special(tokenizer, "eos_token_id")
     kept, rows, truncated = [], [], 0
     for start in range(0, len(texts), BATCH):
         chunk = list(texts[start : start + BATCH])
@@ -116,7 +116,7 @@ def tokenize(
         ids=np.concatenate(kept),
         offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
         rows=np.asarray(rows, np.int32),
-        pad_id=0 if pad_id is None else pad_id,  # only official form trains on it, and it asks for the token
+        pad_id=pad_id,
         max_length=max_length,
         truncated=truncated,
         skipped=len(texts) - len(kept),

@@ -1,0 +1,122 @@
+"""Source files that are wrong: one line that names the file, the place, what was found and what was expected."""
+
+import pytest
+
+from unidetox_jax.data import corpora, files, mmlu, toxigen
+from unidetox_jax.errors import UserError
+
+
+def content(data, name="table.csv"):
+    return files.Content(f"somewhere/{name}", data.encode() if isinstance(data, str) else data)
+
+
+def refused(rows, message):
+    with pytest.raises(UserError, match=message) as caught:
+        list(rows() if callable(rows) else rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_without_the_needed_column():
+    refused(files.csv_rows(content("a,Text\n1,x\n"), ["text"]), "table.csv: no column 'text'; found 'a', 'Text'")
+
+
+def test_csv_that_is_empty():
+    refused(files.csv_rows(content(""), ["text"]), "table.csv: empty; expected a csv file with a header")
+    assert list(files.csv_rows(content("text\n"), ["text"])) == []
+
+
+def test_csv_row_of_another_length():
+    data = 'text,label\n"two\nlines",1\nonly one\n'
+    refused(files.csv_rows(content(data), ["text"]), "table.csv, line 4: 1 fields, expected 2 as in the header")
+
+
+def test_csv_quotes_newlines_and_blank_lines():
+    data = 'text,n\r\n"a ""b"", c\nd",1\r\n\r\nplain,2\r\n'
+    assert list(files.csv_rows(content(data), ["text"])) == [
+        {"text": 'a "b", c\nd', "n": "1"},
+        {"text": "plain", "n": "2"},
+    ]
+
+
+def test_a_field_longer_than_the_csv_module_allows():
+    assert len(next(files.csv_rows(content("text\n" + "x" * 300_000), ["text"]))["text"]) == 300_000
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl", "lines.txt"])
+def test_undecodable_bytes_name_the_line(name):
+    broken = content(b'text\n{"text": 1}\nfine\ncaf\xe9\n', name)
+    refused(files.lines(broken), f"{name}, line 4: byte 0xe9 is not UTF-8")
+
+
+def test_jsonl_mistakes():
+    refused(files.json_rows(content('{"a": 1}\n{"a": \n', "x.jsonl"), ["a"]), "x.jsonl, line 2: not JSON")
+    refused(
+        files.json_rows(content('{"a": 1}\n\n[1]\n', "x.jsonl"), ["a"]), "line 3: found list, expected a JSON object"
+    )
+    refused(files.json_rows(content('{"a": 1}\n{"b": 1}\n', "x.jsonl"), ["a"]), "line 2: no column 'a'; found 'b'")
+
+
+def test_parquet_mistakes():
+    refused(files.parquet_rows(content(b"not parquet", "x.parquet"), ["a"]), "x.parquet: not parquet")
+
+
+def test_unknown_suffix():
+    refused(
+        lambda: files.rows(content("", "x.xls"), ["a"]),
+        "x.xls: found suffix '.xls', expected one of .csv, .jsonl, .parquet",
+    )
+
+
+def test_missing_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / "texts.csv").write_text("Text\n")
+    refused(lambda: files.find(str(tmp_path / "text.csv"), ""), "no file .*text.csv'; did you mean 'texts.csv'")
+    refused(lambda: files.find("nowhere/text.csv", tmp_path), "no file 'nowhere/text.csv' \\(nor .*nowhere/text.csv\\)")
+    assert files.find("texts.csv", tmp_path) == tmp_path / "texts.csv"
+
+
+def test_a_directory_is_no_file(tmp_path):
+    refused(lambda: files.read([tmp_path]), "cannot be read")
+
+
+def test_numbers():
+    assert files.number_of("2.5", "x") == 2.5
+    assert files.number_of(None, "x") != files.number_of("", "x")  # both NaN
+    with pytest.raises(UserError, match="row 7: found 'many', expected a number"):
+        files.number_of("many", "row 7")
+
+
+def test_text_of_values():
+    assert [files.text_of(value) for value in (None, "a", 3, 1.5, True)] == ["", "a", "3", "1.5", "true"]
+
+
+def builder(cls, data, name, tmp_path):
+    return cls((content(data, name),), {}, tmp_path)
+
+
+def test_mmlu_mistakes(tmp_path):
+    row = "What is it?,a,b,c,d,"
+    refused(builder(mmlu.Mmlu, row + "E\n", "sums_val.csv", tmp_path).examples(), "line 1: .*the last 'E'")
+    refused(builder(mmlu.Mmlu, "What?,a,D\n", "sums_val.csv", tmp_path).examples(), "line 1: .*found 3 fields")
+    refused(builder(mmlu.Mmlu, row + "D\n", "sums.csv", tmp_path).examples(), "sums.csv: expected a name like")
+    ((split, record),) = builder(mmlu.Mmlu, row + "D\n", "sums_val.csv", tmp_path).examples()
+    assert (split, record["answer"], record["subject"]) == ("validation", 3, "sums")
+
+
+def test_toxigen_score_that_is_no_number(tmp_path):
+    data = "text,target_group,toxicity_human,toxicity_ai,intent\na line,women,5,1,2\nanother,women,high,1,2\n"
+    refused(
+        builder(toxigen.Toxigen, data, "annotated_test.csv", tmp_path).examples(), "row 2, toxicity_human: found 'high'"
+    )
+
+
+def test_prompts_without_text(tmp_path):
+    data = '{"prompt": {"toxicity": 0.1}, "continuation": {"text": "x"}}\n'
+    rows = builder(corpora.RealToxicityPrompts, data, "prompts.jsonl", tmp_path).examples()
+    refused(rows, "prompts.jsonl, prompt: no column 'text'; found 'toxicity'")
+
+
+def test_dghs_label_that_is_unknown(tmp_path):
+    from unidetox_jax.data import dghs
+
+    data = "text,label,target,split\na line,maybe,bla,train\n"
+    refused(builder(dghs.Dghs, data, "x.csv", tmp_path).examples(), "x.csv: found label 'maybe'")

@@ -1,0 +1,114 @@
+"""Tokenisation: what stands around a text, what is cut, what is left out, and that it says so."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from unidetox_jax import data
+from unidetox_jax.errors import UserError
+
+WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
+
+
+def make_tokenizer(template=None, **special):
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        ids = [(token, WORDS[token]) for token in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "</s>", **special})
+
+
+PLAIN = make_tokenizer()
+LLAMA = make_tokenizer("<s> $A", bos_token="<s>")
+OPT = make_tokenizer("</s> $A", bos_token="</s>", pad_token="<pad>")
+ENDING = make_tokenizer("<s> $A </s>", bos_token="<s>")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "settings", "expected"),
+    [
+        (PLAIN, {}, [3, 4, 2]),
+        (LLAMA, {}, [1, 3, 4, 2]),
+        (OPT, {}, [2, 3, 4, 2]),
+        (ENDING, {}, [1, 3, 4, 2]),
+        (LLAMA, {"add_bos": False}, [3, 4, 2]),
+        (LLAMA, {"add_bos": True}, [1, 3, 4, 2]),
+        (LLAMA, {"ended": [False]}, [1, 3, 4]),
+        (LLAMA, {"official": True}, [1, 3, 4]),
+    ],
+)
+def test_what_stands_around_a_text(tokenizer, settings, expected):
+    assert data.tokenize(["a b"], tokenizer, 8, **settings)[0].tolist() == expected
+
+
+def test_ragged_storage_and_counts():
+    texts = ["a", "", "a b c d", "  \n", "b c"]
+    tokens = data.tokenize(texts, PLAIN, 4)
+    assert [ids.tolist() for ids in tokens] == [[3, 2], [3, 4, 5, 6], [4, 5, 2]]
+    assert tokens.rows.tolist() == [0, 2, 4]
+    assert (tokens.truncated, tokens.skipped) == (1, 2)
+    assert tokens.ids.dtype == np.int32 and tokens.offsets.tolist() == [0, 2, 6, 9]
+    assert tokens.lengths.tolist() == [2, 4, 3]
+    assert tokens.report() == (
+        "3 texts, 9 tokens (mean 3.0, longest 4, limit 4); 1 cut at the limit; 2 empty ones left out"
+    )
+    with pytest.raises(IndexError):
+        tokens[3]
+
+
+def test_a_cut_text_has_no_end_token_even_if_only_that_did_not_fit():
+    tokens = data.tokenize(["a b c", "a b c d"], PLAIN, 3)
+    assert [ids.tolist() for ids in tokens] == [[3, 4, 5], [3, 4, 5]]
+    assert tokens.truncated == 2
+
+
+def test_batches_of_texts_are_joined_in_order(monkeypatch):
+    monkeypatch.setattr("unidetox_jax.data.tokens.BATCH", 2)
+    texts = ["a", "b", "c", "d", "a b"]
+    tokens = data.tokenize(texts, PLAIN, 8, ended=[True, False, True, False, True])
+    assert [ids.tolist() for ids in tokens] == [[3, 2], [4], [5, 2], [6], [3, 4, 2]]
+
+
+def test_padding_token():
+    assert data.tokenize(["a"], OPT, 8).pad_id == 0
+    assert data.tokenize(["a"], PLAIN, 8).pad_id == 2, "a tokenizer without one pads with its end token"
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokenizer", "length", "settings", "message"),
+    [
+        ([], PLAIN, 8, {}, "the data set is empty"),
+        (["", " "], PLAIN, 8, {}, "no text is left to train on: all 2 are empty"),
+        (["a"], PLAIN, 1, {}, "max_length: found 1, expected at least 2"),
+        (["a"], PLAIN, 1025, {"context": 1024}, "max_length: found 1025, beyond the model's context of 1024 tokens"),
+        (["a"], PLAIN, 8, {"add_bos": True}, "has no bos_token_id"),
+        (["a"], make_tokenizer(eos_token=None), 8, {}, "has no eos_token_id"),
+        (["a"], make_tokenizer(eos_token=None), 8, {"official": True}, "has no eos_token_id"),
+    ],
+)
+def test_mistakes(texts, tokenizer, length, settings, message):
+    with pytest.raises(UserError, match=message):
+        data.tokenize(texts, tokenizer, length, **settings)
+
+
+def test_real_tokenizers(shared):
+    text = "The third house on the left."
+    gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    plain = gpt2(text)["input_ids"]
+    assert data.tokenize([text], gpt2, 64)[0].tolist() == [*plain, 50256]
+    assert data.tokenize([text], gpt2, 64, add_bos=True)[0].tolist() == [50256, *plain, 50256]
+    stories = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    ids = data.tokenize([text], stories, 64)[0].tolist()
+    assert ids == [*stories(text)["input_ids"], 2] and ids[0] == 1
+
+
+def test_the_released_texts_are_cut_and_say_so(shared, tmp_path):
+    gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    spec = "distilled:distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv"
+    records = data.load(spec, data_dir=shared / "data", cache_dir=tmp_path)
+    tokens = data.tokenize(records.column("text"), gpt2, 256, context=1024, ended=records.ended())
+    assert len(tokens) == 640 and tokens.truncated == 0
+    assert np.sum(tokens.lengths >= 255) == 498, "most stop where the length limit did"
+    assert 50256 not in tokens.ids

@@ -1,0 +1,186 @@
+"""One safetensors file: tensors read through maps of their own byte range, or written one after another.
+
+The format: 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes. Surprising: pages of
+a map count as the process's memory, so each tensor gets its own map, which the reader can be told to forget.
+"""
+
+import json
+import math
+import mmap
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from unidetox_jax.errors import UserError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"
+LONGEST_HEADER = 100_000_000  # the limit that the format sets
+COPY_BYTES = 1 << 24
+
+
+class Spec(NamedTuple):
+    """A tensor's dtype and shape."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in a file: a read-only view, and `forget()`, which frees the pages read so far.
+
+    The view stays valid after `forget`: what is looked at again is read again.
+    """
+
+    array: np.ndarray
+    forget: Callable[[], None]
+
+
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Raises:
+      UserError: the file is missing, truncated, or no safetensors file.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.specs, self._offsets = _read_header(self.path)
+
+    def open(self, name: str) -> Stored:
+        """The tensor's bytes, mapped. On an object store they are first copied to a temporary file."""
+        spec, offset = self.specs[name], self._offsets[name]
+        if not spec.nbytes:
+            return Stored(np.empty(spec.shape, spec.dtype), lambda: None)
+        with local_file(self.path, offset, spec.nbytes) as (file, offset):
+            page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(file.fileno(), offset + spec.nbytes - page, access=mmap.ACCESS_READ, offset=page)
+        values = np.frombuffer(pages, np.uint8, spec.nbytes, offset - page)
+        return Stored(values.view(spec.dtype).reshape(spec.shape), lambda: pages.madvise(mmap.MADV_DONTNEED))
+
+
+class local_file:
+    """Context: (binary file, offset) where the `nbytes` at `offset` of `path` can be mapped. None: the whole file."""
+
+    def __init__(self, path: epath.Path, offset: int = 0, nbytes: int | None = None):
+        self._path, self._offset, self._nbytes = path, offset, nbytes
+
+    def __enter__(self):
+        try:
+            if not is_remote(self._path):
+                self._file = open(self._path, "rb")
+                return self._file, self._offset
+            self._file = tempfile.NamedTemporaryFile()
+            with self._path.open("rb") as source:
+                source.seek(self._offset)
+                left = self._path.stat().length - self._offset if self._nbytes is None else self._nbytes
+                while left and (chunk := source.read(min(left, COPY_BYTES))):
+                    self._file.write(chunk)
+                    left -= len(chunk)
+            self._file.flush()
+            return self._file, 0
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from None
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is an object store's (gs://, s3://), where nothing can be mapped or renamed."""
+    return "://" in str(path)
+
+
+def _read_header(path: epath.Path) -> tuple[dict[str, Spec], dict[str, int]]:
+    """(name → spec, name → offset in the file), checked against the file's size."""
+    try:
+        size = path.stat().length
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start == b"version ":
+                raise UserError(f"{path}: a Git LFS pointer instead of the weights (git lfs pull fetches them)")
+            length = int.from_bytes(start, "little")
+            if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
+                raise UserError(f"{path}: truncated, or no safetensors file ({size} bytes, header of {length})")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no safetensors file (its header is not JSON: {error})") from None
+    specs, offsets = {}, {}
+    for name, entry in header.items():
+        if name != METADATA:
+            specs[name], offsets[name] = _read_entry(path, name, entry, 8 + length)
+    end = max((offsets[name] + spec.nbytes for name, spec in specs.items()), default=8 + length)
+    if end != size:
+        raise UserError(f"{path}: truncated or damaged ({size} bytes, its header describes {end})")
+    return specs, offsets
+
+
+def _read_entry(path: epath.Path, name: str, entry: dict, base: int) -> tuple[Spec, int]:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: key {name!r}: its header entry is damaged ({entry})") from None
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: key {name!r} has dtype {dtype}, known: {', '.join(DTYPES)}")
+    spec = Spec(DTYPES[dtype], shape)
+    if start < 0 or end - start != spec.nbytes:
+        raise UserError(f"{path}: key {name!r} has {end - start} bytes, its shape {shape} in {dtype} {spec.nbytes}")
+    return spec, base + start
+
+
+def write_file(path: epath.Path, specs: dict[str, Spec], tensors: Iterable[np.ndarray]) -> None:
+    """Writes a file of the tensors in `specs`, taken one at a time, in that order, from `tensors`.
+
+    Raises:
+      UserError: it cannot be written (a full disk, say).
+    """
+    header: dict = {METADATA: {"format": "pt"}}  # without it transformers refuses the file
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for block in _blocks(specs, tensors):
+                file.write(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _blocks(specs: dict[str, Spec], tensors: Iterable[np.ndarray]) -> Iterator[memoryview]:
+    """The tensors' bytes in pieces: object stores' files buffer what a single write hands them."""
+    for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
+        if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+            raise ValueError(f"{name}: {tensor.dtype}{tensor.shape}, announced {spec.dtype}{spec.shape}")
+        content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        for start in range(0, content.size, COPY_BYTES):
+            yield content[start : start + COPY_BYTES].data

@@ -1,0 +1,75 @@
+"""What a user may point at: a Hugging Face directory, a hub id, a directory of ours, a finished stage."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from unidetox_jax.errors import UserError
+
+MODEL = "model.json"  # marks a directory that `checkpoint.save` wrote
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+
+
+class Source(NamedTuple):
+    """Where a checkpoint lies and in which form: "hf" or "orbax"."""
+
+    kind: str
+    directory: epath.Path
+
+
+def find(source: epath.PathLike, weights: bool = True) -> Source:
+    """Where the checkpoint is; a hub id is downloaded first (safetensors, else .bin; without `weights` none).
+
+    Raises:
+      UserError: there is nothing, something else, an unfinished stage, or the hub does not give it.
+    """
+    directory = epath.Path(source)
+    if not directory.exists():
+        if not HUB_ID.fullmatch(str(source)):
+            raise UserError(f"{source}: no such directory")
+        directory = _download(str(source), weights)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: a file; expected the directory of a checkpoint")
+    if (directory / "stage.partial.json").exists() and not (directory / "stage.json").exists():
+        raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
+    if not (directory / CONFIG).exists() and (directory / "hf" / CONFIG).exists():
+        directory = directory / "hf"
+    if (directory / MODEL).exists():
+        return Source("orbax", directory)
+    if (directory / CONFIG).exists():
+        return Source("hf", directory)
+    raise UserError(f"{directory}: no checkpoint; expected {CONFIG} (Hugging Face's) or {MODEL} (this program's)")
+
+
+def _download(name: str, weights: bool) -> epath.Path:
+    """The hub's snapshot on this machine, as far as it is needed."""
+    small = (CONFIG, *TOKENIZER_FILES)
+    directory = _snapshot(name, (*small, *WEIGHT_FILES) if weights else small)
+    if weights and not any(directory.glob("model*.safetensors")):
+        directory = _snapshot(name, (*small, *TORCH_FILES))
+    return directory
+
+
+def _snapshot(name: str, patterns: Sequence[str]) -> epath.Path:
+    import huggingface_hub
+
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client raises its own, its transport's and the operating system's
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{name}: no such directory, and the hub does not give it ({type(error).__name__}: {reason})"
+        ) from None

@@ -1,0 +1,106 @@
+"""Models in and out of directories, whichever form they have.
+
+Surprising: a model comes back in the dtype that it was stored in, while `cfg.dtype`, what it computes in, follows
+the machine (float32 on CPU, bfloat16 on accelerators).
+"""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from unidetox_jax import models, sharding
+from unidetox_jax.checkpoint import hf, orbax_io
+from unidetox_jax.checkpoint.source import MODEL, Source, find
+from unidetox_jax.checkpoint.staging import whole_directory
+from unidetox_jax.checkpoint.weights import Weights
+from unidetox_jax.errors import UserError
+
+PARAMS = "params"
+
+
+def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | None = None) -> models.Model:
+    """The model that `source` holds, streamed to the devices.
+
+    Args:
+      source: a Hugging Face directory or hub id, a directory of `save`, or a finished stage's.
+      mesh: where the parameters live; None: the first device.
+      param_dtype: "float32", "bfloat16" or "float16"; None: as stored.
+
+    Raises:
+      UserError: nothing there, an unknown model_type or option, a missing or surplus key, a wrong shape, damaged
+        files: one line that names file and key.
+    """
+    found = find(source)
+    cfg = read_config(found)
+    mesh = sharding.single_device_mesh() if mesh is None else mesh
+    param_dtype = param_dtype and hf.parse_dtype(param_dtype)
+    if found.kind == "hf":
+        return models.Model(hf.read_params(Weights(found.directory), cfg, mesh, param_dtype), cfg)
+    return models.Model(_read_orbax(found.directory / PARAMS, cfg, mesh, param_dtype), cfg)
+
+
+def load_config(source: epath.PathLike) -> models.ModelConfig:
+    """The configuration alone of what `load` takes. Raises UserError as `load` does."""
+    return read_config(find(source, weights=False))
+
+
+def save(directory: epath.PathLike, model: models.Model) -> None:
+    """Writes a model in Orbax's form, readable on any other mesh: params/ and model.json. Every process calls it.
+
+    Raises:
+      UserError: it cannot be written, or something else is there. Nothing half-written is left.
+    """
+    with whole_directory(directory) as work:
+        write_orbax(work, model)
+
+
+def save_hf(directory: epath.PathLike, model: models.Model, tokenizer: Any = None, dtype: str | None = None) -> None:
+    """Writes a model in Hugging Face's form: `AutoModelForCausalLM.from_pretrained(directory)` loads it.
+
+    Args:
+      tokenizer: of transformers; its files are written as well.
+      dtype: of the weights, as in `load`; None: as the parameters are.
+
+    Raises:
+      UserError: it cannot be written, or something else is there. Nothing half-written is left.
+    """
+    dtype = dtype and hf.parse_dtype(dtype)
+    with whole_directory(directory) as work:
+        if tokenizer is not None and jax.process_index() == 0:
+            tokenizer.save_pretrained(str(work))
+        hf.write(work, model, dtype)
+
+
+def read_config(found: Source) -> models.ModelConfig:
+    """The configuration of a checkpoint that was found."""
+    if found.kind == "hf":
+        return models.config_from_hf(found.directory)
+    path = found.directory / MODEL
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    return models.config_from_hf(config, where=str(path))
+
+
+def write_orbax(directory: epath.Path, model: models.Model) -> None:
+    """params/ first, model.json last: on an object store it marks the whole as complete."""
+    orbax_io.save_tree(directory / PARAMS, model.params)
+    if jax.process_index() == 0:
+        record = {"format": "unidetox_jax 1", "config": models.config_to_hf(model.cfg)}
+        (directory / MODEL).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _read_orbax(directory: epath.Path, cfg: models.ModelConfig, mesh: Mesh, param_dtype: str | None) -> dict[str, Any]:
+    stored = {} if param_dtype else orbax_io.saved_dtypes(directory)
+    abstract = models.abstract_params(cfg, param_dtype or "float32")
+
+    def target(path, leaf, placed):
+        dtype = stored.get(sharding.path_string(path), leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed)
+
+    shardings = sharding.param_shardings(abstract, mesh)
+    return orbax_io.restore_tree(directory, jax.tree_util.tree_map_with_path(target, abstract, shardings))

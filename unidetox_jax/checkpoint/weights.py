@@ -1,0 +1,143 @@
+"""The tensors of a Hugging Face directory, in whichever files they lie.
+
+Safetensors are preferred; `.bin` files are read by PyTorch's loader restricted to tensors, and nothing else is ever
+unpickled.
+"""
+
+import json
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from unidetox_jax.checkpoint.safetensors_file import SafetensorsFile, Spec, Stored, is_remote, local_file
+from unidetox_jax.errors import UserError
+
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+class Weights:
+    """Every tensor of a directory: `specs[name]`, `open(name)`, `path(name)`; `listing`: the file that lists them.
+
+    Raises:
+      UserError: no weights, a file of the index is missing or damaged, a tensor is not where the index says.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self.directory = epath.Path(directory)
+        self._files: dict[str, SafetensorsFile | TorchFile] = {}
+        self.listing, files = _files(self.directory)
+        for path, expected in files:
+            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+            for name in expected:
+                if name not in file.specs:
+                    raise UserError(f"{path}: key {name!r} is missing, which the index places there")
+            self._files |= dict.fromkeys(file.specs, file)
+        self.specs: dict[str, Spec] = {name: file.specs[name] for name, file in self._files.items()}
+
+    def open(self, name: str) -> Stored:
+        """The tensor, mapped where the file allows it."""
+        return self._files[name].open(name)
+
+    def path(self, name: str) -> epath.Path:
+        """The file that holds the tensor."""
+        return self._files[name].path
+
+
+def _files(directory: epath.Path) -> tuple[epath.Path, list[tuple[epath.Path, list[str]]]]:
+    """(index or only file, [(weights file, tensors that the index places there)]) of a directory."""
+    listing = next((directory / name for name in (*SAFETENSORS, *TORCH) if (directory / name).exists()), None)
+    if listing is None:
+        raise UserError(f"{directory}: no weights; expected one of {', '.join((*SAFETENSORS, *TORCH))}")
+    if listing.suffix != ".json":
+        return listing, [(listing, [])]
+    try:
+        places = json.loads(listing.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{listing}: no index of weights ({type(error).__name__}: {error})") from None
+    for name in names:
+        if not (directory / name).exists():
+            raise UserError(f"{directory / name}: no such file; {listing.name} names it")
+    return listing, [(directory / file, [key for key, place in places.items() if place == file]) for file in names]
+
+
+class TorchFile:
+    """A `.bin` file that PyTorch wrote: a dictionary of tensors.
+
+    Raises:
+      UserError: PyTorch is not installed, or the file is damaged or holds anything but tensors.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        try:
+            import torch
+        except ImportError:
+            raise UserError(f"{path}: reading .bin weights needs PyTorch: pip install 'unidetox-jax[torch]'") from None
+        self._copy = local_file(path)  # of a remote file; held, because the tensors are maps of it
+        name = self._copy.__enter__().name if is_remote(path) else str(path)
+        self._tensors, self._mapped = _load(torch, name, path)
+        self.specs = {name: Spec(_dtype(x, path, name), tuple(x.shape)) for name, x in self._tensors.items()}
+
+    def open(self, name: str) -> Stored:
+        """The tensor as NumPy sees PyTorch's memory."""
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            array = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            array = tensor.numpy()
+        return Stored(array, _forgetter(array) if self._mapped else lambda: None)
+
+
+def _load(torch: Any, name: str, path: epath.Path) -> tuple[dict[str, Any], bool]:
+    """(tensors by name, whether they are maps of the file). Files older than PyTorch 1.6 cannot be mapped."""
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            tensors, mapped = torch.load(name, mmap=True, **options), True
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            tensors, mapped = torch.load(name, **options), False
+    except Exception as error:  # zip, pickle and PyTorch each have their own for a damaged file
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(f"{path}: damaged, or more than tensors in it ({reason})") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}, expected a dictionary of tensors")
+    for key, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: key {key!r} is a {type(value).__name__}, expected a tensor")
+    return tensors, mapped
+
+
+def _dtype(tensor: Any, path: epath.Path, name: str) -> np.dtype:
+    text = str(tensor.dtype).removeprefix("torch.")
+    try:
+        return np.dtype(ml_dtypes.bfloat16) if text == "bfloat16" else np.dtype(text)
+    except TypeError:
+        raise UserError(f"{path}: key {name!r} has dtype {text}, which is not implemented") from None
+
+
+def _forgetter(array: np.ndarray) -> Callable[[], None]:
+    """Frees the file's pages under an array that PyTorch mapped; they are read again when looked at."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return lambda: None
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = mmap.PAGESIZE
+    low, high = np.lib.array_utils.byte_bounds(array)
+    low, high = -(-low // size) * size, high // size * size  # whole pages, which no other tensor shares
+
+    def forget() -> None:
+        if low < high:
+            libc.madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), ctypes.c_int(mmap.MADV_DONTNEED))
+
+    return forget
