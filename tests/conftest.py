@@ -24,3 +24,11 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip("real data is not here: ../shared is absent")
     return path
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Hundreds of small programs: their compilation is all the time that these tests take."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -13,15 +13,7 @@ from variants import VARIANTS, params_from_tensors, params_from_torch, torch_mod
 from unidetox_jax import models
 from unidetox_jax.errors import UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    """Hundreds of small programs: their compilation is all the time that these tests take."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("compile_fast")
 LENGTHS = (16, 500)
 TOLERANCE = 2e-4
 

@@ -14,17 +14,7 @@ from unidetox_jax.errors import Preempted, UserError, suggest
 
 # command → (module with `run(config, workdir, options)`, one line of help)
 CONFIGURED = {
-    "run": ("unidetox_jax.stages.run", "every stage in order; what is complete is not done again"),
-    "pretrain": ("unidetox_jax.stages.pretrain", "train small models from scratch (the built-in world)"),
-    "toxify": ("unidetox_jax.stages.toxify", "fine-tune the base model on toxic text: the toxic twin"),
-    "distill": ("unidetox_jax.stages.distill", "sample text from the contrast of base model and toxic twin"),
-    "detoxify": ("unidetox_jax.stages.detoxify", "fine-tune every target on the distilled text"),
-    "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge"),
-    "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
-    "report": ("unidetox_jax.stages.report", "one page, one table, plots"),
     "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
-    "plan": ("unidetox_jax.planning", "compile every stage for a topology that is not here"),
-    "bench": ("unidetox_jax.stages.bench", "tokens/s, share of the bound, compile time"),
 }
 # command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)
 PLAIN = {

@@ -248,7 +248,7 @@ def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False)
 def _handler(tree: Any, gentle: bool) -> ocp.PyTreeCheckpointHandler:
     """A handler that moves one large leaf at a time; a `gentle` one holds back copies to host memory too."""
     largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=0)
-    limit = 1 + math.ceil(largest / GIGABYTE)  # Orbax refuses a leaf that does not fit under it
+    limit = 1 + largest // GIGABYTE  # Orbax refuses a leaf that does not fit under it
     return ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=limit,
         restore_concurrent_gb=limit,

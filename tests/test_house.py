@@ -1,0 +1,60 @@
+"""The walls of the house: who may import whom, which libraries stay in which room, what the command line says."""
+
+import ast
+import pathlib
+
+import pytest
+
+from unidetox_jax import cli
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "unidetox_jax"
+LOWER = {"errors", "progress", "sharding", "text_statistics"}  # anyone may use these
+MAY_IMPORT = {
+    "models": set(),
+    "data": {"checkpoint", "models"},
+    "checkpoint": {"models"},
+    "decoding": {"models", "data"},
+    "training": {"models", "data", "checkpoint"},
+    "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
+    "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
+}
+
+
+def imports(path, top_level_only=False):
+    """Names that a file imports, wherever in it or at its top level alone."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_is_below_it(room):
+    allowed = MAY_IMPORT[room] | LOWER | {room}
+    for path in (PACKAGE / room).rglob("*.py"):
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("unidetox_jax.")}
+        assert used <= allowed, f"{path.name} imports {used - allowed}"
+
+
+def test_flax_orbax_and_torch_stay_where_they_belong():
+    for path in PACKAGE.rglob("*.py"):
+        names = {name.split(".")[0] for name in imports(path)}
+        assert "flax" not in names or path.parent.name == "models", path
+        assert "orbax" not in names or path.name == "orbax_io.py", path
+        assert "torch" not in {name.split(".")[0] for name in imports(path, top_level_only=True)}, path
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in [*cli.CONFIGURED, *cli.PLAIN])
+
+
+def test_mistakes_are_one_line(capsys):
+    assert cli.main(["convrt"]) == 2
+    assert "did you mean 'convert'?" in capsys.readouterr().err
+    assert cli.main(["fit-scorer", "--config=nowhere.py", "--workdir=x"]) == 2
+    assert capsys.readouterr().err == "unidetox: --config: no file 'nowhere.py'\n"
