@@ -1,0 +1,297 @@
+"""`generate`: the host's side of decoding. It checks, fills up to static shapes, runs one compiled program, unpacks.
+
+B batch, T time. Prompts are padded on the left up to a bucket of slots, so a call with other prompts of the same bucket
+compiles nothing; padding costs reading of slots, never positions. The batch is taken as it is given: another number
+of rows is another program.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from unidetox_jax import sharding
+from unidetox_jax.decoding import loop
+from unidetox_jax.decoding import warpers as warpers_
+from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.decoding.warpers import Warper
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import Model, ModelConfig
+
+CACHES = ("own", "official")
+
+
+class Generation(NamedTuple):
+    """What was generated; NumPy arrays.
+
+    tokens: int32 [B, max_new_tokens], pad after the end. lengths: int32 [B], counts the end token. ended: bool [B],
+    whether a row ended by itself. log_probabilities: float32 [M,B], the mean log-probability of a row's tokens under
+    each model alone (untruncated), or None.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+    log_probabilities: np.ndarray | None
+
+
+def generate(
+    models: Sequence[Model],
+    prompts: Any,
+    *,
+    objective: Objective,
+    warpers: Sequence[Warper] = (),
+    max_new_tokens: int,
+    seed: int = 0,
+    attention_mask: Any = None,
+    eos_id: int | Sequence[int] | None = None,
+    row_ids: Any = None,
+    cache: str = "own",
+    log_probabilities: bool = False,
+    layer_loop: str | None = None,
+) -> Generation:
+    """Continues prompts by tokens drawn from an objective over one or several models.
+
+    Args:
+      models: `Model`s of one vocabulary, in the order of the objective's arguments; all on one mesh, or on none.
+      prompts: int [B,T], or a list with one such array for each model (their T may differ).
+      objective, warpers: of `decoding.objectives` and `decoding.warpers`.
+      seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
+      attention_mask: 1 for real prompt tokens, in the form of `prompts`; None: all are. Padding on the left or right.
+      eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
+      row_ids: int [B], by default 0…B−1: give a text its own id, and it is the same in any batch.
+      cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
+      log_probabilities: also return the tokens' mean log-probability under each model.
+      layer_loop: "scan" or "unroll" in place of the faster one.
+
+    Raises:
+      UserError: models, prompts or settings that do not fit together; logits that are not numbers (row and step).
+    """
+    models = tuple(models)
+    _check_models(models, objective, cache)
+    prompts, masks = _prompts(models, prompts, attention_mask)
+    batch = len(prompts[0])
+    if batch == 0 or max_new_tokens < 1:
+        raise UserError(f"generate: {batch} prompts and max_new_tokens {max_new_tokens}, expected at least one of each")
+    _check_lengths(models, masks, max_new_tokens)
+    mesh = _mesh(models)
+    plan = make_plan(
+        [model.cfg for model in models],
+        [prompt.shape[1] for prompt in prompts],
+        max_new_tokens,
+        cache=cache,
+        log_probabilities=log_probabilities,
+        layer_loop=layer_loop,
+    )
+    rows = -batch % sharding.batch_ways(mesh) + batch
+    inputs = loop.Inputs(
+        prompts=tuple(_fill(x, rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
+        masks=tuple(_fill(x, rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
+        row_ids=_row_ids(row_ids, batch, rows),
+        live=np.arange(rows) < batch,
+        seed=_seed(seed),
+        limit=np.int32(max_new_tokens),
+        ends=_ends(models[0].cfg, eos_id),
+        pad=_pad(models[0].cfg, eos_id),
+    )
+    with _use(mesh):
+        output = loop.program(
+            tuple(model.params for model in models),
+            _place(inputs, mesh),
+            objective,
+            warpers_.in_order(warpers),
+            plan=plan,
+        )
+    output = jax.tree.map(np.asarray, output)
+    _check_numbers(output, objective, batch)
+    return Generation(
+        tokens=output.tokens[:batch, :max_new_tokens],
+        lengths=output.lengths[:batch],
+        ended=output.ended[:batch],
+        log_probabilities=output.log_probabilities[:, :batch] if log_probabilities else None,
+    )
+
+
+def make_plan(
+    configs: Sequence[ModelConfig],
+    prompt_lengths: Sequence[int],
+    max_new_tokens: int,
+    cache: str = "own",
+    log_probabilities: bool = False,
+    layer_loop: str | None = None,
+) -> loop.Plan:
+    """The static part of a generation from prompts of T tokens (one T for each model)."""
+    slots = tuple(
+        max(length - 1, min(bucket(length - 1), cfg.max_position_embeddings))
+        for length, cfg in zip(prompt_lengths, configs, strict=True)
+    )
+    chosen = layer_loop or default_layer_loop()
+    return loop.Plan(
+        configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
+        prompt_slots=slots,
+        segments=loop.plan_segments(max(slots), max_new_tokens),
+        official_cache=cache == "official",
+        log_probabilities=log_probabilities,
+    )
+
+
+def default_layer_loop() -> str:
+    """The faster loop over layers in a decoding step: unrolled, measured 1.8 times as fast as scanned on CPU."""
+    return "unroll"
+
+
+def bucket(length: int) -> int:
+    """Slots that `length` prompt tokens (all but the last) are padded to: 0, multiples of 8 up to 64, then four
+    sizes for each doubling.
+
+    A padded slot costs as much as a real token in the prompt's pass, and a key and a value read in every step: a
+    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling.
+    """
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
+def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> None:
+    objective.check_models(len(models))
+    if cache not in CACHES:
+        raise UserError(f"cache: found {cache!r}, expected 'own' or 'official'")
+    first = models[0].cfg
+    for index, (_, cfg) in enumerate(models):
+        if cfg.vocab_size != first.vocab_size:
+            raise UserError(
+                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, model 0 "
+                f"({first.family}) of {first.vocab_size}; an objective combines logits token by token"
+            )
+        shapes = [(c.num_layers, c.num_kv_heads, c.head_size) for c in (first, cfg)]
+        if cache == "official" and shapes[0] != shapes[1]:
+            raise UserError(
+                f"cache 'official': model {index} has {shapes[1]} layers, key-value heads and head size, model 0 "
+                f"{shapes[0]}; only models of one shape can share keys and values"
+            )
+
+
+def _prompts(models, prompts, attention_mask) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Prompts int32 [B,T] and masks bool [B,T] of each model, padding on the left."""
+    prompts = _one_each(prompts, len(models), "prompts")
+    masks = [None] * len(models) if attention_mask is None else _one_each(attention_mask, len(models), "attention_mask")
+    result = []
+    for index, (model, tokens, mask) in enumerate(zip(models, prompts, masks, strict=True)):
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"prompts: found {tokens.dtype} {tokens.shape} for model {index}, expected integers [B,T]")
+        if len(tokens) != len(prompts[0]):
+            raise UserError(f"prompts: {len(tokens)} rows for model {index}, but {len(prompts[0])} for model 0")
+        mask = np.ones(tokens.shape, bool) if mask is None else mask != 0
+        if mask.shape != tokens.shape:
+            raise UserError(f"attention_mask: found shape {mask.shape} for model {index}, expected {tokens.shape}")
+        if not mask.any(1).all():
+            raise UserError(f"attention_mask: row {int(np.argmin(mask.any(1)))} has no real token")
+        wrong = mask & ((tokens < 0) | (tokens >= model.cfg.vocab_size))
+        if wrong.any():
+            row, column = (int(i) for i in np.argwhere(wrong)[0])
+            raise UserError(
+                f"prompts: token {int(tokens[row, column])} in row {row}, but model {index} has a vocabulary of "
+                f"{model.cfg.vocab_size}"
+            )
+        result.append(_to_the_right(tokens, mask))
+    return [tokens for tokens, _ in result], [mask for _, mask in result]
+
+
+def _one_each(value: Any, count: int, name: str) -> list[np.ndarray]:
+    """A list of arrays is one for each model, anything else the same for all."""
+    if not isinstance(value, list | tuple) or np.ndim(value[0]) != 2:
+        return [np.asarray(value)] * count
+    if len(value) != count:
+        raise UserError(f"{name}: found {len(value)} arrays, expected one for each of {count} models")
+    return [np.asarray(item) for item in value]
+
+
+def _to_the_right(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Real tokens moved to the right end, without columns that are padding in every row."""
+    order = np.argsort(mask, axis=1, kind="stable")
+    longest = int(mask.sum(1).max())
+    tokens, mask = (np.take_along_axis(x, order, 1)[:, -longest:] for x in (tokens, mask))
+    return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def _check_lengths(models: Sequence[Model], masks: Sequence[np.ndarray], max_new_tokens: int) -> None:
+    for index, (model, mask) in enumerate(zip(models, masks, strict=True)):
+        cfg, prompt = model.cfg, mask.shape[1]
+        if prompt + max_new_tokens > cfg.max_position_embeddings:
+            raise UserError(
+                f"prompts: the longest has {prompt} tokens and max_new_tokens is {max_new_tokens}, together "
+                f"{prompt + max_new_tokens}, but the context of model {index} ({cfg.family}) is "
+                f"{cfg.max_position_embeddings}"
+            )
+
+
+def _mesh(models: Sequence[Model]) -> Mesh | None:
+    meshes = {mesh for model in models if (mesh := sharding.mesh_of(model.params)) is not None}
+    if len(meshes) > 1:
+        raise UserError("models: they lie on different meshes; load all of them with the same one")
+    return meshes.pop() if meshes else None
+
+
+def _use(mesh: Mesh | None):
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _fill(x: np.ndarray, rows: int, slots: int) -> np.ndarray:
+    """Slots more on the left, zero; rows more below, copies of the last."""
+    x = np.pad(x, ((0, 0), (slots - x.shape[1], 0)))
+    return np.pad(x, ((0, rows - x.shape[0]), (0, 0)), mode="edge")
+
+
+def _row_ids(row_ids: Any, batch: int, rows: int) -> np.ndarray:
+    row_ids = np.arange(batch) if row_ids is None else np.asarray(row_ids)
+    if row_ids.shape != (batch,) or not np.issubdtype(row_ids.dtype, np.integer):
+        raise UserError(f"row_ids: found {row_ids.dtype} {row_ids.shape}, expected {batch} integers, one a row")
+    return np.pad(row_ids.astype(np.int32), (0, rows - batch))
+
+
+def _seed(seed: int) -> np.uint32:
+    if isinstance(seed, bool) or not 0 <= int(seed) < 1 << 32:
+        raise UserError(f"seed: found {seed!r}, expected a whole number from 0 to 2**32 - 1")
+    return np.uint32(seed)
+
+
+def _ends(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray:
+    if eos_id is None:
+        eos_id = [token for token in (cfg.eos_token_id, *cfg.extra_eos_token_ids) if token is not None]
+    return np.atleast_1d(np.asarray(eos_id, np.int32))
+
+
+def _pad(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:
+    candidates = (cfg.pad_token_id, *_ends(cfg, eos_id), 0)
+    return np.int32(next(token for token in candidates if token is not None and 0 <= token < cfg.vocab_size))
+
+
+def _place(inputs: loop.Inputs, mesh: Mesh | None) -> loop.Inputs:
+    """On the mesh, rows over its batch axes; every process holds the same inputs and gives its part."""
+    if mesh is None:
+        return inputs
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    targets = loop.Inputs(
+        prompts=rows, masks=rows, row_ids=rows, live=rows, seed=whole, limit=whole, ends=whole, pad=whole
+    )
+
+    def place(x, target):
+        return jax.make_array_from_callback(np.shape(x), target, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(lambda target, part: jax.tree.map(lambda x: place(x, target), part), targets, inputs)
+
+
+def _check_numbers(output: loop.Output, objective: Objective, batch: int) -> None:
+    wrong = np.argwhere(output.bad[:, :batch].T)
+    if len(wrong):
+        row, source = (int(i) for i in wrong[0])
+        models = len(output.bad) - 1
+        what = (
+            f"model {source} gives logits that are not finite"
+            if source < models
+            else f"objective {objective} leaves no token"
+        )
+        raise UserError(f"generate: {what} (NaN or no maximum), first in row {row} at new token {int(output.step) - 1}")

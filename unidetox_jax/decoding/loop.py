@@ -1,0 +1,201 @@
+"""The compiled program of one generation: prompts through M models side by side, then one token a row and step.
+
+B batch, V vocabulary, P slots of a model's prompt but its last token, S new tokens that there is room for.
+What is surprising:
+
+- The loop is several `while_loop`s in a row, one for each segment of cache slots. Before each, the caches grow to
+  what that segment needs, so a step reads the keys and values that are live, rounded up to `SEGMENT`, and not
+  those of a text's full length. Each writes its caches in place.
+- The prompt's last token is read by the loop's first step, not with the rest of the prompt. So there is one place
+  where tokens are drawn, and a prompt of one token (BOS) needs no pass of its own.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unidetox_jax import models, sharding
+from unidetox_jax.decoding import sampling
+from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.models import Cache, ModelConfig
+
+SEGMENT = 64  # slots: smaller reads less that is not live, larger compiles fewer loops
+
+Logits = tuple[jax.Array, ...]  # float32 [B,V] of each model
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static in a program: models, shapes, and what is computed beside the tokens."""
+
+    configs: tuple[ModelConfig, ...]
+    prompt_slots: tuple[int, ...]  # P of each model; 0 for prompts of one token
+    segments: tuple[int, ...]  # new tokens after each segment; the last is S
+    official_cache: bool = False
+    log_probabilities: bool = False
+
+    @property
+    def size(self) -> int:
+        """S: the most tokens that a row may get."""
+        return self.segments[-1]
+
+    def cache_lengths(self, segment: int) -> tuple[int, ...]:
+        """Slots of each model's cache during one segment."""
+        return tuple(slots + self.segments[segment] for slots in self.prompt_slots)
+
+
+class Inputs(NamedTuple):
+    """What is traced beside parameters and settings."""
+
+    prompts: tuple[jax.Array, ...]  # int32 [B,P+1] for each model
+    masks: tuple[jax.Array, ...]  # bool [B,P+1], padding on the left
+    row_ids: jax.Array  # int32 [B]
+    live: jax.Array  # bool [B]: false for rows that only fill up the batch
+    seed: jax.Array  # uint32
+    limit: jax.Array  # int32: new tokens wanted, at most S
+    ends: jax.Array  # int32 [E]: tokens that end a row
+    pad: jax.Array  # int32: what follows the end
+
+
+class State(NamedTuple):
+    """The loop's carry."""
+
+    step: jax.Array  # int32: tokens drawn so far
+    last: jax.Array  # int32 [M,B]: the token that each model reads next
+    tokens: jax.Array  # int32 [S,B]
+    ended: jax.Array  # bool [B]
+    lengths: jax.Array  # int32 [B]
+    log_probabilities: jax.Array  # float32 [M,B]: sums over a row's tokens; [0,B] where not asked for
+    bad: jax.Array  # bool [M+1,B]: a model's logits (last: the scores) are no law
+    caches: tuple[Cache, ...]  # one for each model, or one that all read
+
+
+class Output(NamedTuple):
+    """What the program returns; rows as given, finished with `pad`."""
+
+    tokens: jax.Array  # int32 [B,S]
+    lengths: jax.Array  # int32 [B]
+    ended: jax.Array  # bool [B]
+    log_probabilities: jax.Array  # float32 [M,B], means; [0,B] where not asked for
+    bad: jax.Array  # bool [M+1,B]
+    step: jax.Array  # int32
+
+
+def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
+    """Where the segments end, in new tokens, after P slots of prompt: at multiples of `SEGMENT` slots.
+
+    A first one of less than a quarter segment is joined to the next: a loop takes seconds to compile.
+    """
+    first = SEGMENT - prompt_slots % SEGMENT
+    first += SEGMENT if first < SEGMENT // 4 else 0
+    more = -(-max(new_tokens - first, 0) // SEGMENT)
+    return tuple(first + SEGMENT * i for i in range(more + 1))
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpers: tuple, *, plan: Plan) -> Output:
+    """Prompts in, tokens out. Compiled once for each plan, batch and mesh; all settings but shapes are traced."""
+    # Casts and slices of weights stand here, before the loops, where the compiler cannot put them into a step.
+    params = tuple(models.prepare(p, cfg) for p, cfg in zip(params, plan.configs, strict=True))
+    keys = sampling.row_keys(inputs.seed, inputs.row_ids)
+
+    def advance(state: State) -> State:
+        logits, caches = _step(params, state, plan)
+        return _draw(logits, state, caches, inputs, objective, warpers, keys)
+
+    state = _begin(params, inputs, plan)
+    if plan.official_cache:  # each model has its own pass over the whole prompt; from then on there is one cache
+        state = advance(state)
+        state = state._replace(caches=state.caches[:1])
+    for segment, end in enumerate(plan.segments):
+        lengths = plan.cache_lengths(segment)
+        grown = tuple(models.grow_cache(cache, length) for cache, length in zip(state.caches, lengths, strict=False))
+        limit = jnp.minimum(inputs.limit, end)
+        state = jax.lax.while_loop(functools.partial(_continues, limit=limit), advance, state._replace(caches=grown))
+    means = state.log_probabilities / jnp.maximum(state.lengths, 1)
+    output = Output(state.tokens.T, state.lengths, state.ended, means, state.bad, state.step)
+    return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
+
+
+def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
+    """Nothing drawn; the prompts but for their last tokens in the caches."""
+    batch, count = inputs.row_ids.shape[0], len(params)
+    caches = []
+    for tree, cfg, tokens, mask, length in zip(
+        params, plan.configs, inputs.prompts, inputs.masks, plan.cache_lengths(0), strict=True
+    ):
+        cache = models.init_cache(cfg, batch, length)
+        if tokens.shape[1] > 1:
+            _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
+        caches.append(cache)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        last=jnp.stack([tokens[:, -1] for tokens in inputs.prompts]),
+        tokens=jnp.full((plan.size, batch), inputs.pad, jnp.int32),
+        ended=~inputs.live,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        log_probabilities=jnp.zeros((count if plan.log_probabilities else 0, batch), jnp.float32),
+        bad=jnp.zeros((count + 1, batch), bool),
+        caches=tuple(caches),
+    )
+
+
+def _continues(state: State, limit: jax.Array) -> jax.Array:
+    return (state.step < limit) & jnp.any(~state.ended) & ~jnp.any(state.bad)
+
+
+def _step(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
+    """Every model reads its next token."""
+    if len(state.caches) < len(params):
+        return _step_on_shared_cache(params, state, plan)
+    steps = [
+        models.decode_step(tree, token, cfg, cache)
+        for tree, token, cfg, cache in zip(params, state.last, plan.configs, state.caches, strict=True)
+    ]
+    return tuple(logits for logits, _ in steps), tuple(cache for _, cache in steps)
+
+
+def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
+    """The released code's step: all models attend over the first one's keys and values, and their own of this token.
+
+    The others go first, each writing its key and value into the slot that the next one overwrites, and the first
+    model last: what stays is its own, and no cache is copied.
+    """
+    (cache,) = state.caches
+    logits = []
+    for tree, token, cfg in reversed(list(zip(params, state.last, plan.configs, strict=True))):
+        out, written = models.decode_step(tree, token, cfg, cache)
+        logits.append(out)
+        cache = cache._replace(keys=written.keys, values=written.values)
+    return tuple(reversed(logits)), (written,)
+
+
+def _draw(logits: Logits, state: State, caches, inputs: Inputs, objective: Objective, warpers, keys) -> State:
+    """The state with one more token in each row that has not ended."""
+    scores = objective(*logits)
+    drawn = sampling.draw(scores, warpers, sampling.step_keys(keys, state.step))
+    live = ~state.ended
+    token = jnp.where(live, drawn, inputs.pad)
+    # A maximum is NaN where any entry is, and −inf where no token is left.
+    bad = jnp.stack([~jnp.isfinite(z.max(-1)) for z in (*logits, scores)])
+    sums = state.log_probabilities
+    if len(sums):
+        sums += jnp.where(live, jnp.stack([_log_probability(z, drawn) for z in logits]), 0.0)
+    return State(
+        step=state.step + 1,
+        last=jnp.broadcast_to(token, state.last.shape),
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[None], (state.step, 0)),
+        ended=state.ended | jnp.any(token[:, None] == inputs.ends, -1),
+        lengths=state.lengths + live,
+        log_probabilities=sums,
+        bad=bad & live,
+        caches=caches,
+    )
+
+
+def _log_probability(logits: jax.Array, token: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(logits, token[:, None], -1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, -1)
