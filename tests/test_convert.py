@@ -138,7 +138,7 @@ def test_an_existing_destination_is_not_touched(source, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["hf", "orbax"])
+@pytest.mark.parametrize("form", ["hf"])
 def test_memory_of_a_large_conversion(tmp_path, form):
     """3.2 GB in four files through a process that may hold the model and at most 1 GB more."""
     code = textwrap.dedent("""
