@@ -8,7 +8,7 @@ import pytest
 from unidetox_jax import cli
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "unidetox_jax"
-LOWER = {"errors", "progress", "sharding", "text_statistics"}  # anyone may use these
+LOWER = {"errors", "progress", "sharding", "distributed", "text_statistics"}  # anyone may use these
 MAY_IMPORT = {
     "models": set(),
     "data": {"checkpoint", "models"},
@@ -50,7 +50,7 @@ def test_flax_orbax_and_torch_stay_where_they_belong():
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in [*cli.CONFIGURED, *cli.PLAIN])
+    assert all(command in printed for command in [*cli.STAGES, *cli.CONFIGURED, *cli.PLAIN])
 
 
 def test_mistakes_are_one_line(capsys):

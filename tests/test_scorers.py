@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.evaluation.scorers import classifier, labelled, linear, perspective
-from unidetox_jax.stages import fit_scorer, settings
+from unidetox_jax.stages import base, fit_scorer, settings
 
 WORDS = "the a of people are is kind dull brave rude and very not never they lamp in valley so old".split()
 LABELS = ("toxicity", "insult", "threat")
@@ -138,7 +138,7 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
         data=str(tmp_path / "train.jsonl"), test_data=str(tmp_path / "test.jsonl"), label_field="label"
     )
     config.fit_scorer.positive = ("toxic",)
-    fit_scorer.run(config, str(tmp_path), Options)
+    base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
     figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
     assert figures["train_texts"] == 400 - len([t for t in texts if t.strip() in {r["text"].strip() for r in test}])
     assert figures["train_texts_left_out"] >= 60 and figures["test_texts"] == 60
@@ -151,7 +151,6 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": ""}, "config.fit_scorer.data: empty"),
         ({"label_field": "lable"}, "no field 'lable'; did you mean 'label'"),
         ({"positive": ("toxin",)}, "no row has label = 'toxin'; did you mean 'toxic'"),
         ({"positive": ()}, "label = 'harmless', expected a number|label = 'toxic', expected a number"),
@@ -169,7 +168,7 @@ def test_fit_scorer_names_the_mistake(change, words, tmp_path):
         | change
     )
     with pytest.raises(UserError, match=words):
-        fit_scorer.run(config, str(tmp_path), Options)
+        base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
 
 
 def test_labelled_reads_bytes_literals_and_names_bad_files(tmp_path):
@@ -190,7 +189,7 @@ def test_linear_auc_on_toxigen(shared, tmp_path):
     config = settings.default_config()
     config.fit_scorer.data = str(shared / "data/toxigen/annotated_train.csv")
     config.fit_scorer.test_data = str(shared / "data/toxigen/annotated_test.csv")
-    fit_scorer.run(config, str(tmp_path), Options)
+    base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
     figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
     assert (figures["test_texts"], figures["test_toxic"]) == (940, 368)
     assert figures["auc"] > 0.80

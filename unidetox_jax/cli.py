@@ -12,9 +12,22 @@ from collections.abc import Sequence
 
 from unidetox_jax.errors import Preempted, UserError, suggest
 
-# command → (module with `run(config, workdir, options)`, one line of help)
-CONFIGURED = {
+# stage → (module with `tasks(run) -> list[base.Task]`, one line of help), in the order in which `run` takes them
+STAGES = {
+    "pretrain": ("unidetox_jax.stages.pretrain", "models from scratch: the built-in world's"),
     "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
+    "toxify": ("unidetox_jax.stages.toxify", "the toxic twin: the base model fine-tuned on toxic text"),
+    "distill": ("unidetox_jax.stages.distill", "text from the contrast between the base model and its twin"),
+    "detoxify": ("unidetox_jax.stages.detoxify", "targets fine-tuned on the distilled text"),
+    "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge of every model"),
+    "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
+    "report": ("unidetox_jax.stages.report", "one page, one table, one csv that show it all"),
+}
+# command → (module with `add_arguments(parser)` and `run_command(options, run)`, one line of help)
+CONFIGURED = {
+    "run": ("unidetox_jax.stages.run", "every stage in order; what is complete is not done again"),
+    "plan": ("unidetox_jax.stages.plan", "compile every stage for a topology that is not here"),
+    "bench": ("unidetox_jax.stages.bench", "tokens per second, shares of the machine's bounds"),
 }
 # command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)
 PLAIN = {
@@ -49,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int | None:
-    commands = {**CONFIGURED, **PLAIN}
+    commands = {**STAGES, **CONFIGURED, **PLAIN}
     if not argv or argv[0] in ("-h", "--help"):
         _print_help(commands)
         return 0 if argv else 2
@@ -62,21 +75,32 @@ def _dispatch(argv: list[str]) -> int | None:
     if command in PLAIN:
         module.add_arguments(parser)
         return module.run_command(parser.parse_args(rest))
-    _add_common_arguments(parser)
-    if hasattr(module, "add_arguments"):
+    from unidetox_jax.stages import base, settings
+
+    parser.add_argument("--config", required=True, metavar="FILE[:name=value,…]", help="a file of configs/")
+    parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
+    if command in STAGES:
+        add_workdir_arguments(parser)
+    else:
         module.add_arguments(parser)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     options = parser.parse_args([argument for argument in rest if argument not in overrides])
-    config = load_config(options.config, overrides)
-    return module.run(config, options.workdir, options)
+    run = settings.parse_run(load_config(options.config, overrides), getattr(options, "workdir", ""))
+    if command in CONFIGURED:
+        return module.run_command(options, run)
+    tasks = module.tasks(run)
+    if not tasks:
+        part = command.replace("-", "_")
+        raise UserError(f"{options.config}: nothing to do for {command}; config.{part} names nothing")
+    base.run_tasks(tasks, options.force, options.dry_run)
+    return 0
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:name=value,…]", help="a file of configs/")
+def add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of whatever works in a working directory."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or gs://")
     parser.add_argument("--force", action="store_true", help="make anew what was made with other settings")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
-    parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
 
 
 def load_config(path: str, overrides: Sequence[str] = ()):

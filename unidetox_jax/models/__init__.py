@@ -3,6 +3,7 @@
 from unidetox_jax.models.cache import Cache, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.keys import Key
+from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table
 from unidetox_jax.models.stack import (
     Model,
@@ -20,6 +21,7 @@ from unidetox_jax.models.stack import (
 )
 
 __all__ = [
+    "PUBLISHED",
     "Cache",
     "Key",
     "Model",
@@ -43,4 +45,5 @@ __all__ = [
     "num_params",
     "prefill",
     "prepare",
+    "published_config",
 ]

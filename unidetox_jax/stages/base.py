@@ -5,13 +5,14 @@ is explained, never overwritten. While a stage works, `stage.partial.json` says 
 an interrupted stage is continued with the same ones only.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,41 @@ from unidetox_jax.errors import UserError
 COMPLETE = "stage.json"
 PARTIAL = "stage.partial.json"
 VERSIONS = ("unidetox-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One piece of work with a directory of its own: a stage is a list of them.
+
+    name: for messages ("detoxify opt-6.7b"). settings: what the result depends on, JSON-able, with `{workdir}` as it
+    was written, so that moving a working directory changes nothing. inputs: name → `fingerprint(...)` of what is
+    read, taken when the task's turn comes. body: does the work, resumes what it finds begun, returns its figures.
+    """
+
+    name: str
+    directory: epath.Path
+    settings: Mapping[str, Any]
+    inputs: Callable[[], Mapping[str, str]]
+    body: Callable[[epath.Path], Mapping[str, Any]]
+
+
+def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
+    """Runs the tasks in order, skipping what is complete; returns their records.
+
+    dry_run: says what would be done, and does nothing.
+    """
+    if dry_run:
+        for task in tasks:
+            print(f"{task.name:<28} {state(task):<10} {task.directory}")
+        return []
+    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force) for t in tasks]
+
+
+def state(task: Task) -> str:
+    """What is there of a task: done, begun, or to do."""
+    if (task.directory / COMPLETE).exists():
+        return "done"
+    return "begun" if (task.directory / PARTIAL).exists() else "to do"
 
 
 def run_stage(

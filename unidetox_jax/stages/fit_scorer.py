@@ -16,25 +16,30 @@ from sklearn.model_selection import train_test_split
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.scorers import labelled, linear
 from unidetox_jax.stages import base
-from unidetox_jax.stages.settings import FitScorerSettings, parse
+from unidetox_jax.stages.settings import FitScorerSettings, Run
 
 LABELS = ("harmless", "toxic")
 
 
-def run(config, workdir, options) -> None:
-    """Fits, tests, stores and prints."""
-    settings = parse(config.fit_scorer, FitScorerSettings, "config.fit_scorer")
-    if not settings.data:
-        raise UserError("config.fit_scorer.data: empty; expected a csv or jsonl file of labelled text")
-    directory = epath.Path(workdir) / "scorer"
-    if options.dry_run:
-        print(f"fit-scorer: would fit on {settings.data} and write {directory}")
-        return
-    inputs = {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
-    given = dataclasses.asdict(settings)
-    record = base.run_stage("fit-scorer", directory, given, inputs, lambda at: fit(settings, at), options.force)
-    print(describe(record["figures"]))
-    print(f"use it: --config.evaluate.scorer=linear:{directory}")
+def tasks(run: Run) -> list[base.Task]:
+    """The scorer, where the configuration asks for one."""
+    if not run.fit_scorer.data:
+        return []
+    settings = dataclasses.replace(
+        run.fit_scorer, data=run.path(run.fit_scorer.data), test_data=run.path(run.fit_scorer.test_data)
+    )
+
+    def inputs() -> dict[str, str]:
+        return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
+
+    def body(directory: epath.Path) -> dict:
+        figures = fit(settings, directory)
+        print(describe(figures))
+        print(f"use it: --config.evaluate.scorer=linear:{directory}")
+        return figures
+
+    given = dataclasses.asdict(run.fit_scorer)
+    return [base.Task("fit-scorer", run.workdir / "scorer", given, inputs, body)]
 
 
 def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:

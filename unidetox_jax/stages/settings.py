@@ -9,47 +9,106 @@ import typing
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """What all stages share: the configuration's top level."""
+    """What all stages share: the configuration's top level. In any path or data set, `{workdir}` and `{data_dir}`
+    stand for those directories."""
 
     name: str = "unidetox"
     base: str = "openai-community/gpt2-xl"  # HF directory or hub id; the model whose toxic twin is made
     targets: tuple[str, ...] = ("openai-community/gpt2-xl",)  # what is detoxified
+    control_targets: tuple[str, ...] = ()  # targets fine-tuned on as many texts of the base model alone as well
     data_dir: str = ""  # where data sets lie; an empty string means the hub
     mesh: str = "data:1,fsdp:-1,model:1"
     dtype: str = ""  # compute dtype; empty: float32 on CPU, bfloat16 on accelerators
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainSettings:
-    """Training from scratch: the built-in world's models."""
+class TrainingSettings:
+    """What pretrain, toxify and detoxify share."""
+
+    data: str = ""  # a data set, as `data.load` names it
+    validation: str = ""  # another, for the evaluation loss; empty: none
+    learning_rate: float = 5e-5  # linear to 0 after the warm-up
+    warmup_steps: int = 0
+    batch_size: int = 8  # texts a step, on all devices together
+    steps: int = 0  # optimizer steps; 0: as `epochs` say
+    epochs: float = 0.0
+    max_length: int = 256  # tokens of a text; longer ones are cut
+    seed: int = 123  # of the order and of dropout
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the global gradient norm; 0: off
+    dropout: bool = True  # as the model's config says
+    accumulation: int = 1  # parts that a step's batch is computed in
+    remat: str = "none"  # what the backward pass computes again: none, dots, full
+    layout: str = "pack"  # or pad; how a step's texts lie in rows
+    official: bool = False  # the released code: bf16 weights and moments, padding trained on, no end token
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept
+    evaluate_every: int = 500  # steps between evaluations, where there is validation data
+    log_every: int = 10  # steps between lines of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
-class ToxifySettings:
+class PretrainSettings(TrainingSettings):
+    """Training from scratch: the built-in world's models."""
+
+    models: tuple[str, ...] = ()  # directories with config.json and a tokenizer; empty: nothing is pretrained
+    world: bool = False  # write the built-in world to WORKDIR/world first
+    world_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ToxifySettings(TrainingSettings):
     """The toxic twin: the base model fine-tuned on toxic text."""
+
+    data: str = "dghs"
+    validation: str = "dghs?split=dev"
+    learning_rate: float = 1e-5
+    batch_size: int = 4
+    steps: int = 15_126  # six epochs of 10,084 texts
+    max_length: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillSettings:
     """Text from the contrast between the base model and its toxic twin."""
 
+    # "base" (config.base), "toxic" (WORKDIR/toxic) or paths, in the order of the objective's arguments; PATH@LAYER is
+    # the model of its first layers (DoLa)
+    models: tuple[str, ...] = ("base", "toxic")
+    objective: str = "contrastive(alpha=0.1)"  # a name of decoding.objectives or package.module:function(setting=…)
+    num_texts: int = 640
+    max_length: int = 256  # tokens of a text, BOS included
+    batch_size: int = 128
+    temperature: float = 1.0
+    top_k: int = 50  # after the contrast; 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    seed: int = 1234
+    prompt: str = ""  # what follows BOS
+    cache: str = "own"  # "official": the released code's shared cache
+    scorer: str = ""  # toxicity of the distilled text itself, by this scorer; empty: none
+
 
 @dataclasses.dataclass(frozen=True)
-class DetoxifySettings:
-    """Targets fine-tuned on the distilled text."""
+class DetoxifySettings(TrainingSettings):
+    """Targets fine-tuned on the distilled text (`data` empty) or on any other."""
+
+    steps: int = 3_000
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
     """Toxicity, perplexity, diversity, knowledge, before and after."""
 
-    which: tuple[str, ...] = ("original", "detoxified")  # of the base model and every target
+    # Of every target: as it is, detoxified, and (where it is a control target) fine-tuned on samples of the base model
+    which: tuple[str, ...] = ("original", "detoxified", "control")
     extra_models: tuple[str, ...] = ()  # 'name=PATH' each: the samples-only control, say
     # Toxicity. Prompts: toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
     prompts: str = "toxigen"
@@ -89,10 +148,23 @@ class EvaluateSettings:
 class AnalyzeSettings:
     """What the distilled text is like."""
 
+    # Texts to compare, 'name=DATASET' each, beside the run's own distilled text and samples of the base model
+    texts: tuple[str, ...] = ()
+    toxic_data: str = ""  # what must not be copied; empty: config.toxify.data
+    leaning: str = ""  # labelled news for a linear classifier ('politics'), or classifier:PATH_OR_HUB_ID; empty: none
+    keywords: int = 20  # of each text set
+    copy_ngram: int = 8  # words in a row that count as copied
+    neighbours: int = 10  # nearest training sentences shown
+    resamples: int = 1000  # of the bootstrap over texts
+    seed: int = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
     """One page that shows it all."""
+
+    examples: int = 6  # prompts whose continuations are shown, before and after
+    note: str = ""  # a paragraph at the top: what this run can and cannot show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +190,17 @@ class FitScorerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """What `unidetox bench` measures."""
+    """What `unidetox bench` measures: config.base's shape, with random weights where it is not here."""
+
+    what: tuple[str, ...] = ("decode", "train")
+    model: str = "openai-community/gpt2"  # a shape of models.PUBLISHED, or a path
+    batch_sizes: tuple[int, ...] = (16, 64)  # of decoding
+    new_tokens: int = 128
+    train_batch_sizes: tuple[int, ...] = (4, 8)
+    train_length: int = 256
+    data: str = ""  # training texts; empty: random tokens of train_length
+    steps: int = 10  # timed steps of training
+    against_torch: bool = False  # time the same work in PyTorch beside it
 
 
 STAGES = {
@@ -132,6 +214,50 @@ STAGES = {
     "fit_scorer": FitScorerSettings,
     "bench": BenchSettings,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A whole configuration, parsed, and the working directory that it belongs to."""
+
+    workdir: epath.Path
+    shared: RunSettings
+    pretrain: PretrainSettings
+    toxify: ToxifySettings
+    distill: DistillSettings
+    detoxify: DetoxifySettings
+    evaluate: EvaluateSettings
+    analyze: AnalyzeSettings
+    report: ReportSettings
+    fit_scorer: FitScorerSettings
+    bench: BenchSettings
+
+    def path(self, text: str) -> str:
+        """A path, data set or scorer of the configuration with `{workdir}` and `{data_dir}` filled in."""
+        return text.replace("{workdir}", str(self.workdir)).replace("{data_dir}", self.shared.data_dir)
+
+
+def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -> Run:
+    """A configuration with all its parts.
+
+    Raises:
+      UserError: an unknown field, a wrong type, or two targets of one name.
+    """
+    shared = parse(config, RunSettings)
+    names = [model_name(target) for target in shared.targets]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"config.targets: two of them are called {name!r}; rename one's directory")
+    unknown = sorted(set(shared.control_targets) - set(shared.targets))
+    if unknown:
+        raise UserError(f"config.control_targets: {unknown[0]!r} is not one of config.targets")
+    parts = {name: parse(config.get(name, {}), kind, f"config.{name}") for name, kind in STAGES.items()}
+    return Run(epath.Path(workdir), shared, **parts)
+
+
+def model_name(source: str) -> str:
+    """What a model is called in the working directory: the last part of its path or hub id."""
+    return source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,0 +1,57 @@
+"""What stages share: the run's mesh and its models, and the working directory's rooms."""
+
+import dataclasses
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from unidetox_jax import checkpoint, sharding
+from unidetox_jax.models import Model
+from unidetox_jax.stages.settings import Run
+
+
+def mesh_of(run: Run) -> Mesh:
+    """The run's mesh over all devices of all processes."""
+    return sharding.make_mesh(run.shared.mesh)
+
+
+def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str | None = None) -> Model:
+    """A model on the run's mesh, computing in the run's dtype; `source` may hold `{workdir}`."""
+    params, cfg = checkpoint.load(run.path(source), mesh or mesh_of(run), param_dtype)
+    return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes text."""
+    return jax.process_index() == 0
+
+
+def toxic_directory(run: Run) -> epath.Path:
+    """The toxic twin: checkpoints/, hf/, metrics.jsonl, TensorBoard events."""
+    return run.workdir / "toxic"
+
+
+def distilled_directory(run: Run) -> epath.Path:
+    """The detoxifying text: texts.csv, texts.jsonl, README.md."""
+    return run.workdir / "distilled"
+
+
+def samples_directory(run: Run) -> epath.Path:
+    """As much text of the base model alone, in the same files: the samples-only control's."""
+    return run.workdir / "samples"
+
+
+def detoxified_directory(run: Run, name: str) -> epath.Path:
+    """A target fine-tuned on the distilled text; laid out as the toxic twin."""
+    return run.workdir / "detoxified" / name
+
+
+def control_directory(run: Run, name: str) -> epath.Path:
+    """A target fine-tuned on samples of the base model; laid out as the toxic twin."""
+    return run.workdir / "control" / name
+
+
+def evaluation_directory(run: Run, name: str, form: str) -> epath.Path:
+    """A model's figures: `NAME` as it is published, `NAME.detoxified`, `NAME.control`."""
+    return run.workdir / "evaluation" / (name if form == "original" else f"{name}.{form}")
