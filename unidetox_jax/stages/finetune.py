@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import checkpoint, data, models, sharding, training
+from unidetox_jax.checkpoint import hf
 from unidetox_jax.errors import UserError
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
@@ -98,7 +99,6 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
             row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
         )
         steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
-
         optimizer = training.Optimizer(
             learning_rate=settings.learning_rate,
             steps=steps,
@@ -155,6 +155,8 @@ def _check(job: Job) -> None:
     for name in ("steps", "epochs", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected a number of at least 0")
+    if settings.export_dtype:
+        hf.parse_dtype(settings.export_dtype)
     if not settings.steps and not settings.epochs:
         raise UserError(f"{section}.steps: found 0, and {section}.epochs is 0 too; one of them says how long to train")
 
