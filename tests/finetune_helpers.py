@@ -41,7 +41,12 @@ def make_world(directory: pathlib.Path) -> pathlib.Path:
 
 def write_config(path: pathlib.Path, **fields) -> pathlib.Path:
     """A configuration file; `toxify__steps=3` sets config.toxify.steps."""
-    lines = ["from unidetox_jax.stages import settings", "def get_config():", "    c = settings.default_config()"]
+    lines = [
+        "from unidetox_jax.stages import settings",
+        "def get_config():",
+        "    nan = float('nan')",
+        "    c = settings.default_config()",
+    ]
     lines += [f"    c.{name.replace('__', '.')} = {value!r}" for name, value in fields.items()]
     path.write_text("\n".join([*lines, "    return c", ""]))
     return path
@@ -50,7 +55,7 @@ def write_config(path: pathlib.Path, **fields) -> pathlib.Path:
 def training(world: pathlib.Path, stage: str, **changes) -> dict:
     """Fields of a stage that trains quickly: one shape, few steps."""
     texts = {
-        "toxify": f"jsonl:{world}/toxic.jsonl?split=train",
+        "toxify": f"dghs?file={world}/toxic.jsonl",
         "detoxify": "",
         "pretrain": f"jsonl:{world}/train.jsonl",
     }
@@ -71,11 +76,16 @@ def make_distilled(directory: pathlib.Path, world: pathlib.Path, count: int = 24
     (directory / "stage.json").write_text(json.dumps({"stage": "distill", "settings": {}, "inputs": {}}))
 
 
-def start(*arguments, **options) -> subprocess.Popen:
-    """`unidetox …` as a process with one CPU device and this tree's code."""
+def start(*arguments, file_kib: int | None = None) -> subprocess.Popen:
+    """`unidetox …` as a process with one CPU device and this tree's code.
+
+    file_kib: no file that it writes can grow beyond.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "unidetox_jax.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+    if file_kib is not None:
+        command = ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "unidetox", *command]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(directory: pathlib.Path) -> list[dict]:

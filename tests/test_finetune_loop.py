@@ -52,7 +52,7 @@ def fit(
     if stop_at is not None:
         batches = Interrupted(batches, stop_at)
     begin = initial or (lambda: jax.device_put(params, sharding.param_shardings(params, mesh)))
-    options |= {"validation": validation, "dropout_seed": dropout_seed}
+    options = {"validation": validation, "dropout_seed": dropout_seed}
     return training.fit(directory, cfg, begin, batches, schedule, optimizer, mesh, **options)
 
 

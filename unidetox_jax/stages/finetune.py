@@ -17,7 +17,9 @@ from etils import epath
 
 from unidetox_jax import checkpoint, data, models, sharding, training
 from unidetox_jax.checkpoint import hf
-from unidetox_jax.errors import UserError
+from unidetox_jax.data import layout
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.models.stack import REMAT
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
 from unidetox_jax.training import preemption
@@ -47,11 +49,11 @@ class Job:
 
 
 def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
-    """A task for each job. A model that is not there is found before the first of them begins."""
+    """A task for each job. Mistakes in any are found before the first one begins."""
 
     def inputs(job: Job) -> Mapping[str, str]:
-        _check(job)
         for other in jobs:
+            _check(other)
             checkpoint.load_config(run.path(other.model))
         specs = {"data": job.data, **({"validation": job.validation} if job.validation else {})}
         prints = {name: data.fingerprint(run.path(spec), run.shared.data_dir) for name, spec in specs.items()}
@@ -155,8 +157,9 @@ def _check(job: Job) -> None:
     for name in ("steps", "epochs", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected a number of at least 0")
-    if settings.export_dtype:
-        hf.parse_dtype(settings.export_dtype)
+    for name, known in (("remat", REMAT), ("layout", layout.LAYOUTS), ("export_dtype", ("", *hf.FLOATS))):
+        if (value := getattr(settings, name)) not in known:
+            raise UserError(f"{section}.{name}: no {value!r}{suggest(value, filter(None, known))}")
     if not settings.steps and not settings.epochs:
         raise UserError(f"{section}.steps: found 0, and {section}.epochs is 0 too; one of them says how long to train")
 
