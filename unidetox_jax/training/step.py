@@ -1,0 +1,172 @@
+"""One optimizer step as one compiled, donated, sharded program.
+
+It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. The surprising
+thing: it takes derivatives with respect to the weights as the compute wants them (cast once, in `cfg.layer_loop`'s
+form), so an accumulation of micro-batches casts and gathers once as well.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from unidetox_jax import models, sharding
+from unidetox_jax.models import ModelConfig
+from unidetox_jax.training.loss import target_mask, total_loss
+from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. step: int32, updates done; params: float32, or bfloat16 where `official`."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+def init_state(params: Any, optimizer: Optimizer) -> TrainState:
+    """The state before the first step, on the mesh that the parameters live on.
+
+    It takes the parameters over: the first step donates their memory.
+    """
+    mesh = sharding.mesh_of(params) or sharding.single_device_mesh()
+    shardings = sharding.param_shardings(params, mesh)
+    params = jax.tree.map(
+        lambda leaf, place: jax.device_put(jnp.asarray(leaf, optimizer.param_dtype), place), params, shardings
+    )
+    init = make_optimizer(optimizer).init
+    opt_shardings = sharding.param_shardings(jax.eval_shape(init, params), mesh)
+    step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
+    return TrainState(step, params, jax.jit(init, out_shardings=opt_shardings)(params))
+
+
+def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
+    """The state's shapes, dtypes and shardings, without any memory; None: the first device."""
+    mesh = mesh or sharding.single_device_mesh()
+    params = models.abstract_params(cfg, optimizer.param_dtype)
+    opt_state = jax.eval_shape(make_optimizer(optimizer).init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    shardings = TrainState(
+        sharding.replicated(mesh), sharding.param_shardings(params, mesh), sharding.param_shardings(opt_state, mesh)
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    )
+
+
+def make_train_step(
+    cfg: ModelConfig,
+    optimizer: Optimizer,
+    mesh: Mesh | None = None,
+    *,
+    accumulation: int = 1,
+    remat: str = "none",
+    dropout_seed: int | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted step(state, batch) -> (state, metrics); it has `.lower`, and donates the state.
+
+    Args:
+      cfg: its dtype is the compute dtype (bfloat16 with `optimizer.official`).
+      mesh: None is the first device.
+      accumulation: parts that the batch's rows are computed in, one after another; the loss is a mean over the
+        targets of all. Rows must be a multiple of it times the mesh's batch axes.
+      remat: what the backward pass computes again: "none", "dots", "full".
+      dropout_seed: the noise of a step depends on it and on the step's number alone; None: no dropout.
+
+    The batch is as `loss` wants it, its rows over the mesh's batch axes. Metrics are float32 scalars: "loss" (nats a
+    target), "grad_norm" (before clipping), "learning_rate", "targets".
+    """
+    mesh = mesh or sharding.single_device_mesh()
+    if optimizer.official:
+        cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    transformation = make_optimizer(optimizer)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+    )
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            key = None
+            if dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+            loss, targets, gradients = _gradients(state.params, batch, cfg, accumulation, key, remat)
+            gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
+            updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": global_norm(gradients),
+            "learning_rate": optimizer.learning_rate_at(state.step),
+            "targets": targets,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
+    """A jitted (params, batch) -> {"total": summed nats, "targets": their number}, float32, without dropout."""
+    mesh = mesh or sharding.single_device_mesh()
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(None, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )
+    def step(params: Any, batch: Batch) -> Metrics:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            total, targets = total_loss(models.prepare(params, cfg), batch, cfg)
+        return {"total": total, "targets": targets}
+
+    return step
+
+
+def _gradients(params, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
+    """The mean loss over the batch's targets, their number, and the gradients in the parameters' dtype."""
+    targets = target_mask(batch).sum(dtype=jnp.float32)
+    prepared = models.prepare(params, cfg)
+
+    def mean(prepared, part, key):
+        total, _ = total_loss(prepared, part, cfg, dropout_key=key, remat=remat)
+        return total / jnp.maximum(targets, 1.0)
+
+    def whole(gradients):
+        if isinstance(gradients["blocks"], tuple):
+            gradients = {**gradients, "blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *gradients["blocks"])}
+        return gradients
+
+    if accumulation == 1:
+        loss, gradients = jax.value_and_grad(mean)(prepared, batch, key)
+    else:
+
+        def add(carry, inputs):
+            part, index = inputs
+            part_key = None if key is None else jax.random.fold_in(key, index)
+            loss, gradients = jax.value_and_grad(mean)(prepared, part, part_key)
+            return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), prepared)
+        parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
+        (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), (parts, jnp.arange(accumulation)))
+    return loss, targets, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), whole(gradients), params)
+
+
+def _parts(rows: jax.Array, number: int) -> jax.Array:
+    """[R,T] -> [number, R/number, T]: every number-th row, so that each device takes its parts from its own rows."""
+    if rows.shape[0] % number:
+        raise ValueError(f"a batch of {rows.shape[0]} rows cannot be computed in {number} parts")
+    parts = rows.reshape(rows.shape[0] // number, number, *rows.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(parts, None, sharding.BATCH, *(None,) * (rows.ndim - 1))
