@@ -268,6 +268,25 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
+def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """The argument of `--config=FILE:name=value,flag,…` for a file's `get_config`, with the defaults' types.
+
+    Raises:
+      UserError: an unknown name, or a value of another type.
+    """
+    found = ml_collections.ConfigDict(defaults)
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = part.partition("=")
+        if name not in defaults:
+            raise UserError(f"--config: no argument {name!r}{suggest(name, defaults)}")
+        kind = type(defaults[name])
+        try:
+            found[name] = kind(value) if equals else True
+        except (TypeError, ValueError):
+            raise UserError(f"--config: {name}={value!r}, expected {kind.__name__}") from None
+    return found
+
+
 def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config"):
     """One part of a configuration as its frozen dataclass.
 
