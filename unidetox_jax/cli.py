@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -45,21 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv) or 0
     except (UserError, Preempted) as error:
-        if debug:
-            raise
-        print(f"unidetox: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("unidetox: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        line, code, cause = " ".join(str(error).split()), error.exit_code, error
+    except KeyboardInterrupt as error:
+        line, code, cause = "interrupted; the same command continues", 130, error
     except Exception as error:  # what is left is a fault of ours: name it, and say how to see it whole
-        if debug:
-            raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"unidetox: {text[:500]} (a traceback: --debug)", file=sys.stderr)
-        return 1
+        line, code, cause = f"{text[:500]} (a traceback: --debug)", 1, error
+    if debug:
+        traceback.print_exception(cause)
+    from unidetox_jax import distributed
+
+    distributed.fail(f"unidetox: {line}", code)  # where there are several processes, this ends all of them
+    return code
 
 
 def _dispatch(argv: list[str]) -> int | None:
@@ -76,7 +74,8 @@ def _dispatch(argv: list[str]) -> int | None:
     if command in PLAIN:
         module.add_arguments(parser)
         return module.run_command(parser.parse_args(rest))
-    from unidetox_jax.stages import base, settings
+    from unidetox_jax import distributed
+    from unidetox_jax.stages import settings
 
     parser.add_argument("--config", required=True, metavar="FILE[:name=value,…]", help="a file of configs/")
     parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
@@ -86,9 +85,28 @@ def _dispatch(argv: list[str]) -> int | None:
         module.add_arguments(parser)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     options = parser.parse_args([argument for argument in rest if argument not in overrides])
+    in_workdir = hasattr(options, "workdir")
+    if in_workdir:  # before anything asks for a device
+        distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            options.coordinator_port,
+            options.start_timeout,
+        )
     run = settings.parse_run(load_config(options.config, overrides), getattr(options, "workdir", ""))
+    if in_workdir and not options.dry_run:
+        distributed.check_directory(run.workdir)
+    code = _run(command, module, options, run)
+    distributed.finish()
+    return code
+
+
+def _run(command: str, module, options: argparse.Namespace, run) -> int:
+    from unidetox_jax.stages import base
+
     if command in CONFIGURED:
-        return module.run_command(options, run)
+        return module.run_command(options, run) or 0
     tasks = module.tasks(run)
     if not tasks:
         part = command.replace("-", "_")
@@ -99,9 +117,12 @@ def _dispatch(argv: list[str]) -> int | None:
 
 def add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of whatever works in a working directory."""
+    from unidetox_jax import distributed
+
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or gs://")
     parser.add_argument("--force", action="store_true", help="make anew what was made with other settings")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
+    distributed.add_arguments(parser)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()):

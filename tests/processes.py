@@ -1,0 +1,62 @@
+"""Several real processes on this machine, for tests: each with devices of its own, joined by jax.distributed."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from conftest import ROOT
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line of what it said on standard error."""
+        return self.err.strip().rsplit("\n", 1)[-1]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The environment of a process with that many devices."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": path}
+
+
+def joined(address: str, count: int, index: int) -> list[str]:
+    """The command line's arguments for one of several processes."""
+    return [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
+
+
+def command(arguments: list[str]) -> list[str]:
+    """`unidetox` with these arguments."""
+    return [sys.executable, "-m", "unidetox_jax.cli", *arguments]
+
+
+def start(commands: list[list[str]], devices: int = 2) -> list[subprocess.Popen]:
+    """Starts them all."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(devices)}
+    return [subprocess.Popen(arguments, **options) for arguments in commands]
+
+
+def wait(processes: list[subprocess.Popen], timeout: float = 300) -> list[Ended]:
+    """Waits for all of them; whatever runs longer is killed, and the test fails."""
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [Ended(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]

@@ -1,0 +1,122 @@
+"""Several processes meet, or say who is missing; an error, a death or a hidden directory ends all of them."""
+
+import sys
+import time
+
+import jax
+import pytest
+from processes import free_port, start, wait
+
+from unidetox_jax import distributed
+from unidetox_jax.errors import UserError
+
+SCRIPT = """
+import sys, time, os, signal
+from unidetox_jax import distributed
+from unidetox_jax.errors import UserError
+address, count, index, body = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+try:
+    distributed.initialize(address, count, index, timeout={timeout})
+    import jax
+    exec(body)
+    distributed.finish()
+except UserError as error:
+    distributed.fail(f"unidetox: {{error}}", error.exit_code)
+    sys.exit(error.exit_code)
+"""
+
+
+def run(body: str, count: int, present=None, timeout: float = 60):
+    address = f"127.0.0.1:{free_port()}"
+    script = SCRIPT.format(timeout=timeout)
+    present = range(count) if present is None else present
+    arguments = [[sys.executable, "-c", script, address, str(count), str(index), body] for index in present]
+    return wait(start(arguments, devices=1), timeout=120)
+
+
+def test_all_come_and_see_all_devices_and_the_same_values():
+    body = "print(jax.device_count(), distributed._watch.exchange('test', f'value {index}'))"
+    ended = run(body, 3)
+    assert [one.code for one in ended] == [0, 0, 0], [one.err for one in ended]
+    assert {one.out.strip() for one in ended} == {"3 ['value 0', 'value 1', 'value 2']"}
+
+
+def test_missing_processes_are_named_by_all_that_came():
+    ended = run("", 4, present=[0, 2], timeout=4)
+    for one in ended:
+        assert one.code == 2
+        assert "of 4, process 1, 3 did not come" in one.last_line and one.err.count("\n") == 1
+
+
+def test_without_process_0_the_others_say_so():
+    (one,) = run("", 2, present=[1], timeout=2)
+    assert one.code == 2 and "process 0 does not answer at 127.0.0.1:" in one.last_line and one.err.count("\n") == 1
+
+
+def test_two_that_claim_to_be_the_same_are_refused():
+    ended = run("", 3, present=[0, 1, 1], timeout=20)
+    assert [one.code for one in ended] == [2, 2, 2]
+    assert all("it is process 1 of 3" in one.last_line for one in ended)
+
+
+def test_an_error_of_one_ends_all_with_one_line_each():
+    began = time.monotonic()
+    ended = run("if index == 1:\n raise UserError('no such field')\ntime.sleep(100)", 3)
+    assert time.monotonic() - began < 60
+    assert [one.code for one in ended] == [2, 2, 2]
+    assert ended[1].err == "unidetox: no such field\n"
+    assert ended[0].err == ended[2].err == "unidetox: no such field (process 1)\n"
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_within_a_minute():
+    began = time.monotonic()
+    ended = run("if index == 1:\n os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)", 3)
+    assert time.monotonic() - began < 60
+    assert [one.code for one in ended] == [1, -9, 1]
+    assert all("process 1 gave no sign of life" in one.last_line for one in (ended[0], ended[2]))
+
+
+def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
+    # process 1 looks at another directory: what a path does that is no network file system
+    body = f"distributed.check_directory({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
+    ended = run(body, 2)
+    assert [one.code for one in ended] == [2, 2]
+    assert all("process 1 on " in one.last_line and "cannot see" in one.last_line for one in ended)
+    (tmp_path / "file").write_text("")
+    ended = run(f"distributed.check_directory({str(tmp_path / 'file' / 'below')!r})", 2)
+    assert [one.code for one in ended] == [2, 2]
+    assert all("cannot be made" in one.last_line for one in ended)
+
+
+def test_incomplete_or_wrong_addresses_are_refused():
+    for arguments, message in (
+        (("host:1", 2, None), "--process_id: missing"),
+        (("host", 2, 0), "expected HOST:PORT"),
+        (("host:1", 2, 2), "expected 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distributed.initialize(*arguments)
+
+
+def test_slurm_says_who_takes_part(monkeypatch):
+    for name, value in {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    members = distributed._members(None, None, None, 8476, 1)
+    assert members == distributed.Members("node03:8476", 8, 5, [1])
+
+
+def test_the_compilation_cache_has_a_place(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        distributed.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == before  # JAX_COMPILATION_CACHE_DIR is respected
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        jax.config.update("jax_compilation_cache_dir", None)
+        distributed.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "unidetox_jax" / "jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

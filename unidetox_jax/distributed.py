@@ -1,0 +1,361 @@
+"""Several processes as one run: they meet, they watch one another, and they end together.
+
+`initialize` is the first thing that a command does, before anything asks jax for a device. What is surprising: the
+processes meet at the coordinator's port once before jax does so there, because jax aborts, with a stack trace
+and no names, when one of them does not come.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+from etils import epath
+
+from unidetox_jax.errors import Preempted, UserError
+
+START_TIMEOUT = 300  # seconds for all processes to come; a pod's hosts install packages at different speeds
+SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
+INTERVAL = 1.0  # seconds between signs of life
+WAIT = 7 * 24 * 3600  # seconds at a barrier: process 0 may be scoring text while the others wait
+HELLO = re.compile(r"unidetox (\d+) of (\d+) on (\S+)")
+
+
+class Members(NamedTuple):
+    """Who takes part: the address where all meet, how many there are, and which one this is."""
+
+    coordinator: str
+    count: int
+    index: int
+    local_device_ids: list[int] | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says who takes part; none of it is needed on Cloud TPU or under SLURM."""
+    group = parser.add_argument_group("several processes (found out by themselves on Cloud TPU, GKE and under SLURM)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0 that all can reach")
+    group.add_argument("--num_processes", type=int, metavar="N")
+    group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
+    group.add_argument("--coordinator_port", type=int, metavar="PORT", help="where it is found out: another port")
+    group.add_argument("--start_timeout", type=int, default=START_TIMEOUT, metavar="SECONDS", help="for all to come")
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    coordinator_port: int | None = None,
+    timeout: int = START_TIMEOUT,
+) -> None:
+    """Makes this process one of a run's, where there are several, and switches on the compilation cache.
+
+    Args:
+      coordinator, num_processes, process_id: all three, or none: then Cloud TPU, GKE or SLURM say it, or it is one.
+      coordinator_port: the port in place of the one that jax chooses there (8482 on Cloud TPU).
+      timeout: seconds to wait for all of them.
+
+    Raises:
+      UserError: some of the three are missing or wrong, or a process did not come: which ones.
+    """
+    use_compilation_cache()
+    members = _members(coordinator, num_processes, process_id, coordinator_port, timeout)
+    if members is None or members.count == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _meet(members, timeout)
+    jax.distributed.initialize(
+        members.coordinator,
+        members.count,
+        members.index,
+        local_device_ids=members.local_device_ids,
+        cluster_detection_method="deactivate",
+        initialization_timeout=timeout,
+        shutdown_timeout_seconds=60,
+    )
+    global _watch
+    _watch = _Watch(members)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))
+
+
+def check_directory(directory: epath.PathLike) -> None:
+    """Makes a working directory, and makes sure that every process sees it.
+
+    Raises:
+      UserError: on every process, where it cannot be made, or one of them does not see what process 0 wrote there.
+    """
+    directory = epath.Path(directory)
+    mark = directory / ".visible"
+    problem, token = "", ""
+    if _watch is None or _watch.members.index == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if _watch is not None:
+                token = str(time.time_ns())
+                mark.write_text(token)
+        except OSError as error:
+            problem = f"{directory}: cannot be made or written ({error.strerror or error})"
+    if _watch is None:
+        if problem:
+            raise UserError(problem)
+        return
+    token, problem = _watch.exchange("mark", f"{token}\n{problem}")[0].split("\n", 1)
+    if problem:
+        raise UserError(problem)
+    here = "" if _reads(mark, token) else socket.gethostname()
+    blind = [f"{i} on {host}" for i, host in enumerate(_watch.exchange("sees", here)) if host]
+    if _watch.members.index == 0:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"{directory}: process {', process '.join(blind)} cannot see what process 0 wrote there; "
+            "expected a directory that all hosts share, or gs://"
+        )
+
+
+def barrier(name: str) -> None:
+    """Waits for every process, for as long as it takes; the devices are not asked."""
+    if _watch is not None:
+        _watch.barrier(name)
+
+
+def finish() -> None:
+    """Waits until all processes have come to their end, so that a late error of one still ends all."""
+    if _watch is not None:
+        _watch.finish()
+
+
+def fail(line: str, exit_code: int) -> None:
+    """Says the line and, where there are several processes, ends all of them with it; otherwise it returns."""
+    if _watch is None:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        _watch.fail(line, exit_code)
+
+
+def _members(coordinator, num_processes, process_id, port, timeout: int) -> Members | None:
+    """None: this process is alone."""
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UserError(f"--coordinator: found {coordinator!r}, expected HOST:PORT")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id: found {process_id}, expected 0 to {num_processes - 1}")
+        return Members(coordinator, num_processes, process_id)
+    if len(missing) < len(given):
+        raise UserError(f"{', '.join(missing)}: missing; give all of {', '.join(given)}, or none")
+    # jax's own detection; jax.distributed.initialize would use it at once, and give no time to meet before.
+    from jax._src.clusters import ClusterEnv
+
+    if port is not None:
+        os.environ["JAX_COORDINATOR_PORT"] = str(port)
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+    except Exception as error:  # metadata servers and environment variables that are not as they should be
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"several processes: cannot find out who takes part ({reason}); give --coordinator, --num_processes "
+            "and --process_id"
+        ) from error
+    return None if found[1] is None else Members(*found)
+
+
+def _meet(members: Members, timeout: int) -> None:
+    """Returns when all processes have come to the coordinator's address.
+
+    Raises:
+      UserError: on every process that came: which ones did not, or that two claim to be the same one.
+    """
+    deadline = time.monotonic() + timeout
+    if members.index == 0:
+        with _server(members) as server:
+            problem = _receive(server, members, deadline)
+    else:
+        problem = _report(members, deadline, timeout)
+    if problem:
+        raise UserError(f"several processes: {problem}")
+
+
+def _server(members: Members) -> socket.socket:
+    port = int(members.coordinator.rsplit(":", 1)[1])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=members.count)
+    except OSError as error:
+        raise UserError(f"--coordinator: process 0 cannot listen on port {port} ({error.strerror})") from None
+
+
+def _receive(server: socket.socket, members: Members, deadline: float) -> str:
+    """Waits for all the others and answers them; returns what is wrong, or an empty string."""
+    came: dict[int, str] = {}  # index → host
+    connections: list[socket.socket] = []
+    problem = ""
+    while len(came) < members.count - 1 and not problem:
+        server.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+            connection.settimeout(5)
+            hello = HELLO.fullmatch(connection.makefile().readline().strip())
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                missing = [str(i) for i in range(1, members.count) if i not in came]
+                problem = (
+                    f"of {members.count}, process {', '.join(missing)} did not come to {members.coordinator} in time"
+                )
+            continue
+        except OSError:
+            continue
+        if hello is None:  # somebody else's
+            connection.close()
+            continue
+        index, count, host = int(hello[1]), int(hello[2]), hello[3]
+        if count != members.count or not 0 < index < count or index in came:
+            also = f", and so does one on {came[index]}" if index in came else ""
+            problem = f"process 0 knows of {members.count}, but {host} says it is process {index} of {count}{also}"
+        came[index] = host
+        connections.append(connection)
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{problem or 'all are here'}\n".encode())
+            connection.recv(1)  # the other end closes first, so that the port is free for jax
+        connection.close()
+    return problem
+
+
+def _report(members: Members, deadline: float, timeout: int) -> str:
+    """Comes to process 0 and waits for its answer; returns what is wrong, or an empty string."""
+    host, port = members.coordinator.rsplit(":", 1)
+    while True:
+        try:
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                return f"process 0 does not answer at {members.coordinator} within {timeout} s ({error})"
+            time.sleep(0.2)
+    with connection:
+        connection.settimeout(max(5.0, deadline - time.monotonic() + 10))
+        try:
+            connection.sendall(f"unidetox {members.index} of {members.count} on {socket.gethostname()}\n".encode())
+            answer = connection.makefile().readline().strip()
+        except OSError:
+            answer = ""
+    if not answer:
+        return f"process 0 at {members.coordinator} ended while this process, {members.index}, waited for the others"
+    return "" if answer == "all are here" else answer
+
+
+def _reads(path: epath.Path, content: str) -> bool:
+    """Whether the file is there and holds this; network file systems may take seconds to show it."""
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            if path.read_text() == content:
+                return True
+        time.sleep(0.5)
+    return False
+
+
+_watch: "_Watch | None" = None
+
+
+class _Watch:
+    """A thread that tells the others that this process lives, and ends it when one of them has failed or is gone.
+
+    It speaks over jax's coordination service, which works while the devices of others hang in a collective.
+    """
+
+    def __init__(self, members: Members):
+        from jax._src.distributed import global_state
+
+        self.members = members
+        self._client = global_state.client
+        self._ending = threading.Lock()
+        self._rounds = 0
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def exchange(self, name: str, value: str) -> list[str]:
+        """Every process's value, in their order; all call it alike."""
+        self._rounds += 1
+        prefix = f"unidetox/{name}/{self._rounds}"
+        self._client.key_value_set(f"{prefix}/{self.members.index}", value or "\n")
+        values = (self._client.blocking_key_value_get(f"{prefix}/{i}", 600_000) for i in range(self.members.count))
+        return ["" if value == "\n" else value for value in values]
+
+    def barrier(self, name: str) -> None:
+        """Waits for all; the watch ends the process if one fails meanwhile."""
+        self._rounds += 1
+        self._client.wait_at_barrier(f"unidetox/{name}/{self._rounds}", WAIT * 1000)
+
+    def finish(self) -> None:
+        """Waits for all, then takes leave."""
+        self.barrier("finish")
+        if self._ending.acquire(blocking=False):  # from here on nobody's silence means anything
+            jax.distributed.shutdown()
+
+    def fail(self, line: str, exit_code: int) -> None:
+        """Ends this process, and all others with it."""
+        if not self._ending.acquire(blocking=False):
+            time.sleep(WAIT)  # the watch is ending this process
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        with contextlib.suppress(Exception):  # process 0 is gone
+            self._client.key_value_set(f"unidetox/failed/{self.members.index}", f"{exit_code} {line}")
+        if self.members.index == 0:  # it carries the service by which the others learn of this
+            self._linger(self._grace(exit_code) + 4 * INTERVAL)
+        os._exit(exit_code)  # not sys.exit: jax would wait for all others at its own end
+
+    def _linger(self, seconds: float) -> None:
+        """Waits until all others have said that they end, but no longer than this."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Exception):
+                if len(self._client.key_value_dir_get("unidetox/failed/")) == self.members.count:
+                    return
+            time.sleep(0.1)
+
+    def _run(self) -> None:
+        beats: dict[str, tuple[str, float]] = {}
+        beat = 0
+        while True:
+            beat += 1
+            try:
+                self._client.key_value_set(f"unidetox/alive/{self.members.index}", str(beat), allow_overwrite=True)
+                seen = dict(self._client.key_value_dir_get("unidetox/alive/"))
+                failed = dict(self._client.key_value_dir_get("unidetox/failed/"))
+            except Exception:  # the service is gone, and process 0 with it
+                return self.fail("unidetox: process 0 is gone; the same command continues", 1)
+            now = time.monotonic()
+            for key, value in seen.items():
+                if beats.get(key, ("", 0.0))[0] != value:
+                    beats[key] = value, now
+            for key, value in sorted(failed.items()):
+                code, line = value.split(" ", 1)
+                time.sleep(self._grace(int(code)))  # as a rule this process goes on to say the same thing itself
+                return self.fail(f"{line} (process {_index(key)})", int(code))
+            silent = sorted(_index(key) for key, (_, last) in beats.items() if now - last > SILENCE)
+            if silent:
+                text = f"process {', '.join(map(str, silent))} gave no sign of life for {SILENCE:.0f} s"
+                return self.fail(f"unidetox: {text}; the same command continues", 1)
+            time.sleep(INTERVAL)
+
+    @staticmethod
+    def _grace(exit_code: int) -> float:
+        """Seconds that a process has to end by itself: when all were told to save, it may be still writing."""
+        return 30.0 if exit_code == Preempted.exit_code else 2.0
+
+
+def _index(key: str) -> int:
+    return int(key.rsplit("/", 1)[1])
