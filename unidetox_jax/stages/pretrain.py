@@ -18,12 +18,12 @@ def tasks(run: Run) -> list[base.Task]:
             section="config.pretrain",
             directory=parts.pretrained_directory(run, model_name(model)),
             model=model,
-            data=run.pretrain.data,
+            data=data or run.pretrain.data,
             validation=run.pretrain.validation,
             settings=run.pretrain,
             scratch=True,
         )
-        for model in run.pretrain.models
+        for model, _, data in (entry.partition("=") for entry in run.pretrain.models)
     ]
     return ([_world(run)] if run.pretrain.world else []) + finetune.tasks(run, jobs)
 
