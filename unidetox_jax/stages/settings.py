@@ -190,7 +190,7 @@ class FitScorerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """What `unidetox bench` measures: config.base's shape, with random weights where it is not here."""
+    """What `unidetox bench` measures, on models of one shape with random weights."""
 
     what: tuple[str, ...] = ("decode", "train")
     model: str = "openai-community/gpt2"  # a shape of models.PUBLISHED, or a path
@@ -201,6 +201,7 @@ class BenchSettings:
     data: str = ""  # training texts; empty: random tokens of train_length
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it
+    repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts
 
 
 STAGES = {
@@ -266,6 +267,25 @@ def default_config() -> ml_collections.ConfigDict:
     for name, settings in STAGES.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
     return config
+
+
+def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """The argument of `--config=FILE:name=value,flag,…` for a file's `get_config`, with the defaults' types.
+
+    Raises:
+      UserError: an unknown name, or a value of another type.
+    """
+    found = ml_collections.ConfigDict(defaults)
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = part.partition("=")
+        if name not in defaults:
+            raise UserError(f"--config: no argument {name!r}{suggest(name, defaults)}")
+        kind = type(defaults[name])
+        try:
+            found[name] = kind(value) if equals else True
+        except (TypeError, ValueError):
+            raise UserError(f"--config: {name}={value!r}, expected {kind.__name__}") from None
+    return found
 
 
 def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config"):
