@@ -200,6 +200,7 @@ class BenchSettings:
     train_batch_sizes: tuple[int, ...] = (4, 8)
     train_length: int = 256
     data: str = ""  # training texts; empty: random tokens of train_length
+    tokenizer: str = ""  # of `data`: a directory or hub id; empty: the model's
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it
     repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts
