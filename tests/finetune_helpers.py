@@ -104,3 +104,17 @@ def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     """Whether two models are the same, bit for bit."""
     return one.keys() == other.keys() and all(one[key].tobytes() == other[key].tobytes() for key in one)
+
+
+def torch_loss(model, tokenizer, texts, length, ended=None) -> float:
+    """PyTorch's mean loss over all targets, one text at a time; a text that ended is closed by an end token."""
+    import torch
+
+    total = targets = 0
+    for index, text in enumerate(texts):
+        end = [tokenizer.eos_token_id] if ended is None or ended[index] else []
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], *end][:length]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    return total / targets

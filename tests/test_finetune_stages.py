@@ -14,6 +14,7 @@ from finetune_helpers import (
     make_world,
     same,
     start,
+    torch_loss,
     training,
     weights,
     write_config,
@@ -94,17 +95,6 @@ def test_the_export_is_the_trained_model_with_its_tokenizer(finished, world):
     texts = data.texts(f"jsonl:{world}/valid.jsonl")
     recorded = json.loads((finished / "toxic/stage.json").read_text())["figures"]["validation_loss"]
     np.testing.assert_allclose(torch_loss(model, tokenizer, texts, 32), recorded, rtol=1e-5)
-
-
-def torch_loss(model, tokenizer, texts, length) -> float:
-    """Mean loss over all targets, one text at a time, each closed by an end token."""
-    total = targets = 0
-    for text in texts:
-        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:length]])
-        with torch.no_grad():
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-        targets += ids.shape[1] - 1
-    return total / targets
 
 
 def test_a_twin_is_found_by_its_stage_directory(finished):

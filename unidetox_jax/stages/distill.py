@@ -65,6 +65,10 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
             print(describe(name, directory, figures))
         return figures
 
+    def operations() -> float:
+        parameters = sum(_num_params(run, name) for name in settings.models)
+        return 2.0 * settings.num_texts * settings.max_length * parameters
+
     given = {**dataclasses.asdict(settings), "base": run.shared.base, "dtype": run.shared.dtype}
     return base.Task(name, directory, given, inputs, body)
 
@@ -223,6 +227,17 @@ def _source(run: Run, name: str) -> str:
             f"{directory}: no toxic model there; `unidetox toxify` makes it, config.distill.models names another"
         )
     return str(directory)
+
+
+def _num_params(run: Run, name: str) -> int:
+    """About how large a model is, for an estimate; 0 where it is not made yet."""
+    source = run.path(run.shared.base if name.partition("@")[0] in ("base", "toxic") else name)
+    if source in models.PUBLISHED:
+        return models.num_params(models.published_config(source))
+    try:
+        return models.num_params(checkpoint.load_config(source))
+    except UserError:
+        return 0
 
 
 def _load(run: Run, settings: DistillSettings, mesh: Mesh) -> list[Model]:

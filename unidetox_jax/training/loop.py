@@ -114,7 +114,6 @@ def fit(
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)
                 if stop:
-                    log.flush()
                     raise Preempted(
                         f"{label}: stopped, saved at step {step} of {schedule.steps}; the same command continues"
                     )
