@@ -191,7 +191,7 @@ class FitScorerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """What `unidetox bench` measures: config.base's shape, with random weights where it is not here."""
+    """What `unidetox bench` measures, on models of one shape with random weights."""
 
     what: tuple[str, ...] = ("decode", "train")
     model: str = "openai-community/gpt2"  # a shape of models.PUBLISHED, or a path
@@ -200,8 +200,10 @@ class BenchSettings:
     train_batch_sizes: tuple[int, ...] = (4, 8)
     train_length: int = 256
     data: str = ""  # training texts; empty: random tokens of train_length
+    tokenizer: str = ""  # of `data`: a directory or hub id; empty: the model's
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it
+    repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts
 
 
 STAGES = {
