@@ -86,6 +86,7 @@ def generate(
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
+        transpose_head=jax.default_backend() == "cpu",
     )
     rows = -batch % sharding.batch_ways(mesh) + batch
     inputs = loop.Inputs(
@@ -99,7 +100,7 @@ def generate(
         pad=_pad(models[0].cfg, eos_id),
     )
     with _use(mesh):
-        output = loop.program(
+        output = loop.program_of_backend()(
             tuple(model.params for model in models),
             _place(inputs, mesh),
             objective,
@@ -123,8 +124,12 @@ def make_plan(
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
+    transpose_head: bool = False,
 ) -> loop.Plan:
-    """The static part of a generation from prompts of T tokens (one T for each model)."""
+    """The static part of a generation from prompts of T tokens (one T for each model).
+
+    transpose_head: what `generate` asks for on CPU; see `loop.program_of_backend`.
+    """
     slots = tuple(
         max(length - 1, min(bucket(length - 1), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
@@ -136,6 +141,7 @@ def make_plan(
         segments=loop.plan_segments(max(slots), max_new_tokens),
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
+        transpose_head=transpose_head,
     )
 
 
