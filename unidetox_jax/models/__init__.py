@@ -1,6 +1,6 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
-from unidetox_jax.models.cache import Cache, grow_cache, init_cache
+from unidetox_jax.models.cache import Cache, grow_cache, init_cache, repeat_cache
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.keys import Key
 from unidetox_jax.models.published import PUBLISHED, published_config
@@ -46,4 +46,5 @@ __all__ = [
     "prefill",
     "prepare",
     "published_config",
+    "repeat_cache",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, sharding
@@ -25,6 +26,12 @@ def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str
 def first_process() -> bool:
     """Whether this process is the one that writes text."""
     return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here: what process 0 wrote before it is there for all after it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def toxic_directory(run: Run) -> epath.Path:
