@@ -73,14 +73,41 @@ def generate(
       UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more.
     """
     encoded = tokenize_prompts(tokenizer, prompts, bos)
+    new, ended = complete(
+        model,
+        encoded,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        warpers=warpers,
+        seed=seed,
+        batch_size=batch_size,
+        label=label,
+    )
+    for index in np.ndindex(ended.shape):  # the end token is no part of the text
+        new[index] = new[index][: len(new[index]) - int(ended[index])]
+    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    warpers: Sequence[Warper] = (),
+    seed: int = 0,
+    batch_size: int = 512,
+    eos_id: Sequence[int] | None = None,
+    label: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """S continuations of every prompt as tokens: an object array [P, S] of token lists, the end token included, and
+    bool [P, S], whether one ended by itself. Arguments as those of `generate` here and in `decoding`."""
     new = np.empty((len(prompts), samples), object)
     ended = np.zeros((len(prompts), samples), bool)
-    with Progress(
-        len(prompts) * samples, "texts", label or "", disable=label is None or jax.process_index() > 0
-    ) as bar:
-        for chosen, first, count in _batches([len(tokens) for tokens in encoded], samples, max_new_tokens, batch_size):
-            rows = [encoded[p] for p in chosen]
-            tokens, mask = _padded(rows)
+    hidden = label is None or jax.process_index() > 0
+    with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
+        for chosen, first, count in _batches([len(tokens) for tokens in prompts], samples, max_new_tokens, batch_size):
+            tokens, mask = _padded([prompts[p] for p in chosen])
             owners = [(p, s) for p in chosen for s in range(first, first + count)]
             found = decoding.generate(
                 [model],
@@ -90,14 +117,14 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 attention_mask=mask,
+                eos_id=eos_id,
                 row_ids=[p * samples + s for p, s in owners],
                 samples=count,
             )
             for row, owner in enumerate(owners):
-                own = found.tokens[row, : found.lengths[row] - found.ended[row]]
-                new[owner], ended[owner] = own.tolist(), found.ended[row]
+                new[owner], ended[owner] = found.tokens[row, : found.lengths[row]].tolist(), found.ended[row]
             bar.update(count * len(set(chosen)))
-    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+    return new, ended
 
 
 def _batches(lengths: Sequence[int], samples: int, max_new_tokens: int, batch_size: int):
