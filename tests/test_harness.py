@@ -155,7 +155,9 @@ def test_mistakes(pair, tmp_path):
         harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match="no task 'hellaswagg'"):
         harness.evaluate(ours.model, ours.tokenizer, ["hellaswagg"])
-    (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}")
+    (tmp_path / "bad.yaml").write_text(
+        "task: bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}"
+    )
     with pytest.raises(UserError, match="bad.yaml cannot be loaded"):
         harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "bad.yaml")])
     beams = requests("generate_until", [("a", {"until": ["b"], "max_gen_toks": 8, "num_beams": 4})])
