@@ -51,6 +51,7 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     row_ids: Any = None,
     samples: int = 1,
+    prompt_slots: int = 0,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
@@ -66,6 +67,8 @@ def generate(
       eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
       samples: continuations of every prompt, one after another in the result's rows (B becomes B·samples); each prompt
         is read once.
+      prompt_slots: room for prompts of at least so many tokens but their last: calls that ask for the same room share
+        a compiled program.
       row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
@@ -93,6 +96,7 @@ def generate(
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
         samples=samples,
+        prompt_slots=prompt_slots,
     )
     prompt_rows = -len(prompts[0]) % sharding.batch_ways(mesh) + len(prompts[0])
     rows = prompt_rows * samples
@@ -132,10 +136,11 @@ def make_plan(
     log_probabilities: bool = False,
     layer_loop: str | None = None,
     samples: int = 1,
+    prompt_slots: int = 0,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model)."""
     slots = tuple(
-        max(length - 1, min(bucket(length - 1, samples), cfg.max_position_embeddings))
+        max(length - 1, min(max(bucket(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
     chosen = layer_loop or default_layer_loop()
@@ -154,16 +159,14 @@ def default_layer_loop() -> str:
     return "unroll"
 
 
-def bucket(length: int, samples: int = 1) -> int:
+def bucket(length: int) -> int:
     """Slots that `length` prompt tokens (all but the last) are padded to: 0, multiples of 8 up to 64, then four
-    sizes for each doubling; where several samples share a prompt's pass, two sizes for each doubling beyond 16.
+    sizes for each doubling.
 
     A padded slot costs as much as a real token in the prompt's pass, and a key and a value read in every step: a
-    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling,
-    unless that pass is a small part of the work.
+    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling.
     """
-    sizes = 4 if samples == 1 else 2
-    step = max(8, (1 << (length - 1).bit_length()) // (2 * sizes))
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
