@@ -1,0 +1,199 @@
+"""Continuations of prompts, as text: a prompt's samples side by side, prompts of like length together.
+
+The random numbers of a continuation belong to its prompt and sample, so batches do not matter. The surprising thing:
+text is cut where the prompt's own tokens end, decoded together with them, since sentencepiece drops the space before
+a first word; the released code (`official`) removes every occurrence of the prompt instead.
+
+P prompts, S samples of a prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unidetox_jax import decoding
+from unidetox_jax.data import tokens as data_tokens
+from unidetox_jax.decoding import objectives
+from unidetox_jax.decoding.warpers import Warper
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.likelihood import power_bucket
+from unidetox_jax.evaluation.perplexity import encode
+from unidetox_jax.models import Model
+from unidetox_jax.progress import Progress
+
+FULL_BATCH_LENGTH = 128  # prompts of up to this many tokens come in whole batches; longer ones in smaller ones
+SHORTEST_CLASS = 16  # tokens of the first class of prompts
+FEWEST_BATCHES = 3  # of a class
+
+
+class Continuations(NamedTuple):
+    """texts: P lists of S; ended: bool [P, S], by themselves; a continuation may be empty."""
+
+    texts: list[list[str]]
+    ended: np.ndarray
+
+
+def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -> list[list[int]]:
+    """Token lists of prompts, begun as the tokenizer begins a text (`bos`) or by nothing.
+
+    Raises:
+      UserError: a prompt of no token of its own.
+    """
+    before = data_tokens.prefix(tokenizer) if bos else []
+    found = encode(tokenizer, prompts, special=False)
+    for index, own in enumerate(found):
+        if not own:
+            raise UserError(f"prompt {index} ({prompts[index]!r}) has no tokens under the model's tokenizer")
+    return [before + own for own in found]
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    warpers: Sequence[Warper] = (),
+    seed: int = 0,
+    batch_size: int = 512,
+    bos: bool = True,
+    official: bool = False,
+    label: str | None = None,
+) -> Continuations:
+    """S continuations of every prompt.
+
+    Args:
+      batch_size: continuations at a time where prompts have up to 128 tokens, else proportionally fewer.
+      bos: prompts begin as the tokenizer begins a text (LLaMA and OPT: BOS; GPT-2 and Falcon: nothing).
+      official: remove the prompt by its text, wherever it occurs, and not by its tokens.
+      label: shows progress under this name.
+
+    Raises:
+      UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more.
+    """
+    encoded = tokenize_prompts(tokenizer, prompts, bos)
+    new, ended = complete(
+        model,
+        encoded,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        warpers=warpers,
+        seed=seed,
+        batch_size=batch_size,
+        label=label,
+    )
+    for index in np.ndindex(ended.shape):  # the end token is no part of the text
+        new[index] = new[index][: len(new[index]) - int(ended[index])]
+    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    warpers: Sequence[Warper] = (),
+    seed: int = 0,
+    batch_size: int = 512,
+    eos_id: Sequence[int] | None = None,
+    label: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """S continuations of every prompt as tokens: an object array [P, S] of token lists, the end token included, and
+    bool [P, S], whether one ended by itself. Arguments as those of `generate` here and in `decoding`."""
+    new = np.empty((len(prompts), samples), object)
+    ended = np.zeros((len(prompts), samples), bool)
+    hidden = label is None or jax.process_index() > 0
+    with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
+        for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
+            tokens, mask = _padded([prompts[p] for p in batch.prompts])
+            owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.count)]
+            found = decoding.generate(
+                [model],
+                tokens,
+                objective=objectives.get("base"),
+                warpers=warpers,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                attention_mask=mask,
+                eos_id=eos_id,
+                row_ids=[p * samples + s for p, s in owners],
+                samples=batch.count,
+                prompt_slots=batch.slots,
+            )
+            for row, owner in enumerate(owners):
+                new[owner], ended[owner] = found.tokens[row, : found.lengths[row]].tolist(), found.ended[row]
+            bar.update(batch.count * len(set(batch.prompts)))
+    return new, ended
+
+
+class _Batch(NamedTuple):
+    """Prompts by index (the last may come again, to fill up), their samples first … first + count − 1, and the room
+    for a prompt."""
+
+    prompts: list[int]
+    first: int
+    count: int
+    slots: int
+
+
+def _batches(lengths: Sequence[int], samples: int, batch_size: int):
+    """Batches, longest prompts first; those of one size class have one shape. A class is a power of two, and one of
+    less than `FEWEST_BATCHES` joins one up to four times as large: compiling takes as long as many a batch."""
+    classes: dict[int, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        classes.setdefault(max(power_bucket(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
+    for first in range(0, samples, batch_size):
+        count = min(batch_size, samples - first)
+
+        def size(slots, count=count):
+            rows = batch_size
+            while rows > 1 and rows * slots > batch_size * FULL_BATCH_LENGTH:
+                rows //= 2
+            return max(1, rows // count)
+
+        merged: list[tuple[int, list[int]]] = []
+        for slots, members in classes.items():
+            if merged and len(members) < FEWEST_BATCHES * size(slots) and merged[-1][0] <= 4 * slots:
+                merged[-1][1].extend(members)
+            else:
+                merged.append((slots, list(members)))
+        for slots, members in merged:
+            full = min(size(slots), len(members))
+            for at in range(0, len(members), full):
+                chosen = members[at : at + full]
+                yield _Batch(chosen + chosen[-1:] * (full - len(chosen)), first, count, slots)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask [rows, T], padding on the left."""
+    length = max(map(len, rows))
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for index, row in enumerate(rows):
+        tokens[index, length - len(row) :] = row
+        mask[index, length - len(row) :] = True
+    return tokens, mask
+
+
+def _texts(tokenizer, prompts, encoded, new, official: bool) -> list[list[str]]:
+    heads = _decode(tokenizer, encoded)
+    result = []
+    for prompt, tokens, head, own in zip(prompts, encoded, heads, new, strict=True):
+        whole = _decode(tokenizer, [tokens + continuation for continuation in own])
+        if official:
+            result.append([text.replace(prompt, "") for text in whole])
+        else:
+            result.append([_after(head, text, tokenizer, own[i]) for i, text in enumerate(whole)])
+    return result
+
+
+def _after(head: str, whole: str, tokenizer, own: Sequence[int]) -> str:
+    # The prompt's end may be half a character, which the continuation completes.
+    return whole[len(head) :] if whole.startswith(head) else _decode(tokenizer, [own])[0]
+
+
+def _decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    return tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
