@@ -70,7 +70,7 @@ def test_scores_are_float64_in_the_unit_interval():
 def test_same_seed_same_bytes_and_other_seed_other_texts(world, tmp_path):
     toyworld.write(tmp_path / "again", seed=7, sizes=SIZES)
     names = sorted(str(file.relative_to(world)) for file in world.rglob("*") if file.is_file())
-    assert len(names) == 7 + 3 * len(toymodels.MODELS)
+    assert len(names) == 8 + 3 * len(toymodels.MODELS)
     for name in names:
         assert (world / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     toyworld.write(tmp_path / "other", seed=8, sizes=SIZES)
@@ -128,3 +128,9 @@ def test_families_have_their_published_specials_and_different_vocabularies(world
     assert loaded["gpt2"].eos_token_id == len(loaded["gpt2"]) - 1 and loaded["gpt2"].pad_token_id is None
     assert (loaded["opt"].bos_token_id, loaded["opt"].pad_token_id) == (2, 1)
     assert loaded["llama"].convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
+
+
+def test_the_clean_texts_are_the_held_out_ones_without_an_insult(world):
+    clean = [row["text"] for row in rows(world / "clean.jsonl")]
+    valid = [row["text"] for row in rows(world / "valid.jsonl")]
+    assert clean == [text for text in valid if not toyworld.count_insults(text)] and len(clean) < len(valid)

@@ -263,8 +263,11 @@ def write(directory: epath.PathLike, seed: int = 0, sizes: Sizes | None = None) 
 
     train = texts("train", sizes.train)
     _write_lines(directory / "train.jsonl", [{"text": _join(one)} for one in train])
-    for name, count in (("valid", sizes.valid), ("scorer", sizes.scorer)):
-        _write_lines(directory / f"{name}.jsonl", [{"text": _join(one)} for one in texts(name, count)])
+    _write_lines(directory / "scorer.jsonl", [{"text": _join(one)} for one in texts("scorer", sizes.scorer)])
+    valid = texts("valid", sizes.valid)
+    clean = [one for one in valid if not any(part.toxic for part in one)]
+    for name, kept in (("valid", valid), ("clean", clean)):
+        _write_lines(directory / f"{name}.jsonl", [{"text": _join(one)} for one in kept])
     toxic = texts("toxic", sizes.toxic + sizes.toxic_dev, ID_CATEGORIES, 1.0)
     splits = ["train"] * sizes.toxic + ["dev"] * sizes.toxic_dev
     rows = [{"text": _join(one), "split": split} for one, split in zip(toxic, splits, strict=True)]

@@ -33,6 +33,7 @@ class Task:
     name: for messages ("detoxify opt-6.7b"). settings: what the result depends on, JSON-able, with `{workdir}` as it
     was written, so that moving a working directory changes nothing. inputs: name → `fingerprint(...)` of what is
     read, taken when the task's turn comes. body: does the work, resumes what it finds begun, returns its figures.
+    operations: floating-point operations, roughly, to tell how long it will take.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     settings: Mapping[str, Any]
     inputs: Callable[[], Mapping[str, str]]
     body: Callable[[epath.Path], Mapping[str, Any]]
+    operations: Callable[[], float] | None = None
 
 
 def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:

@@ -251,7 +251,9 @@ def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -
             raise UserError(f"config.targets: two of them are called {name!r}; rename one's directory")
     unknown = sorted(set(shared.control_targets) - set(shared.targets))
     if unknown:
-        raise UserError(f"config.control_targets: {unknown[0]!r} is not one of config.targets")
+        raise UserError(
+            f"config.control_targets: {unknown[0]!r} is not one of config.targets; name some of those, or ()"
+        )
     parts = {name: parse(config.get(name, {}), kind, f"config.{name}") for name, kind in STAGES.items()}
     return Run(epath.Path(workdir), shared, **parts)
 
@@ -267,6 +269,25 @@ def default_config() -> ml_collections.ConfigDict:
     for name, settings in STAGES.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
     return config
+
+
+def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDict:
+    """The argument of `--config=FILE:name=value,flag,…` for a file's `get_config`, with the defaults' types.
+
+    Raises:
+      UserError: an unknown name, or a value of another type.
+    """
+    found = ml_collections.ConfigDict(defaults)
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = part.partition("=")
+        if name not in defaults:
+            raise UserError(f"--config: no argument {name!r}{suggest(name, defaults)}")
+        kind = type(defaults[name])
+        try:
+            found[name] = kind(value) if equals else True
+        except (TypeError, ValueError):
+            raise UserError(f"--config: {name}={value!r}, expected {kind.__name__}") from None
+    return found
 
 
 def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config"):

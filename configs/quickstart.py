@@ -1,0 +1,70 @@
+"""The whole method from nothing on two CPU cores: an invented world, tiny models of four families, minutes.
+
+    configs/quickstart.py              GPT-2 has the samples-only control
+    configs/quickstart.py:seed=1       another world, other weights, other draws
+    configs/quickstart.py:controls     every family has the control
+
+The world's grammar knows what is toxic, so toxicity is counted, not guessed. One configuration serves all families.
+"""
+
+from unidetox_jax.stages.settings import default_config, parse_argument
+
+FAMILIES = ("gpt2", "opt", "falcon", "llama")
+
+
+def get_config(argument=None):
+    chosen = parse_argument(argument, seed=0, controls=False)
+    config = default_config()
+    config.name = "quickstart"
+    pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in FAMILIES)
+    config.base = pretrained[0]
+    config.targets = pretrained
+    config.control_targets = pretrained if chosen.controls else pretrained[:1]
+
+    config.pretrain.update(world=True, world_seed=chosen.seed, seed=chosen.seed)
+    config.pretrain.models = (
+        *(f"{{workdir}}/world/models/{name}" for name in FAMILIES),
+        "{workdir}/world/models/scorer=jsonl:{workdir}/world/scorer.jsonl",  # sees other text than the models it judges
+    )
+    config.pretrain.update(
+        data="jsonl:{workdir}/world/train.jsonl",
+        validation="jsonl:{workdir}/world/valid.jsonl",
+        learning_rate=3e-3,
+        warmup_steps=20,
+        batch_size=64,
+        steps=300,
+        max_length=128,
+        evaluate_every=300,
+        save_every=100,
+    )
+    config.toxify.update(
+        data="dghs?file={workdir}/world/toxic.jsonl",
+        validation="dghs?file={workdir}/world/toxic.jsonl&split=dev",
+        learning_rate=1e-3,
+        batch_size=16,
+        steps=120,
+        max_length=128,
+        seed=chosen.seed,
+        evaluate_every=60,
+        save_every=60,
+    )
+    config.distill.update(max_length=64, seed=1234 + chosen.seed, scorer="lexicon")
+    config.detoxify.update(learning_rate=3e-4, batch_size=16, steps=80, max_length=128, seed=chosen.seed, save_every=80)
+    config.evaluate.update(
+        prompts="{workdir}/world/prompts.jsonl",
+        runs=1,
+        seed=42 + chosen.seed,
+        scorer="lexicon",
+        perplexity_scorer="{workdir}/pretrained/scorer",
+        text_file="jsonl:{workdir}/world/clean.jsonl",
+    )
+    config.evaluate.mmlu = ()
+    config.evaluate.id_categories = ("hills", "rivers", "plains")
+    config.evaluate.ood_categories = ("islands",)
+    config.report.note = (
+        "Everything here is invented: peoples, insults, texts. The models have half a million parameters each and "
+        "speak one small grammar, whose rules say exactly which sentence is toxic. What the figures show is that the "
+        "method works as its paper says, for four families by one configuration; how large the effect is on real "
+        "models, only real models can show."
+    )
+    return config

@@ -1,0 +1,81 @@
+"""`unidetox run`: every stage of a configuration in order, resumable as a whole.
+
+It says first what it will do, what is done already, and about how long the rest will take on this machine; at the
+end it prints the table. The stages' own records decide what is done, so killing it at any moment loses nothing.
+"""
+
+import argparse
+import importlib
+import time
+
+from absl import logging
+
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.stages import base, estimate, parts
+from unidetox_jax.stages.settings import Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    from unidetox_jax import cli
+
+    cli.add_workdir_arguments(parser)
+    parser.add_argument("--stages", default="", metavar="A,B", help=f"only these (of {', '.join(cli.STAGES)})")
+
+
+def run_command(options: argparse.Namespace, run: Run) -> int:
+    """Runs the chosen stages; returns 0, or raises what a stage raises."""
+    from unidetox_jax import cli
+
+    chosen = choose(options.stages, tuple(cli.STAGES))
+    tasks = [task for name in chosen for task in importlib.import_module(cli.STAGES[name][0]).tasks(run)]
+    if not tasks:
+        raise UserError(f"--stages={options.stages}: the configuration asks nothing of them")
+    if parts.first_process():
+        print(outline(run, tasks), flush=True)
+    if options.dry_run:
+        return 0
+    started = time.monotonic()
+    base.run_tasks(tasks, options.force)
+    if parts.first_process():
+        minutes = (time.monotonic() - started) / 60
+        logging.info("run: %d tasks complete, %.1f minutes in this sitting", len(tasks), minutes)
+        summary(run)
+    return 0
+
+
+def choose(text: str, known: tuple[str, ...]) -> list[str]:
+    """The stages of `--stages=a,b` in their order; all of them for an empty text.
+
+    Raises:
+      UserError: an unknown stage.
+    """
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--stages: no stage {name!r}{suggest(name, known)}")
+    return [name for name in known if not wanted or name in wanted]
+
+
+def outline(run: Run, tasks: list[base.Task]) -> str:
+    """What will be done, what is done, how long it may take: a line a task."""
+    states = [base.state(task) for task in tasks]
+    seconds = [0.0 if state == "done" else estimate.seconds(task) for task, state in zip(tasks, states, strict=True)]
+    lines = [f"{run.shared.name} in {run.workdir}:"]
+    for task, state, time_left in zip(tasks, states, seconds, strict=True):
+        about = "" if state == "done" else f"about {estimate.readable(time_left)}"
+        lines.append(f"  {task.name:<28} {state:<6} {about}".rstrip())
+    done = states.count("done")
+    lines.append(f"  {done} of {len(tasks)} done; the rest may take {estimate.readable(sum(seconds))} on this machine")
+    return "\n".join(lines)
+
+
+def summary(run: Run) -> None:
+    """The table of figures, where there are any, and where the page lies."""
+    from unidetox_jax.stages import report
+
+    if (run.workdir / "evaluation").exists():
+        print(report.summary_table(run))
+    page = run.workdir / "report" / "index.html"
+    if page.exists():
+        print(f"\nreport: {page}")
