@@ -153,7 +153,9 @@ def _cell(row: Row, quantity: Quantity) -> str:
     if cell.change:
         low, high = cell.change["low"], cell.change["high"]
         shown = low is not None and (low > 0 or high < 0)
-        change = f"<small{' class=shown' if shown else ''}>{escape(tables.percent(cell.change))}</small>"
+        percent, _, interval = tables.percent(cell.change).partition(" [")
+        change = f"<small{' class=shown' if shown else ''}>{escape(percent)}</small>"
+        change += f"<small>[{escape(interval)}</small>" if interval else ""
     return f"<td>{escape(tables.value(cell, quantity))}{change}</td>"
 
 
