@@ -57,6 +57,19 @@ def test_the_interval_of_a_change_is_paired():
     assert found["high"] - found["low"] < 1e-9
 
 
+def test_a_change_from_nothing_is_none_and_one_from_almost_nothing_has_no_interval():
+    assert results._finite({"tp_id": {"percent": np.nan, "low": np.nan, "high": np.nan}}) == {}
+    found = results._finite({"tp_id": {"percent": 50.0, "low": -100.0, "high": np.inf}})["tp_id"]
+    assert found == {"percent": 50.0, "low": None, "high": None}
+    assert results.beyond_chance(found) == 0
+    assert tables.percent(found) == "+50.0\u00a0%"
+    rare = np.zeros((2, 50))
+    rare[:, 0] = 1, 2
+    assert results.ratio_change(rare, np.ones((2, 50))) == {"percent": 100.0, "low": None, "high": None}
+    bounds = [(-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (0.0, 1.0)]
+    assert [results.beyond_chance({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0]
+
+
 def test_rows_come_in_the_configurations_order_with_changes_from_the_original(whole):
     rows = results.rows(report.load_evaluations(whole))
     order = [(row.name, row.form) for row in rows]
@@ -125,6 +138,7 @@ def test_latex_escapes_and_aligns(whole):
 def test_a_change_and_a_value_as_text():
     assert tables.percent({"percent": -38.71, "low": -41.2, "high": 2.0}) == "−38.7\u00a0% [−41.2, +2.0]"
     assert tables.percent({"percent": 1.2, "low": None, "high": None}) == "+1.2\u00a0%"
+    assert tables.percent({"percent": -0.04, "low": -0.03, "high": 0.0}) == "+0.0\u00a0% [+0.0, +0.0]"
     assert tables.value(Cell(0.42, 0.0112), Quantity("tp_id", "TP", True)) == "0.420 ± 0.011"
     assert tables.value(Cell(17.28, 0.0), Quantity("perplexity", "PPL", True, 2)) == "17.28"
 
@@ -184,7 +198,7 @@ def test_missing_perplexity_is_said(tmp_path):
 
 def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
     rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.3, "degenerate": 0.3})
-    assert "writes more degenerate text than before (0.0% → " in " ".join(findings.warnings(rows, None, None))
+    assert "is degenerate than before: tiny-gpt2 (detoxified) 0.0% → " in " ".join(findings.warnings(rows, None, None))
 
 
 @pytest.mark.parametrize(

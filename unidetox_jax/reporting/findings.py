@@ -10,6 +10,7 @@ from typing import Any
 
 from unidetox_jax.reporting import results
 from unidetox_jax.reporting.results import CONTROL, DETOXIFIED, ORIGINAL, Evaluation, Row
+from unidetox_jax.reporting.tables import signed
 
 # Above these shares a reader has to be warned
 DEGENERATE, DUPLICATES, TOXIC, REFUSED, UNMEASURED = 0.02, 0.05, 0.05, 0.01, 0.05
@@ -35,16 +36,16 @@ def headlines(rows: Sequence[Row]) -> list[Headline]:
     for group, name in groups:
         change = changes.get(f"tp_{group}")
         if change:
-            detail = f"95\u00a0% interval {_signed(change['low'])} to {_signed(change['high'])}{many}"
-            found.append(Headline(f"Toxicity probability{name}", _signed(change["percent"]) + "\u00a0%", detail))
+            value = signed(change["percent"]) + "\u00a0%"
+            found.append(Headline(f"Toxicity probability{name}", value, _interval(change) + many))
     values = _changes(rows, "perplexity")
     if values:
         detail = f"mean of {len(values)} models" if len(values) > 1 else "of what is written"
-        found.append(Headline("Perplexity", _signed(sum(values) / len(values)) + "\u00a0%", detail))
+        found.append(Headline("Perplexity", signed(sum(values) / len(values)) + "\u00a0%", detail))
     values = _points(rows)
     if values:
         detail = "accuracy, in points" + (f", mean of {len(values)} models" if len(values) > 1 else "")
-        found.append(Headline("Knowledge (MMLU)", _signed(sum(values) / len(values)), detail))
+        found.append(Headline("Knowledge (MMLU)", signed(sum(values) / len(values)), detail))
     return found
 
 
@@ -91,7 +92,7 @@ def _toxicity(pairs, after: Sequence[Row], key: str, change: Mapping[str, float]
     metric, _, group = key.partition("_")
     befores, afters = ([pair[side].metrics["toxicity"][group][metric]["mean"] for pair in pairs] for side in (0, 1))
     before, now = sum(befores) / len(befores), sum(afters) / len(afters)
-    fell = sum(row.cells[key].change is not None and row.cells[key].change["high"] < 0 for row in after)
+    fell = sum(row.cells[key].change is not None and results.beyond_chance(row.cells[key].change) < 0 for row in after)
     many = f", as the mean over {len(pairs)} models" if len(pairs) > 1 else ""
     text = (
         f"On prompts about {name}, the share of prompts with a toxic continuation {_direction(change)} "
@@ -110,8 +111,8 @@ def _perplexity(after: Sequence[Row]) -> list[str]:
         change = next(row.cells["perplexity"].change for row in after if "perplexity" in row.cells)
         return [f"The perplexity of what is written {_direction(change)}: {_percent(change)}."]
     return [
-        f"The perplexity of what is written changed by {_signed(sum(values) / len(values))}\u00a0% in the mean over "
-        f"{len(values)} models (from {_signed(min(values))}\u00a0% to {_signed(max(values))}\u00a0%)."
+        f"The perplexity of what is written changed by {signed(sum(values) / len(values))}\u00a0% in the mean over "
+        f"{len(values)} models (from {signed(min(values))}\u00a0% to {signed(max(values))}\u00a0%)."
     ]
 
 
@@ -121,10 +122,10 @@ def _others(rows: Sequence[Row]) -> list[str]:
         values = _changes(rows, key)
         if values:
             many = " in the mean" if len(values) > 1 else ""
-            found.append(f"{name} changed by {_signed(sum(values) / len(values))}\u00a0%{many}.")
+            found.append(f"{name} changed by {signed(sum(values) / len(values))}\u00a0%{many}.")
     values = _points(rows)
     if values:
-        found.append(f"Knowledge (MMLU) changed by {_signed(sum(values) / len(values))} points of accuracy.")
+        found.append(f"Knowledge (MMLU) changed by {signed(sum(values) / len(values))} points of accuracy.")
     return found
 
 
@@ -159,9 +160,9 @@ def _control(evaluations: Sequence[Evaluation]) -> list[str]:
         f"Against the control, the same fine-tuning on as much text of the base model alone ({who}), toxicity after "
         f"the contrast's text is {_percent(change)}: "
     )
-    if change["high"] < 0:
+    if results.beyond_chance(change) < 0:
         return [text + "the effect is the contrast's, not that of fine-tuning on any sampled text."]
-    if change["low"] > 0:
+    if results.beyond_chance(change) > 0:
         return [text + "the control is less toxic, so the contrast made things worse."]
     return [text + "no difference beyond chance, so the contrast's own effect is not shown."]
 
@@ -192,7 +193,7 @@ def _text(analysis: Mapping[str, Any]) -> list[str]:
         first, last = lean["labels"][0], lean["labels"][-1]
         text = (
             f"Political balance of the distilled text, P({last}) − P({first}), against “{against}”: "
-            f"{change['difference']:+.3f} (95 % interval {change['low']:+.3f} to {change['high']:+.3f})"
+            f"{change['difference']:+.3f} (95\u00a0% interval {change['low']:+.3f} to {change['high']:+.3f})"
         ).replace("-", "−")
         if "accuracy" in lean:
             text += (
@@ -250,7 +251,7 @@ def _toxic_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any] | None
 
 
 def _evaluation_warnings(rows: Sequence[Row]) -> list[str]:
-    found = []
+    found, worse = [], []
     starts = {row.name: row.evaluation for row in rows if row.form == ORIGINAL}
     for row in rows:
         counts, who = row.evaluation.metrics["counts"], f"{row.name} ({results.FORMS[row.form]})"
@@ -266,10 +267,12 @@ def _evaluation_warnings(rows: Sequence[Row]) -> list[str]:
         if row.form != ORIGINAL and start:
             now, before = _degenerate(row.evaluation), _degenerate(start)
             if now > before + DEGENERATE:
-                found.append(
-                    f"{who} writes more degenerate text than before ({before:.1%} → {now:.1%}): what says nothing "
-                    "cannot be toxic, so part of the fall may be worth nothing."
-                )
+                worse.append(f"{who} {before:.1%} → {now:.1%}")
+    if worse:
+        found.append(
+            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be toxic, "
+            "so part of the fall may be worth nothing."
+        )
     return found
 
 
@@ -278,16 +281,15 @@ def _degenerate(one: Evaluation) -> float:
     return sum(one.metrics["counts"]["degenerate"].values()) / one.metrics["counts"]["texts"]
 
 
-def _direction(change: Mapping[str, float]) -> str:
-    if change["high"] < 0:
-        return "fell"
-    return "rose" if change["low"] > 0 else "did not change beyond chance,"
+def _direction(change: Mapping[str, float | None]) -> str:
+    return {-1: "fell", 1: "rose", 0: "did not change beyond chance,"}[results.beyond_chance(change)]
 
 
-def _percent(change: Mapping[str, float]) -> str:
-    low, high = _signed(change["low"]), _signed(change["high"])
-    return f"{_signed(change['percent'])}\u00a0% (95\u00a0% interval {low} to {high}\u00a0%)"
+def _percent(change: Mapping[str, float | None]) -> str:
+    return f"{signed(change['percent'])}\u00a0% ({_interval(change)})"
 
 
-def _signed(number: float) -> str:
-    return f"{number:+.1f}".replace("-", "−")
+def _interval(change: Mapping[str, float | None]) -> str:
+    if change["low"] is None:
+        return "too rare for an interval"
+    return f"95\u00a0% interval {signed(change['low'])} to {signed(change['high'])}\u00a0%"

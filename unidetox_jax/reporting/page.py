@@ -151,8 +151,7 @@ def _cell(row: Row, quantity: Quantity) -> str:
         return "<td>–</td>"
     change = ""
     if cell.change:
-        low, high = cell.change["low"], cell.change["high"]
-        shown = low is not None and (low > 0 or high < 0)
+        shown = results.beyond_chance(cell.change) != 0
         percent, _, interval = tables.percent(cell.change).partition(" [")
         change = f"<small{' class=shown' if shown else ''}>{escape(percent)}</small>"
         change += f"<small>[{escape(interval)}</small>" if interval else ""

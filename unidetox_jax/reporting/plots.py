@@ -112,8 +112,9 @@ def categories(evaluations: Sequence[Evaluation]) -> Figure | None:
     models = list(dict.fromkeys(one.name for one in evaluations))
     if not names:
         return None
-    height = 0.21 * max(len([e for e in evaluations if e.name == model]) for model in models) + 0.14
-    figure, axes = _figure(len(models), height * len(names) + 0.5, sharex=True)
+    bars = max(len([one for one in evaluations if one.name == model]) for model in models)
+    columns = 1 if len(models) <= 2 else 2
+    figure, axes = _figure(len(models), (0.16 * bars + 0.12) * len(names) + 0.4, columns, sharex=True, sharey=True)
     unseen = set(evaluations[0].metrics["groups"]["ood"])
     for panel, model in zip(axes, models, strict=True):
         forms = [one for one in evaluations if one.name == model]
@@ -121,19 +122,20 @@ def categories(evaluations: Sequence[Evaluation]) -> Figure | None:
             offset = (index - (len(forms) - 1) / 2) * 0.8 / len(forms)
             places, figures = [], []
             for at, name in enumerate(names):
-                if name in one.metrics["toxicity"]:
+                figure_of = one.metrics["toxicity"].get(name, {"tp": {"mean": None}})["tp"]
+                if figure_of["mean"] is not None:
                     places.append(at + offset)
-                    figures.append(one.metrics["toxicity"][name]["tp"])
+                    figures.append(figure_of)
             means = [figure["mean"] for figure in figures]
             panel.barh(places, means, 0.74 / len(forms), color=FORM_COLORS[one.form], zorder=2)
             for place, found in zip(places, figures, strict=True):
                 panel.plot([found["low"], found["high"]], [place] * 2, color=COLORS["ink"], lw=1, zorder=3)
-        panel.set_yticks(range(len(names)), [f"{_words(n)} (unseen)" if n in unseen else _words(n) for n in names])
-        panel.invert_yaxis()
         panel.grid(axis="y", visible=False)
         panel.set_title(model)
-        panel.set_xlim(left=0)
-    axes[-1].set_xlabel("TP, with its 95 % interval")
+    axes[0].set_yticks(range(len(names)), [f"{_words(n)}\n(unseen)" if n in unseen else _words(n) for n in names])
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    axes[0].set_xlim(left=0)
+    figure.supxlabel("TP, with its 95 % interval", fontsize=9.5, color=COLORS["muted"])
     _form_legend(figure, evaluations)
     return figure
 
@@ -156,7 +158,8 @@ def changes(rows: Sequence[Row]) -> Figure | None:
             change = row.cells[key].change if key in row.cells else None
             if change:
                 color = FORM_COLORS[row.form]
-                panel.plot([change["low"], change["high"]], [at, at], color=color, lw=2, zorder=3)
+                if change["low"] is not None:
+                    panel.plot([change["low"], change["high"]], [at, at], color=color, lw=2, zorder=3)
                 panel.plot(change["percent"], at, FORM_MARKERS[row.form], color=color, ms=6, zorder=4)
         panel.axvline(0, color=COLORS["muted"], lw=1, zorder=1)
         panel.set_yticks(range(len(changed)), labels)
@@ -173,20 +176,22 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | No
     curves = {name: lines for name, lines in curves.items() if any("loss" in line for line in lines)}
     if not curves:
         return None
-    figure, axes = _figure(len(curves), 1.25)
+    figure, axes = _figure(len(curves), 1.25, 1 if len(curves) <= 3 else 2)
     for panel, (name, lines) in zip(axes, curves.items(), strict=True):
         for key, style in (
-            ("loss", {"color": COLORS["after"], "lw": 1.2, "label": "training"}),
-            ("validation_loss", {"color": COLORS["before"], "marker": "o", "ms": 4, "lw": 1, "label": "held out"}),
+            ("loss", {"color": COLORS["after"], "lw": 1.2}),
+            ("validation_loss", {"color": COLORS["before"], "marker": "o", "ms": 4, "lw": 1}),
         ):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), **style)
         panel.set_title(name)
         panel.margins(x=0.02)
-        if any("validation_loss" in line for line in lines):
-            panel.legend(loc="upper right", ncols=2, borderaxespad=0)
-    axes[-1].set_xlabel("step")
+    held_out = any("validation_loss" in line for lines in curves.values() for line in lines)
+    handles = [Line2D([], [], color=COLORS["after"], lw=1.2, label="training")]
+    handles += [Line2D([], [], color=COLORS["before"], marker="o", ms=4, lw=1, label="held out")] if held_out else []
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    figure.supxlabel("step", fontsize=9.5, color=COLORS["muted"])
     figure.supylabel("loss (nats per token)", fontsize=9.5, color=COLORS["muted"])
     return figure
 
@@ -243,10 +248,14 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
 
 
-def _figure(panels: int, height: float, **settings) -> tuple[Figure, list]:
-    figure = Figure(figsize=(WIDTH, height * panels + 0.5), layout="constrained")
-    axes = figure.subplots(panels, 1, squeeze=False, **settings)[:, 0]
-    return figure, list(axes)
+def _figure(panels: int, height: float, columns: int = 1, **settings) -> tuple[Figure, list]:
+    """A figure of so many panels, each so many inches high, and its axes; places to spare stay empty."""
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **settings).ravel().tolist()
+    for spare in axes[panels:]:
+        spare.set_axis_off()
+    return figure, axes[:panels]
 
 
 def _form_legend(figure: Figure, found: Sequence[Row | Evaluation]) -> None:

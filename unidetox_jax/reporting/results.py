@@ -148,7 +148,24 @@ def change(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float |
         if all(figures) and figures[0]["mean"]:
             percent = 100 * (figures[1]["mean"] / figures[0]["mean"] - 1)
             result[key] = {"percent": percent, "low": None, "high": None}
-    return {key: value for key, value in result.items() if np.isfinite(value["percent"])}
+    return _finite(result)
+
+
+def beyond_chance(change: Mapping[str, float | None]) -> int:
+    """−1: fell, +1: rose, 0: the interval holds 0, or there is none."""
+    if change["low"] is None or change["low"] <= 0 <= change["high"]:
+        return 0
+    return 1 if change["low"] > 0 else -1
+
+
+def _finite(changes: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Without changes from 0, and without intervals that reach one (a rare thing is absent from some resamples)."""
+    found = {}
+    for key, value in changes.items():
+        bounded = value["low"] is not None and np.isfinite([value["low"], value["high"]]).all()
+        if np.isfinite(value["percent"]):
+            found[key] = {**value} if bounded else {"percent": value["percent"], "low": None, "high": None}
+    return found
 
 
 def ratio_change(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
@@ -162,8 +179,8 @@ def ratio_change(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
         many = (drawn @ sums.T) / (drawn @ counts.T)
         spread = 100 * (many[:, 1] / many[:, 0] - 1)
         percent = float(100 * (after / before - 1))
-    if not np.isfinite(spread).any():
-        return {"percent": percent, "low": float("nan"), "high": float("nan")}
+    if not np.isfinite(spread).all():
+        return {"percent": percent, "low": None, "high": None}
     return {"percent": percent, **toxicity.interval(spread)}
 
 
@@ -179,7 +196,7 @@ def pooled_change(pairs: Sequence[tuple[Evaluation, Evaluation]]) -> dict[str, d
     ]
     first = pairs[0][0]
     found = toxicity.change(*sides, first.categories, first.metrics["groups"], RESAMPLES, SEED)
-    return {f"{metric}_{group}": value for group, of in found.items() for metric, value in of.items()}
+    return _finite({f"{metric}_{group}": value for group, of in found.items() for metric, value in of.items()})
 
 
 def pairs(evaluations: Sequence[Evaluation], one: str, other: str) -> list[tuple[Evaluation, Evaluation]]:

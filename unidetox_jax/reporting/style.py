@@ -20,7 +20,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif;
 }
-main, header > div, nav > div, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
+main, header > div, nav > div, footer { max-width: 74rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding: 2.5rem 0 1.25rem; }
 h1 { font-size: clamp(1.7rem, 5vw, 2.4rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 0.4rem; }
 h2 { font-size: 1.35rem; letter-spacing: -0.01em; line-height: 1.3; margin: 3.2rem 0 0.7rem; }
@@ -73,7 +73,7 @@ td.prose { white-space: normal; min-width: 15rem; text-align: left; }
 .plots { columns: 25rem 2; column-gap: 1.25rem; }
 figure { margin: 0 0 1.25rem; break-inside: avoid; background: var(--paper);
   border: 1px solid var(--grid); border-radius: 8px; padding: 0.9rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 34rem; margin: 0 auto; font-family: inherit; }
+figure svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; font-family: inherit; }
 figure h3 { margin: 0 0 0.5rem; }
 figcaption { margin-top: 0.5rem; }
 details { border: 1px solid var(--grid); border-radius: 8px; margin: 0.8rem 0; background: var(--paper); }

@@ -98,10 +98,13 @@ def value(cell: Cell, quantity: Quantity) -> str:
 
 def percent(change: dict[str, Any]) -> str:
     """`−38.7 % [−41.2, −36.0]`, the space before the sign one that does not break."""
-    interval = ""
-    if change["low"] is not None:
-        interval = f" [{change['low']:+.1f}, {change['high']:+.1f}]"
-    return f"{change['percent']:+.1f}\u00a0%{interval}".replace("-", "−")
+    low, high, middle = (None if change[k] is None else signed(change[k]) for k in ("low", "high", "percent"))
+    return f"{middle}\u00a0%" + (f" [{low}, {high}]" if low else "")
+
+
+def signed(number: float) -> str:
+    """One decimal with its sign, a true minus; no sign speaks of a zero's side."""
+    return f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def escape_latex(text: str) -> str:

@@ -23,7 +23,7 @@ from unidetox_jax.reporting.results import DETOXIFIED, ORIGINAL, Evaluation
 from unidetox_jax.stages import analyze, base, parts
 from unidetox_jax.stages.settings import Run, model_name
 
-TRAINED = ("toxic", "detoxified", "control", "pretrained")  # directories with metrics.jsonl, in it or one below
+TRAINED = ("pretrained", "toxic", "detoxified", "control")  # directories with metrics.jsonl, in it or one below
 
 NOT_IN_TERMINAL = ("emt_id", "emt_ood", "emt_all", "dist1", "dist3")  # a terminal is narrow
 
