@@ -270,8 +270,8 @@ def _evaluation_warnings(rows: Sequence[Row]) -> list[str]:
                 worse.append(f"{who} {before:.1%} → {now:.1%}")
     if worse:
         found.append(
-            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be toxic, "
-            "so part of the fall may be worth nothing."
+            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be "
+            "toxic, so part of the fall may be worth nothing."
         )
     return found
 

@@ -123,15 +123,8 @@ def comparable(one: Evaluation, other: Evaluation) -> bool:
 
 def change(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float | None]]:
     """Quantity key → the change in percent; quantities that either lacks, or that were 0 before, are left out."""
-    groups = before.metrics["groups"]
-    found = toxicity.change(
-        *({metric: one.per_prompt[metric] for metric in toxicity.METRICS} for one in (before, after)),
-        before.categories,
-        groups,
-        RESAMPLES,
-        SEED,
-    )
-    result = {f"{metric}_{group}": value for group, of in found.items() for metric, value in of.items()}
+    sides = [{metric: one.per_prompt[metric] for metric in toxicity.METRICS} for one in (before, after)]
+    result = _toxicity_change(*sides, before)
     if before.metrics["perplexity_scorer"] == after.metrics["perplexity_scorer"] and all(
         "perplexity_sum" in one.per_prompt for one in (before, after)
     ):
@@ -194,9 +187,14 @@ def pooled_change(pairs: Sequence[tuple[Evaluation, Evaluation]]) -> dict[str, d
         {metric: np.mean([pair[side].per_prompt[metric] for pair in pairs], axis=0) for metric in toxicity.METRICS}
         for side in (0, 1)
     ]
-    first = pairs[0][0]
-    found = toxicity.change(*sides, first.categories, first.metrics["groups"], RESAMPLES, SEED)
-    return _finite({f"{metric}_{group}": value for group, of in found.items() for metric, value in of.items()})
+    return _finite(_toxicity_change(*sides, pairs[0][0]))
+
+
+def _toxicity_change(before, after, asked: Evaluation) -> dict[str, dict[str, float]]:
+    """`toxicity.change` by quantity key; `asked` says which prompts they are."""
+    with np.errstate(invalid="ignore"):  # resamples without a toxic text before: infinite, and sorted out after
+        found = toxicity.change(before, after, asked.categories, asked.metrics["groups"], RESAMPLES, SEED)
+    return {f"{metric}_{group}": value for group, of in found.items() for metric, value in of.items()}
 
 
 def pairs(evaluations: Sequence[Evaluation], one: str, other: str) -> list[tuple[Evaluation, Evaluation]]:
