@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
-    "reporting": {"evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
+    "reporting": {"evaluation"},
 }
 
 
