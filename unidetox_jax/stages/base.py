@@ -34,6 +34,7 @@ class Task:
     was written, so that moving a working directory changes nothing. inputs: name → `fingerprint(...)` of what is
     read, taken when the task's turn comes. body: does the work, resumes what it finds begun, returns its figures.
     operations: floating-point operations, roughly, to tell how long it will take.
+    derived: made of other stages' files in seconds, so it is made anew where they have changed, without being asked.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     inputs: Callable[[], Mapping[str, str]]
     body: Callable[[epath.Path], Mapping[str, Any]]
     operations: Callable[[], float] | None = None
+    derived: bool = False
 
 
 def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
@@ -53,7 +55,7 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
         for task in tasks:
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
-    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force) for t in tasks]
+    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
 
 
 def state(task: Task) -> str:
@@ -70,6 +72,7 @@ def run_stage(
     inputs: Mapping[str, Any],
     body: Callable[[epath.Path], Mapping[str, Any]],
     force: bool = False,
+    derived: bool = False,
 ) -> dict[str, Any]:
     """Runs `body(directory)` unless the directory holds its finished result; returns the stage's record.
 
@@ -80,6 +83,7 @@ def run_stage(
       inputs: name → `fingerprint(...)` of what the stage reads.
       body: does the work, resumes what it finds unfinished, returns JSON-able costs and figures.
       force: throw away a result (or a beginning) with other settings.
+      derived: throw it away without being asked.
 
     Raises:
       UserError: the directory holds a result of other settings or inputs; the line lists what differs.
@@ -90,7 +94,7 @@ def run_stage(
     found = read_json(directory / COMPLETE) or _begun(directory)
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
-        if differences and not force:
+        if differences and not (force or derived):
             raise UserError(
                 f"{directory}: made with other settings ({'; '.join(differences)}): use another --workdir, "
                 "or --force to make it anew"
@@ -98,7 +102,7 @@ def run_stage(
         if not differences and (directory / COMPLETE).exists() and not force:
             logging.info("%s: complete already (%s)", name, directory)
             return found
-        if force and writer:
+        if (force or differences) and writer:
             directory.rmtree(missing_ok=True)
     if writer:
         directory.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,7 @@ class AnalyzeSettings:
     texts: tuple[str, ...] = ()
     toxic_data: str = ""  # what must not be copied; empty: config.toxify.data
     leaning: str = ""  # labelled news for a linear classifier ('politics'), or classifier:PATH_OR_HUB_ID; empty: none
+    scorer: str = ""  # toxicity of each text set by this scorer; empty: config.distill.scorer, and if that is, none
     keywords: int = 20  # of each text set
     copy_ngram: int = 8  # words in a row that count as copied
     neighbours: int = 10  # nearest training sentences shown
