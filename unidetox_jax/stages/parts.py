@@ -27,6 +27,16 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
+def world_directory(run: Run) -> epath.Path:
+    """The built-in world's texts, prompts and model configurations, as data.toyworld writes them."""
+    return run.workdir / "world"
+
+
+def pretrained_directory(run: Run, name: str) -> epath.Path:
+    """A model trained from scratch; laid out as the toxic twin."""
+    return run.workdir / "pretrained" / name
+
+
 def toxic_directory(run: Run) -> epath.Path:
     """The toxic twin: checkpoints/, hf/, metrics.jsonl, TensorBoard events."""
     return run.workdir / "toxic"

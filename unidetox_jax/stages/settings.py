@@ -52,6 +52,7 @@ class TrainingSettings:
     keep: int = 2  # newest checkpoints kept
     evaluate_every: int = 500  # steps between evaluations, where there is validation data
     log_every: int = 10  # steps between lines of metrics.jsonl
+    export_dtype: str = ""  # of the finished model's weights; empty: float32, or bfloat16 where `official`
 
 
 @dataclasses.dataclass(frozen=True)

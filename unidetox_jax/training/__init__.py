@@ -5,18 +5,22 @@ state = training.init_state(params, optimizer)                          # takes 
 step = training.make_train_step(cfg, optimizer, mesh, dropout_seed=1)   # compiled once a shape of batch
 state, metrics = step(state, batch)                                     # donates the state
 
+params, figures = training.fit(directory, cfg, lambda: params, batches, training.Schedule(3000), optimizer, mesh)
 totals = training.make_eval_step(cfg, mesh)(state.params, batch)        # {"total", "targets"}
 step.lower(training.abstract_state(cfg, optimizer, mesh), abstract_batch).compile()   # without the devices
 """
 
+from unidetox_jax.training.loop import Schedule, fit
 from unidetox_jax.training.loss import loss
 from unidetox_jax.training.optimizer import Optimizer, make_optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = [
     "Optimizer",
+    "Schedule",
     "TrainState",
     "abstract_state",
+    "fit",
     "init_state",
     "loss",
     "make_eval_step",

@@ -1,0 +1,181 @@
+"""One model trained on one data set: what toxify, detoxify and pretrain share.
+
+The directory gets checkpoints/, metrics.jsonl, tensorboard/ and, whole and at the end, hf/: the finished model in
+Hugging Face's form. What only changes how the work is watched (how often to save, log, evaluate) is no part of the
+result's settings and may differ when a run is continued.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from unidetox_jax import checkpoint, data, models, sharding, training
+from unidetox_jax.checkpoint import hf
+from unidetox_jax.data import layout
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.models.stack import REMAT
+from unidetox_jax.stages import base, parts
+from unidetox_jax.stages.settings import Run, TrainingSettings
+from unidetox_jax.training import preemption
+
+WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
+EXPORT = "hf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A model to train.
+
+    name: for messages. section: of the configuration, for messages. model, data, validation: as the configuration
+    writes them. scratch: random weights; of the model's directory only config and tokenizer count. after: the
+    directory of a stage that must be complete first.
+    """
+
+    name: str
+    section: str
+    directory: epath.Path
+    model: str
+    data: str
+    validation: str
+    settings: TrainingSettings
+    scratch: bool = False
+    after: epath.Path | None = None
+
+
+def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
+    """A task for each job. Mistakes in any are found before the first one begins."""
+
+    def inputs(job: Job) -> Mapping[str, str]:
+        for other in jobs:
+            _check(other)
+            checkpoint.load_config(run.path(other.model))
+        specs = {"data": job.data, **({"validation": job.validation} if job.validation else {})}
+        prints = {name: data.fingerprint(run.path(spec), run.shared.data_dir) for name, spec in specs.items()}
+        return {"model": base.fingerprint(run.path(job.model)), **prints}
+
+    return [
+        base.Task(
+            job.name,
+            job.directory,
+            recorded(run, job),
+            lambda job=job: inputs(job),
+            lambda directory, job=job: train(run, job, directory),
+        )
+        for job in jobs
+    ]
+
+
+def recorded(run: Run, job: Job) -> dict[str, Any]:
+    """The settings that the result depends on."""
+    names = [field.name for field in dataclasses.fields(TrainingSettings) if field.name not in WATCHING]
+    settings = {name: getattr(job.settings, name) for name in names}
+    return {**settings, "model": job.model, "data": job.data, "validation": job.validation, "dtype": run.shared.dtype}
+
+
+def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
+    """Trains, exports, and returns the figures of `stage.json`.
+
+    Raises:
+      UserError, Preempted: as `training.fit`; a data set, model or number that is not as it must be.
+    """
+    settings = job.settings
+    with preemption.ends_at_once():
+        mesh, source = parts.mesh_of(run), run.path(job.model)
+        cfg = checkpoint.load_config(source)
+        cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
+        tokenizer = checkpoint.load_tokenizer(source)
+        tokens = _tokens(run, job, job.data, cfg, tokenizer, settings.official)
+        # The loss on the text itself, whatever else is trained on
+        validation = _tokens(run, job, job.validation, cfg, tokenizer) if job.validation else None
+        batches = data.Batches(
+            tokens,
+            settings.batch_size,
+            seed=settings.seed,
+            layout=settings.layout,
+            row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
+        )
+        steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
+        optimizer = training.Optimizer(
+            learning_rate=settings.learning_rate,
+            steps=steps,
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            official=settings.official,
+        )
+
+        def initial() -> Any:
+            if not job.scratch:
+                return parts.load_model(run, job.model, mesh, optimizer.param_dtype).params
+            key = jax.random.key(zlib.crc32(f"{settings.seed}/{job.directory.name}".encode()))
+            return models.init(cfg, key, mesh, optimizer.param_dtype)
+
+        params, figures = training.fit(
+            directory,
+            cfg,
+            initial,
+            batches,
+            training.Schedule(steps, settings.save_every, settings.keep, settings.evaluate_every, settings.log_every),
+            optimizer,
+            mesh,
+            validation=validation,
+            accumulation=settings.accumulation,
+            remat=settings.remat,
+            dropout_seed=settings.seed if settings.dropout else None,
+            label=job.name,
+        )
+        checkpoint.save_hf(directory / EXPORT, models.Model(params, cfg), tokenizer, settings.export_dtype or None)
+    figures |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
+    logging.info("%s: %s", job.name, describe(figures))
+    return figures
+
+
+def describe(figures: Mapping[str, Any]) -> str:
+    """The figures in a line."""
+    line = f"{figures['steps']:,} steps in {figures['seconds']:,.0f} s, loss {figures['train_loss']:.4f}"
+    if "validation_loss" in figures:
+        line += f", validation loss {figures['validation_loss_before']:.4f} -> {figures['validation_loss']:.4f}"
+    return f"{line}, {figures['tokens_per_second']:,.0f} tokens/s"
+
+
+def _check(job: Job) -> None:
+    """UserError for what is missing, or a number that no training can have; the first one found."""
+    settings, section = job.settings, job.section
+    if job.after is not None and not base.is_complete(job.after):
+        raise UserError(f"{job.after}: not complete, and {job.name} needs its texts; run `unidetox distill` first")
+    if not job.data:
+        raise UserError(f"{section}.data: empty; expected a data set, such as 'jsonl:FILE'")
+    for name in ("batch_size", "accumulation", "save_every", "keep", "evaluate_every", "log_every"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected at least 1")
+    for name in ("steps", "epochs", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected a number of at least 0")
+    for name, known in (("remat", REMAT), ("layout", layout.LAYOUTS), ("export_dtype", ("", *hf.FLOATS))):
+        if (value := getattr(settings, name)) not in known:
+            raise UserError(f"{section}.{name}: no {value!r}{suggest(value, filter(None, known))}")
+    if not settings.steps and not settings.epochs:
+        raise UserError(f"{section}.steps: found 0, and {section}.epochs is 0 too; one of them says how long to train")
+
+
+def _tokens(run: Run, job: Job, spec: str, cfg: models.ModelConfig, tokenizer, official: bool = False) -> data.Tokens:
+    records = data.load(run.path(spec), data_dir=run.shared.data_dir)
+    tokens = data.tokenize(
+        records.column("text"),
+        tokenizer,
+        job.settings.max_length,
+        context=cfg.max_position_embeddings,
+        ended=records.ended(),
+        official=official,
+    )
+    if (largest := int(tokens.ids.max())) >= cfg.vocab_size:
+        raise UserError(
+            f"{job.model}: its tokenizer gave token {largest}, but the model's vocabulary has {cfg.vocab_size}"
+        )
+    return tokens

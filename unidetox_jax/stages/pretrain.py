@@ -1,0 +1,40 @@
+"""`unidetox pretrain`: models from scratch, the built-in world's; the training code of the other stages with random
+weights to begin with. The world itself is written first, where the configuration asks for it.
+"""
+
+from etils import epath
+
+from unidetox_jax.checkpoint.staging import barrier
+from unidetox_jax.data import toyworld
+from unidetox_jax.stages import base, finetune, parts
+from unidetox_jax.stages.settings import Run, model_name
+
+
+def tasks(run: Run) -> list[base.Task]:
+    """WORKDIR/world, then WORKDIR/pretrained/NAME for each of config.pretrain.models."""
+    jobs = [
+        finetune.Job(
+            name=f"pretrain {model_name(model)}",
+            section="config.pretrain",
+            directory=parts.pretrained_directory(run, model_name(model)),
+            model=model,
+            data=run.pretrain.data,
+            validation=run.pretrain.validation,
+            settings=run.pretrain,
+            scratch=True,
+        )
+        for model in run.pretrain.models
+    ]
+    return ([_world(run)] if run.pretrain.world else []) + finetune.tasks(run, jobs)
+
+
+def _world(run: Run) -> base.Task:
+    seed = run.pretrain.world_seed
+
+    def body(directory: epath.Path) -> dict:
+        if parts.first_process():
+            toyworld.write(directory, seed)
+        barrier("world written")
+        return {}
+
+    return base.Task("pretrain world", parts.world_directory(run), {"world_seed": seed}, dict, body)

@@ -1,0 +1,197 @@
+"""The training loop: restore, step, tell, evaluate, save; from any step on, to the same parameters.
+
+Surprising: the loop never waits for the step that it has just begun. A step's figures are read when two more are under
+way, and all are read before a checkpoint is written, so that no state that followed a bad loss is ever saved.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from unidetox_jax import data, models, sharding
+from unidetox_jax.checkpoint import Checkpointer
+from unidetox_jax.errors import Preempted, UserError
+from unidetox_jax.progress import Progress
+from unidetox_jax.training import metrics, preemption
+from unidetox_jax.training.optimizer import Optimizer
+from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
+
+CHECKPOINTS = "checkpoints"
+BEHIND = 2  # steps under way while an earlier one's figures are read
+ROWS_NAMED = 16  # rows of a bad batch that the message lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long to train, and how often to do what else; all in steps.
+
+    keep: newest checkpoints kept. Evaluation happens before the first step and after the last one as well.
+    """
+
+    steps: int
+    save_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 500
+    log_every: int = 10
+
+
+def fit(
+    directory: epath.PathLike,
+    cfg: models.ModelConfig,
+    initial: Callable[[], Any],
+    batches: data.Batches,
+    schedule: Schedule,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    *,
+    validation: data.Tokens | None = None,
+    accumulation: int = 1,
+    remat: str = "none",
+    dropout_seed: int | None = None,
+    label: str = "training",
+) -> tuple[Any, dict[str, Any]]:
+    """Trains to `schedule.steps`, from the newest checkpoint in `directory` or from `initial()`.
+
+    Args:
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/.
+      cfg: the model's configuration.
+      initial: gives the parameters to begin with; not called where there is a checkpoint.
+      batches: what to train on; `batches[step]` is the batch of the step after `step` finished ones.
+      schedule: steps, and how often to save, evaluate and log.
+      optimizer: of training.optimizer.
+      mesh: where it all lives.
+      validation: what the evaluation loss is computed on; None: none.
+      accumulation, remat, dropout_seed: as in `make_train_step`.
+      label: for messages and the progress bar.
+
+    Returns:
+      (params, figures): the trained parameters, and `metrics.summary`.
+
+    Raises:
+      Preempted: SIGTERM came; the state is saved.
+      UserError: a loss or gradient that is not finite (the checkpoints are those before it), another model's
+        checkpoints, or a directory that cannot be written.
+    """
+    directory = epath.Path(directory)
+    train_step = make_train_step(
+        cfg, optimizer, mesh, accumulation=accumulation, remat=remat, dropout_seed=dropout_seed
+    )
+    evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size)
+    placed = sharding.batch_sharding(mesh)
+    with (
+        preemption.noted() as asked_to_stop,
+        Checkpointer(directory / CHECKPOINTS, schedule.keep) as checkpoints,
+    ):
+        start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
+        log = metrics.Log(directory, start)
+        if evaluate and start == 0:
+            log.validation(0, evaluate(state.params))
+        with (
+            data.Prefetch(lambda step: data.place(batches[step], placed), start, schedule.steps) as ahead,
+            Progress(schedule.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
+        ):
+            report = _Report(cfg, batches, schedule, log, bar, checkpoints, label)
+            for step, batch in ahead:
+                state, figures = train_step(state, batch)
+                step += 1
+                report.began(step, figures)
+                last, stop = step == schedule.steps, asked_to_stop()
+                evaluation_due = evaluate and (step % schedule.evaluate_every == 0 or last)
+                save_due = step % schedule.save_every == 0 or last or stop
+                if evaluation_due or save_due:
+                    report.settle()
+                    log.line()
+                if evaluation_due:
+                    log.validation(step, evaluate(state.params))
+                if save_due:
+                    log.flush()  # before the checkpoint: a run that continues from it finds every line before it
+                    checkpoints.save(step, state, wait=last or stop)
+                if stop:
+                    raise Preempted(
+                        f"{label}: stopped, saved at step {step} of {schedule.steps}; the same command continues"
+                    )
+        log.flush()
+    return state.params, metrics.summary(log.lines)
+
+
+def _begin(
+    checkpoints: Checkpointer, cfg, initial, optimizer: Optimizer, mesh: Mesh, steps: int, label: str
+) -> tuple[int, TrainState]:
+    """(finished steps, state) to go on from."""
+    restored = checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh))
+    if restored is None:
+        return 0, init_state(initial(), optimizer)
+    step, state = restored
+    if step > steps:
+        raise UserError(f"{checkpoints.directory}: holds step {step}, but training ends at step {steps}")
+    logging.info("%s: continues from step %d of %d", label, step, steps)
+    return step, state
+
+
+def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int) -> Callable[[Any], float]:
+    """params → mean loss over all targets of `tokens`."""
+    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_ways(mesh))
+    placed = sharding.batch_sharding(mesh)
+    step = make_eval_step(cfg, mesh)
+
+    def evaluate(params: Any) -> float:
+        with data.Prefetch(lambda i: data.place(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as ahead:
+            sums = [step(params, batch) for _, batch in ahead]
+        sums = jax.device_get(sums)
+        return float(sum(float(one["total"]) for one in sums) / sum(float(one["targets"]) for one in sums))
+
+    return evaluate
+
+
+class _Report:
+    """The figures of steps under way, read late, checked, and passed on to the log and the bar."""
+
+    def __init__(self, cfg, batches: data.Batches, schedule: Schedule, log: metrics.Log, bar, checkpoints, label: str):
+        self._batches, self._schedule, self._log, self._bar = batches, schedule, log, bar
+        self._checkpoints, self._label = checkpoints, label
+        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self._flops = metrics.flops_per_token(cfg, float(batches.tokens.lengths.mean()))
+        self._peak = metrics.peak_flops()
+
+    def began(self, step: int, figures: dict[str, jax.Array]) -> None:
+        """Takes a step's figures, not yet computed, and reads those of `BEHIND` steps earlier."""
+        self._pending.append((step, figures))
+        while len(self._pending) > BEHIND:
+            self._read(*self._pending.popleft())
+
+    def settle(self) -> None:
+        """Waits for all steps under way."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    def _read(self, step: int, figures: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(figures).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._refuse(step, values)
+        self._log.note(step, values)
+        if step % self._schedule.log_every == 0:
+            line = self._log.line()
+            shown = {"loss": f"{line['loss']:.4f}", "tokens/s": f"{line['tokens_per_second']:,.0f}"}
+            if self._peak:
+                shown["MFU"] = f"{line['tokens_per_second'] * self._flops / self._peak:.1%}"
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+
+    def _refuse(self, step: int, values: dict[str, float]) -> None:
+        self._checkpoints.wait()
+        saved = self._checkpoints.latest_step()
+        rows = self._batches.tokens.rows[self._batches.indices(step - 1)].tolist()
+        named = ", ".join(map(str, rows[:ROWS_NAMED])) + (" …" if len(rows) > ROWS_NAMED else "")
+        kept = "no checkpoint was written yet" if saved is None else f"the checkpoint of step {saved} is kept"
+        self._log.flush()
+        raise UserError(
+            f"{self._label}: step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}, on rows "
+            f"{named} of the data (from 0); {kept}; try a lower learning_rate"
+        )

@@ -1,0 +1,189 @@
+"""What a training run says of itself: `metrics.jsonl`, TensorBoard events, tokens per second, MFU.
+
+`metrics.jsonl` is never appended to: it is written whole, to another name, and renamed, so no kill leaves half a line
+and an object store serves as well as a disk. A run that continues keeps the lines up to its checkpoint's step.
+"""
+
+import json
+import os
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from unidetox_jax import models
+from unidetox_jax.errors import UserError
+
+FILE = "metrics.jsonl"
+FLUSH_SECONDS = 5.0  # between writings of the file, beside those that precede every checkpoint
+
+# Dense bfloat16 matmul rate of one device in FLOP/s, by a part of its name; from the makers' data sheets.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "TPU v6": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+}
+
+
+class Log:
+    """The lines of `directory/metrics.jsonl` and the same figures as TensorBoard events in `directory/tensorboard`.
+
+    One line a step at most: {"step": finished steps, "loss", "grad_norm", "learning_rate": of that step,
+    "tokens": targets so far, "seconds": of training so far, all sittings together, "tokens_per_second": since the line
+    before, "validation_loss": where it was evaluated}. Every process keeps the lines, process 0 writes.
+    """
+
+    def __init__(self, directory: epath.PathLike, step: int):
+        """Takes up the lines of an earlier sitting up to `step`, where training continues."""
+        self._path = epath.Path(directory) / FILE
+        self._writer = jax.process_index() == 0
+        self.lines = [line for line in read(self._path) if line["step"] <= step]
+        last = next((line for line in reversed(self.lines) if "tokens" in line), {})
+        self._tokens, self._seconds = last.get("tokens", 0), last.get("seconds", 0.0)
+        self._began = self._flushed = time.monotonic()
+        self._latest: dict[str, Any] = {}
+        self._untold: list[tuple[int, str, float]] = []  # events that are not in TensorBoard's file yet
+        self._events = None
+        if self._writer and "://" not in str(directory):  # an object store has no files that grow
+            self._events = _Events(self._path.parent / "tensorboard", step)
+
+    def note(self, step: int, figures: dict[str, float]) -> None:
+        """Takes in a step's figures: {"loss", "grad_norm", "learning_rate", "targets"}."""
+        self._tokens += int(figures["targets"])
+        values = {name: figures[name] for name in ("loss", "grad_norm", "learning_rate")}
+        self._latest = {"step": step, **values, "tokens": self._tokens}
+
+    def line(self) -> dict[str, Any]:
+        """Makes the latest step's figures a line, unless they are one; returns it."""
+        if not self.lines or self.lines[-1]["step"] < self._latest["step"]:
+            before = next((line for line in reversed(self.lines) if "tokens" in line), {"tokens": 0, "seconds": 0.0})
+            seconds = self._seconds + time.monotonic() - self._began
+            rate = (self._tokens - before["tokens"]) / max(seconds - before["seconds"], 1e-9)
+            line = {**self._latest, "seconds": round(seconds, 3), "tokens_per_second": round(rate, 1)}
+            self._append(line)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self.flush()
+        return self.lines[-1]
+
+    def validation(self, step: int, loss: float) -> None:
+        """Adds the evaluation loss after `step` steps to that step's line."""
+        if self.lines and self.lines[-1]["step"] == step:
+            self.lines[-1]["validation_loss"] = loss
+            self._untold.append((step, "validation_loss", loss))
+        else:
+            self._append({"step": step, "validation_loss": loss})
+
+    def flush(self) -> None:
+        """Writes the file, whole, and the events since the last time.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        self._flushed = time.monotonic()
+        if not self._writer:
+            return
+        temporary = self._path.parent / f".{FILE}.tmp"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            temporary.replace(self._path)
+            if self._events is not None:
+                self._events.write(self._untold)
+            self._untold = []
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self._untold += [(line["step"], name, value) for name, value in line.items() if name != "step"]
+
+
+class _Events:
+    """A file of TensorBoard events, opened at the first writing.
+
+    Not tensorboardX's SummaryWriter: its thread dies silently on a full disk, and training then waits for it forever.
+    """
+
+    def __init__(self, directory: epath.Path, step: int):
+        self._directory, self._step, self._file = directory, step, None
+
+    def write(self, scalars: list[tuple[int, str, float]]) -> None:
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        if self._file is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = event_file_writer.EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
+            # Strikes out what an earlier sitting told beyond the step that this one goes on from
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            first = self._step + 1 if self._step else 0
+            self._file.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=restart))
+        for step, name, value in scalars:
+            scalar = summary.scalar(name, value)
+            self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+        self._file.flush()
+
+
+def read(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+      UserError: a line that is not one of ours.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append({"step": json.loads(text)["step"], **json.loads(text)})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a line of metrics; remove the file to go on") from None
+    return lines
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run in a few figures: what `stage.json` keeps.
+
+    train_loss: mean of the last tenth of the lines. tokens_per_second: median of the lines', so that compilation and
+    evaluation do not count. seconds: of training, with both.
+    """
+    steps = [line for line in lines if "loss" in line]
+    validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    last = steps[-max(1, len(steps) // 10) :]
+    rates = sorted(line["tokens_per_second"] for line in steps)
+    figures = {
+        "steps": steps[-1]["step"] if steps else 0,
+        "train_loss": sum(line["loss"] for line in last) / len(last) if last else None,
+        "tokens": steps[-1]["tokens"] if steps else 0,
+        "tokens_per_second": rates[len(rates) // 2] if rates else None,
+        "seconds": steps[-1]["seconds"] if steps else 0.0,
+    }
+    if validations:
+        figures |= {"validation_loss_before": validations[0], "validation_loss": validations[-1]}
+    return figures
+
+
+def flops_per_token(cfg: models.ModelConfig, length: float) -> float:
+    """FLOPs of training on one token: 6 for each weight of a matmul, and causal attention over texts of `length`.
+
+    Forward and backward, nothing computed twice (Chowdhery et al. 2022, appendix B).
+    """
+    weights = models.num_params(cfg)
+    weights -= 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.embedding_size
+    weights -= cfg.max_position_embeddings * cfg.hidden_size if cfg.position_table else 0
+    return 6.0 * weights + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_size * length
+
+
+def peak_flops() -> float | None:
+    """All devices' matmul rate in FLOP/s by the data sheet; None where it is not known (CPUs)."""
+    kind = jax.devices()[0].device_kind
+    return next((rate * jax.device_count() for name, rate in PEAK_FLOPS.items() if name in kind), None)
