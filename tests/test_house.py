@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
+    "benchmarks": {"decoding", "training", "checkpoint", "data", "models", "evaluation", "analysis"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
 }
 

@@ -104,7 +104,13 @@ def run_stage(
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / PARTIAL, wanted)
     started = time.monotonic()
-    figures = body(directory)
+    try:
+        figures = body(directory)
+    except UserError:
+        # Nothing was made, so nothing shall stand in the way of the next try with the mistake mended.
+        if writer and [path.name for path in directory.iterdir()] == [PARTIAL]:
+            directory.rmtree()
+        raise
     record = {
         **wanted,
         "figures": _plain(dict(figures)),

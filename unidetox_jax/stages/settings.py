@@ -191,7 +191,7 @@ class FitScorerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """What `unidetox bench` measures: config.base's shape, with random weights where it is not here."""
+    """What `unidetox bench` measures, on models of one shape with random weights."""
 
     what: tuple[str, ...] = ("decode", "train")
     model: str = "openai-community/gpt2"  # a shape of models.PUBLISHED, or a path
@@ -202,6 +202,7 @@ class BenchSettings:
     data: str = ""  # training texts; empty: random tokens of train_length
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it
+    repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts
 
 
 STAGES = {

@@ -1,0 +1,127 @@
+"""The benchmark command on tiny shapes, and what it counts against counts made otherwise."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from test_distill import SENTENCES
+
+from unidetox_jax import cli, models
+from unidetox_jax.benchmarks import decode, machine
+from unidetox_jax.data import toymodels
+from unidetox_jax.stages import bench
+
+CONFIG = """
+from unidetox_jax.stages import settings
+
+
+def get_config():
+    config = settings.default_config()
+    config.mesh = "data:-1"
+    config.bench.update(what=("decode",), model={model!r}, batch_sizes=(8,), new_tokens=5, repeats=1)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bench")
+    toymodels.write(place, SENTENCES)
+    (place / "config.py").write_text(CONFIG.format(model=str(place / "gpt2")))
+    return place / "config.py"
+
+
+def rows_of(printed):
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def test_decoding_beside_pytorch(config, capsys):
+    assert cli.main(["bench", f"--config={config}", "--config.bench.against_torch=True"]) == 0
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert [(row["batch"], row.get("layer_loop", row["implementation"])) for row in rows] == [
+        (8, name) for name in ("unroll", "scan", "torch")
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * 5 / row["seconds"])
+        assert row["ms_per_step"] == pytest.approx(200 * row["seconds"])
+        shares = row["bandwidth_share"], row["matmul_share"]
+        assert all(0 < share < 1.5 for share in shares), row
+    ours, theirs = rows[0], rows[2]
+    assert ours["times_torch"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert ours["compile_seconds"] > 0 and ours["program_gigabytes"] > 0
+    assert [row["default"] for row in rows if "default" in row] == [True, False]
+    header = next(line for line in printed.splitlines() if "tokens_per_second" in line)
+    assert "times_torch" in header and len([line for line in printed.splitlines() if line[:1] == " "]) == 3
+
+
+def test_the_contenders_do_the_same_work(config):
+    """Both give as many tokens as asked for, PyTorch too, and never the end alone."""
+    cfg = models.config_from_hf(str(config.parent / "gpt2"))
+    pair = [models.Model(models.init(cfg, jax.random.key(i)), cfg) for i in range(2)]
+    assert decode._ours(pair, 3, 5, "unroll")().lengths.tolist() == [5] * 3
+    assert decode._theirs(decode._torch_models(cfg), cfg, 3, 5)().shape == (3, 6)
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "meta-llama/Llama-2-7b-hf"])
+def test_bytes_and_operations_of_a_step(name):
+    """Against sums on paper: all parameters less GPT-2's positions, or less LLaMA's embedding."""
+    cfg = dataclasses.replace(models.published_config(name), dtype="bfloat16")
+    left_out = 1024 * 768 if cfg.family == "gpt2" else 32000 * 4096
+    weights = models.num_params(cfg) - left_out
+    layers, width = cfg.num_layers, cfg.num_kv_heads * cfg.head_size
+    assert decode.bytes_per_step(cfg, 16, 64.5) == 2 * 2 * (weights + 2 * layers * width * 64.5 * 16)
+    products = {"gpt2": 12 * 12 * 768**2 + 50257 * 768, "llama": 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096}
+    attention = 4 * layers * cfg.num_heads * cfg.head_size * 64.5
+    assert decode.flops_per_step(cfg, 16, 64.5) == 2 * 16 * (2 * products[cfg.family] + attention)
+
+
+def test_the_machines_bounds_are_those_of_numpy():
+    """Within a margin that a busy machine needs: what is measured is a copy and a product, and in bytes and operations a second."""
+    large = np.ones(1 << 26, np.float32)
+    seconds = machine.fastest(lambda: np.multiply(large, np.float32(1.0001), out=large), 3)
+    assert 0.02 < machine.copy_bandwidth() / (2 * large.nbytes / seconds) < 50
+    matrix = np.ones((1024, 1024), np.float32)
+    seconds = machine.fastest(lambda: matrix @ matrix, 3)
+    assert 0.02 < machine.matmul_rate("float32") / (2 * 1024**3 / seconds) < 50
+    assert machine.matmul_rate() == machine.matmul_rate("float32")  # of this backend; measured once
+
+
+def test_what_is_dispatched(config, capsys, monkeypatch):
+    stand_in = types.ModuleType("stand_in")
+    stand_in.measure = lambda run: [{"benchmark": "train", "batch": run.bench.train_batch_sizes[0], "x": 1.23456789}]
+    monkeypatch.setitem(sys.modules, "stand_in", stand_in)
+    monkeypatch.setitem(bench.BENCHMARKS, "train", "stand_in")
+    assert cli.main(["bench", f"--config={config}", "--config.bench.what=('train',)"]) == 0
+    printed = capsys.readouterr().out
+    assert rows_of(printed) == [{"benchmark": "train", "batch": 4, "x": 1.23456789}]
+    assert "1.235" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("what=('decod',)", "config.bench.what: no benchmark 'decod'; did you mean 'decode'?"),
+        ("repeats=0", "config.bench.repeats: found 0, expected at least 1"),
+        ("model=nowhere/at/all", "nowhere/at/all: no such directory"),
+        ("new_tokens=128", "context of model 0 (gpt2) is 128"),
+    ],
+)
+def test_mistakes(config, capsys, change, expected):
+    assert cli.main(["bench", f"--config={config}", f"--config.bench.{change}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unidetox:")]
+    assert len(lines) == 1 and expected in lines[0]
+
+
+def test_a_table_shows_what_a_row_lacks():
+    lines = bench.table([{"a": 1, "b": 2.0}, {"a": 10}]).splitlines()
+    assert lines == [" a  b", " 1  2", "10  -"]
+
+
+def test_the_published_benchmark_is_the_default():
+    config = cli.load_config("configs/bench.py").bench
+    assert (config.model, tuple(config.batch_sizes), config.new_tokens) == ("openai-community/gpt2", (16, 64), 128)
