@@ -21,7 +21,7 @@ Distilled text knows where its model stopped: `data.tokenize(records.column("tex
 
 from unidetox_jax.data.batches import Batches, fill, one_pass
 from unidetox_jax.data.prefetch import Prefetch, place
-from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, load, texts
+from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, is_spec, load, texts
 from unidetox_jax.data.tokens import Tokens, tokenize
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "default_cache_dir",
     "fill",
     "fingerprint",
+    "is_spec",
     "load",
     "one_pass",
     "place",

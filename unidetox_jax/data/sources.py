@@ -131,6 +131,11 @@ def default_cache_dir() -> epath.Path:
     return epath.Path(root) / "unidetox_jax" / "tfds"
 
 
+def is_spec(text: str) -> bool:
+    """Whether a text begins as a data set's does (and is no plain path)."""
+    return text.partition("?")[0].partition(":")[0] in {**NAMED, **FILES}
+
+
 def parse_spec(spec: str) -> Spec:
     """A data set's text, taken apart and checked.
 

@@ -97,7 +97,7 @@ def tokenize(
         raise UserError(f"max_length: found {max_length}, beyond the model's context of {context} tokens")
     if not len(texts):
         raise UserError("no text to tokenise: the data set is empty")
-    prefix = _prefix(tokenizer, add_bos)
+    before = prefix(tokenizer, add_bos)
     suffix = [] if official else [_special(tokenizer, "eos_token_id")]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _special(tokenizer, "eos_token_id")
     kept, rows, truncated = [], [], 0
@@ -106,7 +106,7 @@ def tokenize(
         for index, ids in enumerate(_encode(tokenizer, chunk), start):
             if not ids or not texts[index].strip():
                 continue
-            whole = prefix + ids + (suffix if ended is None or ended[index] else [])
+            whole = before + ids + (suffix if ended is None or ended[index] else [])
             truncated += len(whole) > max_length
             kept.append(np.asarray(whole[:max_length], np.int32))
             rows.append(index)
@@ -131,7 +131,8 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _prefix(tokenizer, add_bos: bool | None) -> list[int]:
+def prefix(tokenizer, add_bos: bool | None = None) -> list[int]:
+    """What stands before a text's own tokens: for add_bos None what the tokenizer itself puts there."""
     if add_bos is not None:
         return [_special(tokenizer, "bos_token_id")] if add_bos else []
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]

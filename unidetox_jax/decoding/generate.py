@@ -50,6 +50,7 @@ def generate(
     attention_mask: Any = None,
     eos_id: int | Sequence[int] | None = None,
     row_ids: Any = None,
+    samples: int = 1,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
@@ -63,7 +64,9 @@ def generate(
       seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
       attention_mask: 1 for real prompt tokens, in the form of `prompts`; None: all are. Padding on the left or right.
       eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
-      row_ids: int [B], by default 0…B−1: give a text its own id, and it is the same in any batch.
+      samples: continuations of every prompt, one after another in the result's rows (B becomes B·samples); each prompt
+        is read once.
+      row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
       layer_loop: "scan" or "unroll" in place of the faster one.
@@ -74,9 +77,12 @@ def generate(
     models = tuple(models)
     _check_models(models, objective, cache)
     prompts, masks = _prompts(models, prompts, attention_mask)
-    batch = len(prompts[0])
-    if batch == 0 or max_new_tokens < 1:
-        raise UserError(f"generate: {batch} prompts and max_new_tokens {max_new_tokens}, expected at least one of each")
+    batch = len(prompts[0]) * samples
+    if batch <= 0 or max_new_tokens < 1:
+        raise UserError(
+            f"generate: {len(prompts[0])} prompts, samples {samples} and max_new_tokens {max_new_tokens}, "
+            "expected at least one of each"
+        )
     _check_lengths(models, masks, max_new_tokens)
     mesh = _mesh(models)
     plan = make_plan(
@@ -86,11 +92,13 @@ def generate(
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
+        samples=samples,
     )
-    rows = -batch % sharding.batch_ways(mesh) + batch
+    prompt_rows = -len(prompts[0]) % sharding.batch_ways(mesh) + len(prompts[0])
+    rows = prompt_rows * samples
     inputs = loop.Inputs(
-        prompts=tuple(_fill(x, rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
-        masks=tuple(_fill(x, rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
+        prompts=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
+        masks=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
         row_ids=_row_ids(row_ids, batch, rows),
         live=np.arange(rows) < batch,
         seed=_seed(seed),
@@ -123,10 +131,11 @@ def make_plan(
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
+    samples: int = 1,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model)."""
     slots = tuple(
-        max(length - 1, min(bucket(length - 1), cfg.max_position_embeddings))
+        max(length - 1, min(bucket(length - 1, samples), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
     chosen = layer_loop or default_layer_loop()
@@ -136,6 +145,7 @@ def make_plan(
         segments=loop.plan_segments(max(slots), max_new_tokens),
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
+        samples=samples,
     )
 
 
@@ -144,14 +154,16 @@ def default_layer_loop() -> str:
     return "unroll"
 
 
-def bucket(length: int) -> int:
+def bucket(length: int, samples: int = 1) -> int:
     """Slots that `length` prompt tokens (all but the last) are padded to: 0, multiples of 8 up to 64, then four
-    sizes for each doubling.
+    sizes for each doubling; where several samples share a prompt's pass, two sizes for each doubling beyond 16.
 
     A padded slot costs as much as a real token in the prompt's pass, and a key and a value read in every step: a
-    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling.
+    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling,
+    unless that pass is a small part of the work.
     """
-    step = max(8, (1 << (length - 1).bit_length()) // 8)
+    sizes = 4 if samples == 1 else 2
+    step = max(8, (1 << (length - 1).bit_length()) // (2 * sizes))
     return -(-length // step) * step
 
 

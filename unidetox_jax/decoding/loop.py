@@ -36,6 +36,7 @@ class Plan:
     segments: tuple[int, ...]  # new tokens after each segment; the last is S
     official_cache: bool = False
     log_probabilities: bool = False
+    samples: int = 1  # rows that continue each prompt
 
     @property
     def size(self) -> int:
@@ -50,8 +51,8 @@ class Plan:
 class Inputs(NamedTuple):
     """What is traced beside parameters and settings."""
 
-    prompts: tuple[jax.Array, ...]  # int32 [B,P+1] for each model
-    masks: tuple[jax.Array, ...]  # bool [B,P+1], padding on the left
+    prompts: tuple[jax.Array, ...]  # int32 [B/samples,P+1] for each model
+    masks: tuple[jax.Array, ...]  # bool [B/samples,P+1], padding on the left
     row_ids: jax.Array  # int32 [B]
     live: jax.Array  # bool [B]: false for rows that only fill up the batch
     seed: jax.Array  # uint32
@@ -87,12 +88,15 @@ class Output(NamedTuple):
 def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
     """Where the segments end, in new tokens, after P slots of prompt: at multiples of `SEGMENT` slots.
 
-    A first one of less than a quarter segment is joined to the next: a loop takes seconds to compile.
+    A first or a last one of less than a quarter segment is joined to its neighbour: a loop takes seconds to compile.
     """
     first = SEGMENT - prompt_slots % SEGMENT
     first += SEGMENT if first < SEGMENT // 4 else 0
     more = -(-max(new_tokens - first, 0) // SEGMENT)
-    return tuple(first + SEGMENT * i for i in range(more + 1))
+    ends = [first + SEGMENT * i for i in range(more + 1)]
+    if more and new_tokens - ends[-2] < SEGMENT // 4:
+        del ends[-2]
+    return tuple(ends)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -127,13 +131,13 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
     for tree, cfg, tokens, mask, length in zip(
         params, plan.configs, inputs.prompts, inputs.masks, plan.cache_lengths(0), strict=True
     ):
-        cache = models.init_cache(cfg, batch, length)
+        cache = models.init_cache(cfg, tokens.shape[0], length)
         if tokens.shape[1] > 1:
             _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        caches.append(cache)
+        caches.append(models.repeat_cache(cache, plan.samples))
     return State(
         step=jnp.zeros((), jnp.int32),
-        last=jnp.stack([tokens[:, -1] for tokens in inputs.prompts]),
+        last=jnp.stack([jnp.repeat(tokens[:, -1], plan.samples) for tokens in inputs.prompts]),
         tokens=jnp.full((plan.size, batch), inputs.pad, jnp.int32),
         ended=~inputs.live,
         lengths=jnp.zeros((batch,), jnp.int32),

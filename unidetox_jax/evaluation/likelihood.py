@@ -1,10 +1,12 @@
 """Log-probabilities of continuations given contexts, under any model: the one scorer behind perplexity, MMLU, harness.
 
 Requests are sorted by length and cut into batches of few shapes; only continuation positions meet the head, in
-slices that bound the logits' memory. The surprising thing: requests that differ in their last token alone (the
-letters of a multiple choice) share one row of the batch.
+slices that bound the logits' memory. The surprising thing: nothing is read twice. Requests that differ in their last
+token alone (the letters of a multiple choice) share one row of the batch, and rows that go on from one context (a
+prompt's 25 samples, a question's answers) share one pass over it.
 
-Axes: B batch rows, T input tokens, S scored tokens before the last, K last tokens of a row, V vocabulary, D width.
+Axes: F contexts of a batch, B batch rows, T input tokens of a row, S scored tokens before the last, K last tokens of a
+row, V vocabulary, D width.
 """
 
 import functools
@@ -24,6 +26,8 @@ from unidetox_jax.progress import Progress
 LOGITS_BYTES = 1 << 28  # float32 logits held at once, per device
 FULL_BATCH_LENGTH = 128  # rows of up to this many tokens come in batches of batch_size; longer ones in smaller ones
 MOST_LAST_TOKENS = 32  # requests that share a row
+FEWEST_SHARING = 3  # rows that share a context's pass: fewer, or …
+SHORTEST_SHARED = 16  # … shorter contexts are not worth a program of their own
 
 
 class LogLikelihood(NamedTuple):
@@ -45,6 +49,21 @@ class _Row(NamedTuple):
     scored: np.ndarray
     last: list[int]
     owners: list[int]
+
+
+class _Family(NamedTuple):
+    """Rows that go on from one `prefix`, read once; an empty prefix: one row, read whole."""
+
+    prefix: np.ndarray
+    rows: list[_Row]
+
+
+class _Batch(NamedTuple):
+    """What one program computes: families of up to `group` rows, filled up to `size` families."""
+
+    families: list[_Family]
+    group: int
+    size: int
 
 
 def loglikelihood(
@@ -73,23 +92,23 @@ def loglikelihood(
     counts = np.array([len(tokens) for tokens in continuations], np.int64)
     sums, greedy = np.zeros(len(counts)), np.ones(len(counts), bool)
 
-    def collect(batch: Sequence[_Row], result: tuple[jax.Array, jax.Array]) -> None:
+    def collect(batch: _Batch, result: tuple[jax.Array, jax.Array]) -> int:
         found_sums, found_greedy = (np.asarray(array) for array in result)
-        for index, row in enumerate(batch):
-            sums[row.owners] = found_sums[index, : len(row.owners)]
-            greedy[row.owners] = found_greedy[index, : len(row.owners)]
+        for family, members in enumerate(batch.families):
+            for index, row in enumerate(members.rows, family * batch.group):
+                sums[row.owners] = found_sums[index, : len(row.owners)]
+                greedy[row.owners] = found_greedy[index, : len(row.owners)]
+        return sum(len(members.rows) for members in batch.families)
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
         pending = None  # the batch that the device works on while the host makes the next one
-        for batch in _batches(rows, batch_size, limit):
-            result = _score(model, mesh, batch, batch_size, limit)
+        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_ways(mesh)):
+            result = _score(model, mesh, batch, limit)
             if pending is not None:
-                collect(*pending)
-                bar.update(len(pending[0]))
+                bar.update(collect(*pending))
             pending = (batch, result)
         if pending is not None:
-            collect(*pending)
-            bar.update(len(pending[0]))
+            bar.update(collect(*pending))
     return LogLikelihood(sums, greedy, counts, truncated)
 
 
@@ -128,44 +147,93 @@ def _rows(contexts, continuations, limit: int) -> tuple[list[_Row], np.ndarray]:
     return [row for shared in rows.values() for row in shared], truncated
 
 
-def _batches(rows: list[_Row], batch_size: int, limit: int):
-    """Rows from the longest to the shortest, in batches: memory runs out at once or never."""
-    rows = sorted(rows, key=lambda row: (-len(row.tokens), -len(row.scored), len(row.last)))
-    at = 0
-    while at < len(rows):
-        size = _batch_rows(length_bucket(len(rows[at].tokens), limit), batch_size)
-        yield rows[at : at + size]
-        at += size
+def _families(rows: list[_Row]) -> list[_Family]:
+    """Rows by the context that they share, but for its last token, which predicts the first one scored."""
+    by_prefix: dict[bytes, list[_Row]] = {}
+    for row in rows:
+        by_prefix.setdefault(row.tokens[: row.start].tobytes(), []).append(row)
+    families = []
+    for members in by_prefix.values():
+        at = members[0].start
+        if len(members) < FEWEST_SHARING or at < SHORTEST_SHARED:
+            families += [_Family(np.zeros(0, np.int32), [row]) for row in members]
+        else:
+            own = [row._replace(tokens=row.tokens[at:], start=0) for row in members]
+            families.append(_Family(members[0].tokens[:at], own))
+    return families
+
+
+def _batches(families: list[_Family], batch_size: int, limit: int, ways: int):
+    """Families by size, and each size from the longest to the shortest: memory runs out at once or never."""
+    sizes: dict[int, list[_Family]] = {}
+    for family in families:
+        for first in range(0, len(family.rows), batch_size):
+            part = family._replace(rows=family.rows[first : first + batch_size])
+            sizes.setdefault(power_bucket(len(part.rows)) if len(part.prefix) else 0, []).append(part)
+    for _, same in sorted(sizes.items()):
+        group = max(len(family.rows) for family in same)
+        same = sorted(same, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
+        at = 0
+        while at < len(same):
+            full = max(1, _batch_rows(length_bucket(_longest(same[at]), limit), batch_size) // group)
+            chosen = same[at : at + full]
+            size = min(power_bucket(len(chosen)), full)
+            yield _Batch(chosen, group, -(-size // ways) * ways)
+            at += full
+
+
+def _longest(family: _Family) -> int:
+    return len(family.prefix) + max(len(row.tokens) for row in family.rows)
+
+
+def _widest(family: _Family) -> int:
+    return max(len(row.last) for row in family.rows)
 
 
 def _batch_rows(length: int, batch_size: int) -> int:
     return batch_size if length <= FULL_BATCH_LENGTH else power_bucket(max(1, batch_size * FULL_BATCH_LENGTH // length))
 
 
-def _score(model: Model, mesh: Mesh, batch: list[_Row], batch_size: int, limit: int):
+def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
     """Dispatches one batch: sums float32 [B, K], greedy bool [B, K], on every host."""
-    length = length_bucket(len(batch[0].tokens), limit)
-    size = min(power_bucket(len(batch)), _batch_rows(length, batch_size))
-    size = -(-size // sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
-    most = max(len(row.scored) for row in batch)
+    rows = [row for family in batch.families for row in family.rows]
+    shared = bool(len(batch.families[0].prefix))
+    longest = max(len(row.tokens) for row in rows)
+    length = power_bucket(max(longest, 16)) if shared else length_bucket(longest, limit)
+    most = max(len(row.scored) for row in rows)
     scored_length = power_bucket(most) if most else 0
-    widest = max(len(row.last) for row in batch)
+    widest = max(len(row.last) for row in rows)
     width = 1 if widest == 1 else max(4, power_bucket(widest))
+    size = batch.size * batch.group
 
     tokens = np.zeros((size, length), np.int32)
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)
     spans = np.zeros((size, 2), np.int32)  # start, number of scored tokens before the last
-    for index, row in enumerate(batch):
-        tokens[index, : len(row.tokens)] = row.tokens
-        scored[index, : len(row.scored)] = row.scored
-        last[index, : len(row.last)] = row.last
-        spans[index] = row.start, len(row.scored)
+    for number, family in enumerate(batch.families):
+        for index, row in enumerate(family.rows, number * batch.group):
+            tokens[index, : len(row.tokens)] = row.tokens
+            scored[index, : len(row.scored)] = row.scored
+            last[index, : len(row.last)] = row.last
+            spans[index] = row.start, len(row.scored)
 
     piece = piece_length(model.cfg, mesh, size, scored_length)
-    placed = (put(array, sharding.batch_sharding(mesh)) for array in (tokens, spans, scored, last))
+    arrays = (tokens, spans, scored, last, *(_prefixes(batch, limit) if shared else ()))
+    placed = [put(array, sharding.batch_sharding(mesh)) for array in arrays]
     with jax.set_mesh(mesh):
-        return program(mesh)(model.params, *placed, model.cfg, piece)
+        return program(mesh)(model.params, placed, model.cfg, piece, batch.group)
+
+
+def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """The families' contexts and which of their tokens are real, [F, a power of two]: a padded token costs little
+    here, once for all of a family's rows."""
+    longest = max(len(family.prefix) for family in batch.families)
+    length = max(longest, min(power_bucket(longest), limit))
+    tokens, real = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), bool)
+    for index, family in enumerate(batch.families):
+        tokens[index, : len(family.prefix)] = family.prefix
+        real[index, : len(family.prefix)] = True
+    return tokens, real
 
 
 def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
@@ -181,13 +249,20 @@ def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) ->
 
 @functools.cache
 def program(mesh: Mesh):
-    """The compiled (params, tokens [B,T], spans [B,2], scored [B,S], last [B,K], cfg, piece) -> sums, greedy [B,K]."""
-    return jax.jit(_program_body, static_argnums=(5, 6), out_shardings=sharding.replicated(mesh))
+    """The compiled (params, [tokens [B,T], spans [B,2], scored [B,S], last [B,K]], cfg, piece, group) -> sums, greedy
+    [B,K]; contexts that rows share may follow in the list."""
+    return jax.jit(_program_body, static_argnums=(2, 3, 4), out_shardings=sharding.replicated(mesh))
 
 
-def _program_body(params, tokens, spans, scored, last, cfg: ModelConfig, piece: int):
+def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
+    tokens, spans, scored, last, *prefix = arrays
     start, count = spans[:, 0], spans[:, 1]
-    hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
+    if prefix:
+        cache = models.init_cache(cfg, prefix[0].shape[0], prefix[0].shape[1] + tokens.shape[1])
+        _, cache = models.prefill(params, prefix[0], cfg, cache, prefix[1])
+        hidden, _ = models.extend(params, tokens, cfg, models.repeat_cache(cache, group))
+    else:
+        hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
 
     def at(positions):  # [B, n] → [B, n, D]
         positions = jnp.minimum(positions, tokens.shape[1] - 1)

@@ -121,17 +121,7 @@ def of_file(
     batch_size: int = 256,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a text file as one stream of tokens, by windows of `length` tokens that slide by `stride`.
-
-    Every token but the first is scored once, with at least length − stride tokens before it where there are as many.
-    Length 0 means the model's context, but at most 2,048; stride 0 half the length.
-
-    Returns:
-      {"ppl", "nll" (nats a token), "bits_per_byte", "tokens" (scored), "bytes", "length", "stride"}.
-
-    Raises:
-      UserError: no such file, one that is not UTF-8, or one of fewer than two tokens.
-    """
+    """`of_text` of a text file. Raises UserError also where there is no such file, or one that is not UTF-8."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -139,9 +129,33 @@ def of_file(
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
+    return of_text(model, tokenizer, text, str(path), stride, length, batch_size, label)
+
+
+def of_text(
+    model: Model,
+    tokenizer: Any,
+    text: str,
+    where: str,
+    stride: int = 0,
+    length: int = 0,
+    batch_size: int = 256,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Perplexity of one stream of tokens, by windows of `length` tokens that slide by `stride`.
+
+    Every token but the first is scored once, with at least length − stride tokens before it where there are as many.
+    Length 0 means the model's context, but at most 2,048; stride 0 half the length. `where` is for messages.
+
+    Returns:
+      {"ppl", "nll" (nats a token), "bits_per_byte", "tokens" (scored), "bytes", "length", "stride"}.
+
+    Raises:
+      UserError: fewer than two tokens.
+    """
     tokens = encode(tokenizer, [text])[0]
     if len(tokens) < 2:
-        raise UserError(f"{path}: {len(tokens)} tokens, expected at least 2")
+        raise UserError(f"{where}: {len(tokens)} tokens, expected at least 2")
     length = length or min(model.cfg.max_position_embeddings, LONGEST_WINDOW)
     stride = stride or length // 2
     contexts, continuations = windows(tokens, length, stride)

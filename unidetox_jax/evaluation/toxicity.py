@@ -79,7 +79,7 @@ def summarize_runs(
         _, resampled = _stratified(_mean(values, axis=1), strata, resamples, seed)  # [metric, N]
         rows = np.concatenate(list(strata.values()))
         result[name] = {
-            **{metric: _figure(runs[i], resampled[i]) for i, metric in enumerate(METRICS)},
+            **{metric: figure(runs[i], resampled[i]) for i, metric in enumerate(METRICS)},
             "prompts": int(np.isfinite(found["emt"][:, rows]).any(axis=0).sum()),
             "texts": int(np.isfinite(scores[:, rows]).sum()),
             "missing": int(np.isnan(scores[:, rows]).sum()),
@@ -183,7 +183,8 @@ def _stratified(
     return np.mean(means, axis=0), np.mean(resampled, axis=0)
 
 
-def _figure(runs: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+def figure(runs: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
+    """Mean, population standard deviation and values of runs [R], and the interval of resampled means [N]."""
     return {"mean": float(runs.mean()), "sd": float(runs.std()), "runs": runs.tolist(), **interval(resampled)}
 
 

@@ -1,6 +1,6 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
-from unidetox_jax.models.cache import Cache, grow_cache, init_cache
+from unidetox_jax.models.cache import Cache, grow_cache, init_cache, repeat_cache
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.keys import Key
 from unidetox_jax.models.published import PUBLISHED, published_config
@@ -10,6 +10,7 @@ from unidetox_jax.models.stack import (
     abstract_params,
     decode_step,
     early_exit,
+    extend,
     forward,
     head,
     hidden_states,
@@ -32,6 +33,7 @@ __all__ = [
     "decode_step",
     "default_dtype",
     "early_exit",
+    "extend",
     "forward",
     "grow_cache",
     "head",
@@ -46,4 +48,5 @@ __all__ = [
     "prefill",
     "prepare",
     "published_config",
+    "repeat_cache",
 ]

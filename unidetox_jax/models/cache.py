@@ -67,6 +67,22 @@ def grow_cache(cache: Cache, length: int) -> Cache:
     )
 
 
+def repeat_cache(cache: Cache, times: int) -> Cache:
+    """Every row `times` times, one after another: what lets several continuations share one pass over their prompt."""
+    if times == 1:
+        return cache
+
+    def repeat(x: jax.Array) -> jax.Array:
+        return _place(jnp.repeat(x, times, axis=x.ndim - 4))
+
+    return cache._replace(
+        keys=jax.tree.map(repeat, cache.keys),
+        values=jax.tree.map(repeat, cache.values),
+        mask=jnp.repeat(cache.mask, times, axis=0),
+        positions=jnp.repeat(cache.positions, times),
+    )
+
+
 def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: jax.Array) -> Layers:
     """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may."""
     zero = jnp.zeros((), jnp.int32)

@@ -203,8 +203,18 @@ def prefill(
 @functools.partial(jax.jit, static_argnames="cfg")
 def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
     """One token int32 [B] more in every row: the next token's logits float32 [B,V], and the cache."""
-    mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones((token.shape[0], 1), bool), (0, cache.slot))
-    positions = cache.positions[:, None]
+    hidden, cache = extend(params, token[:, None], cfg, cache)
+    return logits(params, hidden, cfg)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Tokens int32 [B,T] more in every row: what meets the head, [B,T,width], and the cache. Padding may stand right,
+    where causality hides it, if nothing is read after it."""
+    length = tokens.shape[1]
+    mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones(tokens.shape, bool), (0, cache.slot))
+    seen = mask[:, None] & (jnp.arange(cache.length) <= (cache.slot + jnp.arange(length))[:, None])  # [B,T,K]
+    positions = cache.positions[:, None] + jnp.arange(length)
     rotary = _rotary(cfg, positions)
     bias = None
     if cfg.alibi:
@@ -214,15 +224,14 @@ def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache
         def attend(query, key, value, dropout):
             keys, values = (kv.write(old, index, new, cache.slot) for old, new in zip(state, (key, value), strict=True))
             key, value = kv.read(keys, index), kv.read(values, index)
-            out = attention(query, key, value, mask[:, None], bias, None, precision(cfg.dtype))
+            out = attention(query, key, value, seen, bias, None, precision(cfg.dtype))
             return out, (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
 
-    x = _embed(params, token[:, None], positions, cfg, None)
+    x = _embed(params, tokens, positions, cfg, None)
     x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
-    out = logits(params, _final(params, x, cfg), cfg)[:, 0]
-    return out, Cache(keys, values, mask, cache.positions + 1, cache.slot + 1)
+    return _final(params, x, cfg), Cache(keys, values, mask, cache.positions + length, cache.slot + length)
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:

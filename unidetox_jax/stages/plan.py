@@ -158,32 +158,43 @@ def generation_program(run: Run, name: str, cfg: ModelConfig) -> Program:
         prompt=PROMPT_TOKENS,
         new_tokens=settings.max_new_tokens,
         batches=-(-texts // settings.batch_size),
+        samples=min(settings.samples, settings.batch_size),
     )
 
 
 def decoding_program(
-    name, configs, objective, drawn, *, rows: int, prompt: int, new_tokens: int, batches: int, cache: str = "own"
+    name,
+    configs,
+    objective,
+    drawn,
+    *,
+    rows: int,
+    prompt: int,
+    new_tokens: int,
+    batches: int,
+    samples: int = 1,
+    cache: str = "own",
 ) -> Program:
     """The one compiled program of a generation, with weights in float32, as training leaves them."""
-    plan = make_plan(configs, [prompt] * len(configs), new_tokens, cache=cache, layer_loop="scan")
+    plan = make_plan(configs, [prompt] * len(configs), new_tokens, cache=cache, layer_loop="scan", samples=samples)
 
     def params(mesh: Mesh):
         return tuple(_placed(models.abstract_params(cfg), mesh) for cfg in plan.configs)
 
     def lower(mesh: Mesh):
         ways = sharding.batch_ways(mesh)
-        filled = -(-rows // ways) * ways
+        prompts = -(-max(1, rows // samples) // ways) * ways
         over_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
-        def row(dtype, *shape):
-            return jax.ShapeDtypeStruct((filled, *shape), dtype, sharding=over_rows)
+        def row(dtype, *shape, count=prompts * samples):
+            return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=over_rows)
 
         def scalar(dtype, *shape):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
         inputs = loop.Inputs(
-            prompts=tuple(row(jnp.int32, slots + 1) for slots in plan.prompt_slots),
-            masks=tuple(row(jnp.bool_, slots + 1) for slots in plan.prompt_slots),
+            prompts=tuple(row(jnp.int32, slots + 1, count=prompts) for slots in plan.prompt_slots),
+            masks=tuple(row(jnp.bool_, slots + 1, count=prompts) for slots in plan.prompt_slots),
             row_ids=row(jnp.int32),
             live=row(jnp.bool_),
             seed=scalar(jnp.uint32),
@@ -215,7 +226,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_rows) for shape in shapes]
         piece = likelihood.piece_length(cfg, mesh, filled, scored)
         with jax.set_mesh(mesh):
-            return likelihood.program(mesh).lower(params(mesh), *arrays, cfg, piece)
+            return likelihood.program(mesh).lower(params(mesh), arrays, cfg, piece, 1)
 
     flops, read = planning.scoring_cost(cfg, rows, length, scored)
     rounds = (1, cfg.num_layers)
