@@ -30,9 +30,15 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """The environment of a process with that many devices."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": path}
+    """The environment of a process with that many devices, which compiles little and keeps what it compiled."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def joined(address: str, count: int, index: int) -> list[str]:

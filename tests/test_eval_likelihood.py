@@ -96,12 +96,12 @@ def test_few_shapes_are_compiled():
     _, model = make_pair(seed=3)
     mesh = sharding.mesh_of(model.params)
     contexts, continuations = requests(np.random.default_rng(2), 400, longest=40)
-    likelihood._program(mesh).clear_cache()
+    likelihood.program(mesh).clear_cache()
     likelihood.loglikelihood(model, contexts, continuations, batch_size=32)
-    assert likelihood._program(mesh)._cache_size() <= 10
-    before = likelihood._program(mesh)._cache_size()
+    assert likelihood.program(mesh)._cache_size() <= 10
+    before = likelihood.program(mesh)._cache_size()
     likelihood.loglikelihood(model, contexts[::-1], continuations[::-1], batch_size=32)
-    assert likelihood._program(mesh)._cache_size() == before
+    assert likelihood.program(mesh)._cache_size() == before
 
 
 def test_degenerate_requests():

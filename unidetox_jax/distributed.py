@@ -130,6 +130,11 @@ def barrier(name: str) -> None:
         _watch.barrier(name)
 
 
+def as_first_says(value: str) -> str:
+    """Process 0's value, on every process: file systems may show the same file sooner to one host than to another."""
+    return value if _watch is None else _watch.exchange("said", value)[0]
+
+
 def finish() -> None:
     """Waits until all processes have come to their end, so that a late error of one still ends all."""
     if _watch is not None:
@@ -284,7 +289,9 @@ class _Watch:
         self._client = global_state.client
         self._ending = threading.Lock()
         self._rounds = 0
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._thread.start()
 
     def exchange(self, name: str, value: str) -> list[str]:
         """Every process's value, in their order; all call it alike."""
@@ -302,8 +309,9 @@ class _Watch:
     def finish(self) -> None:
         """Waits for all, then takes leave."""
         self.barrier("finish")
-        if self._ending.acquire(blocking=False):  # from here on nobody's silence means anything
-            jax.distributed.shutdown()
+        self._over.set()  # from here on nobody's silence means anything
+        self._thread.join()
+        jax.distributed.shutdown()
 
     def fail(self, line: str, exit_code: int) -> None:
         """Ends this process, and all others with it."""
@@ -329,7 +337,7 @@ class _Watch:
     def _run(self) -> None:
         beats: dict[str, tuple[str, float]] = {}
         beat = 0
-        while True:
+        while not self._over.is_set():
             beat += 1
             try:
                 self._client.key_value_set(f"unidetox/alive/{self.members.index}", str(beat), allow_overwrite=True)
@@ -349,7 +357,7 @@ class _Watch:
             if silent:
                 text = f"process {', '.join(map(str, silent))} gave no sign of life for {SILENCE:.0f} s"
                 return self.fail(f"unidetox: {text}; the same command continues", 1)
-            time.sleep(INTERVAL)
+            self._over.wait(INTERVAL)
 
     @staticmethod
     def _grace(exit_code: int) -> float:

@@ -95,12 +95,9 @@ def generate(
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
-<<<<<<< HEAD
         transpose_head=jax.default_backend() == "cpu",
-=======
         samples=samples,
         prompt_slots=prompt_slots,
->>>>>>> evaluate
     )
     prompt_rows = -len(prompts[0]) % sharding.batch_ways(mesh) + len(prompts[0])
     rows = prompt_rows * samples
@@ -139,12 +136,9 @@ def make_plan(
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
-<<<<<<< HEAD
     transpose_head: bool = False,
-=======
     samples: int = 1,
     prompt_slots: int = 0,
->>>>>>> evaluate
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
@@ -161,11 +155,8 @@ def make_plan(
         segments=loop.plan_segments(max(slots), max_new_tokens),
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
-<<<<<<< HEAD
         transpose_head=transpose_head,
-=======
         samples=samples,
->>>>>>> evaluate
     )
 
 

@@ -37,11 +37,8 @@ class Plan:
     segments: tuple[int, ...]  # new tokens after each segment; the last is S
     official_cache: bool = False
     log_probabilities: bool = False
-<<<<<<< HEAD
     transpose_head: bool = False  # see `models.prepare`
-=======
     samples: int = 1  # rows that continue each prompt
->>>>>>> evaluate
 
     @property
     def size(self) -> int:

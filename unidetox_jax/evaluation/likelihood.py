@@ -217,12 +217,11 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
             last[index, : len(row.last)] = row.last
             spans[index] = row.start, len(row.scored)
 
-    per_device = max(1, size // sharding.batch_ways(mesh)) * model.cfg.vocab_size * 4
-    piece = min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+    piece = piece_length(model.cfg, mesh, size, scored_length)
     arrays = (tokens, spans, scored, last, *(_prefixes(batch, limit) if shared else ()))
     placed = [put(array, sharding.batch_sharding(mesh)) for array in arrays]
     with jax.set_mesh(mesh):
-        return _program(mesh)(model.params, placed, model.cfg, piece, batch.group)
+        return program(mesh)(model.params, placed, model.cfg, piece, batch.group)
 
 
 def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,8 +241,16 @@ def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
 
+def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
+    """Scored positions that meet the head at once, a power of two: LOGITS_BYTES bound their logits."""
+    per_device = max(1, rows // sharding.batch_ways(mesh)) * cfg.vocab_size * 4
+    return min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+
+
 @functools.cache
-def _program(mesh: Mesh):
+def program(mesh: Mesh):
+    """The compiled (params, [tokens [B,T], spans [B,2], scored [B,S], last [B,K]], cfg, piece, group) -> sums, greedy
+    [B,K]; contexts that rows share may follow in the list."""
     return jax.jit(_program_body, static_argnums=(2, 3, 4), out_shardings=sharding.replicated(mesh))
 
 

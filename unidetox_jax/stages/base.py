@@ -19,6 +19,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
 
 COMPLETE = "stage.json"
@@ -91,7 +92,8 @@ def run_stage(
     directory = epath.Path(directory)
     wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
     writer = jax.process_index() == 0
-    found = read_json(directory / COMPLETE) or _begun(directory)
+    complete = read_json(directory / COMPLETE)
+    found = json.loads(distributed.as_first_says(json.dumps(complete or _begun(directory))))
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
         if differences and not (force or derived):
@@ -99,7 +101,7 @@ def run_stage(
                 f"{directory}: made with other settings ({'; '.join(differences)}): use another --workdir, "
                 "or --force to make it anew"
             )
-        if not differences and (directory / COMPLETE).exists() and not force:
+        if not differences and "finished" in found and not force:
             logging.info("%s: complete already (%s)", name, directory)
             return found
         if (force or differences) and writer:
@@ -107,6 +109,7 @@ def run_stage(
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / PARTIAL, wanted)
+    distributed.barrier(f"{name} begun")
     started = time.monotonic()
     try:
         figures = body(directory)
@@ -126,6 +129,7 @@ def run_stage(
     if writer:
         write_json(directory / COMPLETE, record)
         (directory / PARTIAL).unlink(missing_ok=True)
+    distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
     return record
 
 

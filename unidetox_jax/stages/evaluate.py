@@ -41,8 +41,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data
-from unidetox_jax.checkpoint.staging import barrier
+from unidetox_jax import checkpoint, data, distributed
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, mmlu, perplexity, prompts, scorers
@@ -167,9 +166,7 @@ def _prompts(run: Run) -> prompts.Prompts:
 
 def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str, Any]:
     """Evaluates one model into its directory, going on with what is there; returns its headline figures."""
-    done = (directory / results.METRICS).exists()
-    barrier("evaluate: begun")
-    if not done:
+    if not distributed.as_first_says("done" if (directory / results.METRICS).exists() else ""):
         _evaluate(run, candidate, directory)
     if not parts.first_process():
         return {}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from unidetox_jax.checkpoint.staging import barrier
+from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
 from unidetox_jax.stages import base, parts
 
@@ -27,10 +27,7 @@ def kept(
     write: Callable[[epath.Path, Value], None],
 ) -> Value:
     """What lies at `path`, or what `make` gives, which then lies there."""
-    barrier(f"{path.name}: looked for")
-    there = path.exists()
-    barrier(f"{path.name}: found or not")
-    if there:
+    if distributed.as_first_says("there" if path.exists() else ""):
         return read(path)
     value = make()
     if parts.first_process():

@@ -1,0 +1,158 @@
+"""Two and four real processes give what one gives; one that is stopped or killed stops all, and nothing is lost."""
+
+import csv
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from finetune_helpers import make_world, training, weights, write_config
+from processes import command, free_port, joined, start, wait
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with the configuration of a whole small run, and one of a long training."""
+    place = tmp_path_factory.mktemp("processes")
+    world = make_world(place / "world")
+    shared = {
+        "base": f"{world}/weights/gpt2",
+        "targets": (f"{world}/weights/llama",),
+        "mesh": "data:2,fsdp:-1",
+        "dtype": "float32",
+    }
+    write_config(
+        place / "config.py",
+        **shared,
+        **training(world, "toxify"),
+        **training(world, "detoxify"),
+        distill__num_texts=10,
+        distill__batch_size=8,
+        distill__max_length=16,
+        distill__top_k=20,
+        evaluate__prompts=f"{world}/prompts.jsonl",
+        evaluate__max_prompts=4,
+        evaluate__samples=2,
+        evaluate__runs=1,
+        evaluate__max_new_tokens=6,
+        evaluate__scorer="lexicon",
+        evaluate__perplexity_scorer=f"{world}/weights/opt",
+        evaluate__mmlu=(),
+    )
+    write_config(
+        place / "long.py", **shared, **training(world, "toxify", steps=4000, save_every=20, evaluate_every=4000)
+    )
+    return place
+
+
+def launch(place, workdir, count, devices, *arguments, config="config.py"):
+    """`unidetox …` in `count` processes."""
+    address = f"127.0.0.1:{free_port()}"
+    common = [*arguments, f"--config={place / config}", f"--workdir={place / workdir}"]
+    several = [joined(address, count, index) if count > 1 else [] for index in range(count)]
+    return start([command([*common, *more]) for more in several], devices)
+
+
+def whole_run(place, workdir, count, devices):
+    for stage in ("toxify", "distill", "detoxify", "evaluate"):
+        ended = wait(launch(place, workdir, count, devices, stage), timeout=600)
+        assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
+    return place / workdir
+
+
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line[name] for line in lines for name in ("loss", "validation_loss") if name in line])
+
+
+def texts(workdir):
+    with (workdir / "distilled" / "texts.csv").open(newline="") as file:
+        return [row["Text"] for row in csv.DictReader(file)]
+
+
+def evaluated(workdir, form):
+    directory = workdir / "evaluation" / f"llama{form}"
+    lines = [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines], np.array([line["perplexity"] for line in lines], float)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_what_one_gives(place, count):
+    alone = whole_run(place, f"alone{count}", 1, 2 * count)
+    several = whole_run(place, f"several{count}", count, 2)
+    assert texts(several) == texts(alone) and len(texts(alone)) == 10
+    for directory in ("toxic", "detoxified/llama"):
+        np.testing.assert_allclose(losses(several / directory), losses(alone / directory), rtol=1e-5)
+        ours, theirs = weights(several / directory), weights(alone / directory)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)
+    for form in ("", ".detoxified"):
+        ours, theirs = evaluated(several, form), evaluated(alone, form)
+        assert ours[0] == theirs[0]
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
+
+
+def checkpoints(place, workdir):
+    directory = place / workdir / "toxic" / "checkpoints"
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def wait_for_checkpoint(place, workdir, processes, seconds=300):
+    end = time.monotonic() + seconds
+    while not checkpoints(place, workdir):
+        assert all(process.poll() is None for process in processes), [one.err[-2000:] for one in wait(processes, 60)]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_sigterm_to_one_of_four_saves_one_step_which_one_process_on_another_mesh_goes_on_from(place):
+    processes = launch(place, "told", 4, 2, "toxify", config="long.py")
+    wait_for_checkpoint(place, "told", processes)
+    processes[2].send_signal(signal.SIGTERM)
+    ended = wait(processes, timeout=120)
+    assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
+    steps = {re.search(r"saved at step (\d+) of 4000", one.last_line)[1] for one in ended}
+    assert len(steps) == 1
+    (step,) = map(int, steps)
+    assert checkpoints(place, "told")[-1] == step
+
+    # One process, three devices less, another mesh: it goes on from that very step
+    (other,) = launch(place, "told", 1, 2, "toxify", "--config.mesh=fsdp:2", config="long.py")
+    deadline = time.monotonic() + 300
+    while checkpoints(place, "told")[-1] <= step:
+        assert other.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    other.send_signal(signal.SIGTERM)
+    (end,) = wait([other], timeout=120)
+    assert end.code == 75, end.err[-2000:]
+    assert f"continues from step {step} of 4000" in end.err
+    found = losses(place / "told" / "toxic")
+    assert np.isfinite(found).all() and found[-1] < found[1]
+
+
+def test_a_killed_process_ends_the_others_within_a_minute_and_a_restart_goes_on(place):
+    processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
+    wait_for_checkpoint(place, "killed", processes)
+    processes[1].kill()
+    killed = time.monotonic()
+    ended = wait(processes, timeout=70)
+    assert time.monotonic() - killed < 60
+    assert ended[1].code == -signal.SIGKILL
+    for one in (ended[0], *ended[2:]):
+        assert one.code not in (0, 75) and one.err.strip(), one
+    step = checkpoints(place, "killed")[-1]
+    processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
+    deadline = time.monotonic() + 300
+    while checkpoints(place, "killed")[-1] <= step:
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.1)
+    processes[0].send_signal(signal.SIGTERM)
+    ended = wait(processes, timeout=120)
+    assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
+    assert f"continues from step {step} of 4000" in ended[0].err
