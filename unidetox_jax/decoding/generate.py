@@ -80,12 +80,10 @@ def generate(
     models = tuple(models)
     _check_models(models, objective, cache)
     prompts, masks = _prompts(models, prompts, attention_mask)
+    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{name}: found {value}, expected at least 1")
     batch = len(prompts[0]) * samples
-    if batch <= 0 or max_new_tokens < 1:
-        raise UserError(
-            f"generate: {len(prompts[0])} prompts, samples {samples} and max_new_tokens {max_new_tokens}, "
-            "expected at least one of each"
-        )
     _check_lengths(models, masks, max_new_tokens)
     mesh = _mesh(models)
     plan = make_plan(
@@ -201,7 +199,7 @@ def _prompts(models, prompts, attention_mask) -> tuple[list[np.ndarray], list[np
     masks = [None] * len(models) if attention_mask is None else _one_each(attention_mask, len(models), "attention_mask")
     result = []
     for index, (model, tokens, mask) in enumerate(zip(models, prompts, masks, strict=True)):
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"prompts: found {tokens.dtype} {tokens.shape} for model {index}, expected integers [B,T]")
         if len(tokens) != len(prompts[0]):
             raise UserError(f"prompts: {len(tokens)} rows for model {index}, but {len(prompts[0])} for model 0")

@@ -192,7 +192,9 @@ def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> 
     for tree, token, cfg in reversed(list(zip(params, state.last, plan.configs, strict=True))):
         out, written = models.decode_step(tree, token, cfg, cache)
         logits.append(out)
-        cache = cache._replace(keys=written.keys, values=written.values)
+        # Nothing else tells the compiler that the slot is read before it is overwritten; it would copy every cache.
+        after = jnp.maximum(cache.slot, jnp.isnan(out[0, 0]) - 1)  # max(slot, 0 or −1) is the slot
+        cache = cache._replace(keys=written.keys, values=written.values, slot=after)
     return tuple(reversed(logits)), (written,)
 
 
