@@ -44,30 +44,36 @@ def measure(run: Any) -> list[dict[str, Any]]:
     )
     for size in run.bench.train_batch_sizes:
         batches = data.Batches(tokens, size, seed=SEED, row_multiple=sharding.batch_ways(mesh))
-        ours = _Ours(cfg, mesh, batches, run.bench.steps)
-        steps: dict[str, Callable[[int], Any]] = {"jax": ours.step}
-        if theirs is not None:
-            steps["torch"] = lambda step, batches=batches: theirs.step(batches.indices(step))
-        seconds = _race(steps, run.bench.steps, bar)
-        for name, taken in seconds.items():
-            layout = batches.layout if name == "jax" else "longest"
-            shapes = [batches.plan(step)[0] if name == "jax" else (size, theirs.length) for step in range(len(taken))]
-            row = {
-                "benchmark": "train",
-                "implementation": name,
-                "model": run.bench.model,
-                "data": run.bench.data or "random",
-                "dtype": cfg.dtype,
-                "batch": size,
-                "layout": layout,
-                **_rates(cfg, batches, taken, shapes),
-            }
-            if name == "jax":
-                row.update(ours.compiled)
-                row.update({"times_torch": sum(seconds["torch"]) / sum(taken)} if theirs is not None else {})
-            found.append({**row, **machine.describe()})
+        found += [{**row, **machine.describe()} for row in _measure(run, cfg, mesh, batches, theirs, bar)]
     bar.close()
     return found
+
+
+def _measure(run: Any, cfg: ModelConfig, mesh: jax.sharding.Mesh, batches: data.Batches, theirs, bar: Progress):
+    """The rows of one batch size."""
+    count, size = run.bench.steps, batches.batch_size
+    ours = _Ours(cfg, mesh, batches, count)
+    shapes = {"jax": [batches.plan(step)[0] for step in range(count)]}
+    steps: dict[str, Callable[[int], Any]] = {"jax": ours.step}
+    if theirs is not None:
+        steps["torch"] = lambda step: theirs.step(batches.indices(step))
+        shapes["torch"] = [(size, theirs.length)] * count
+    seconds = _race(steps, count, bar)
+    for name, taken in seconds.items():
+        row = {
+            "benchmark": "train",
+            "implementation": name,
+            "model": run.bench.model,
+            "data": run.bench.data or "random",
+            "dtype": cfg.dtype,
+            "batch": size,
+            "layout": batches.layout if name == "jax" else "longest",
+            **_rates(cfg, batches, taken, shapes[name]),
+        }
+        if name == "jax":
+            row.update(ours.compiled)
+            row.update({"times_torch": sum(seconds["torch"]) / sum(taken)} if theirs is not None else {})
+        yield row
 
 
 def _tokens(run: Any, cfg: ModelConfig) -> data.Tokens:
