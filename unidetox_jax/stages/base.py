@@ -87,7 +87,7 @@ def run_stage(
     directory = epath.Path(directory)
     wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
     writer = jax.process_index() == 0
-    found = read_json(directory / COMPLETE) or _begun(directory)
+    found = read_json(directory / COMPLETE) or read_json(directory / PARTIAL)
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
         if differences and not force:
@@ -123,13 +123,6 @@ def run_stage(
         write_json(directory / COMPLETE, record)
         (directory / PARTIAL).unlink(missing_ok=True)
     return record
-
-
-def _begun(directory: epath.Path) -> dict[str, Any] | None:
-    """How an unfinished stage began; None where it left nothing but that record: a mistake stopped it at once, and
-    whoever mends the mistake begins anew."""
-    record = read_json(directory / PARTIAL)
-    return record if record and any(path.name != PARTIAL for path in directory.iterdir()) else None
 
 
 def is_complete(directory: epath.PathLike) -> bool:
