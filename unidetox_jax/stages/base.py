@@ -133,13 +133,6 @@ def run_stage(
     return record
 
 
-def _begun(directory: epath.Path) -> dict[str, Any] | None:
-    """How an unfinished stage began; None where it left nothing but that record: a mistake stopped it at once, and
-    whoever mends the mistake begins anew."""
-    record = read_json(directory / PARTIAL)
-    return record if record and any(path.name != PARTIAL for path in directory.iterdir()) else None
-
-
 def is_complete(directory: epath.PathLike) -> bool:
     """Whether a finished stage lies in `directory`."""
     return (epath.Path(directory) / COMPLETE).exists()

@@ -59,7 +59,8 @@ class TrainingSettings:
 class PretrainSettings(TrainingSettings):
     """Training from scratch: the built-in world's models."""
 
-    # Directories with config.json and a tokenizer; DIRECTORY=DATASET has text of its own. Empty: nothing is pretrained
+    # Directories with config.json and a tokenizer, DIRECTORY=DATASET for one that learns from other text than `data`;
+    # empty: nothing is pretrained
     models: tuple[str, ...] = ()
     world: bool = False  # write the built-in world to WORKDIR/world first
     world_seed: int = 0
