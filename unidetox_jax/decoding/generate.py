@@ -83,10 +83,10 @@ def generate(
         [model.cfg for model in models],
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
+        transpose_head=jax.default_backend() == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
-        transpose_head=jax.default_backend() == "cpu",
     )
     rows = -batch % sharding.batch_ways(mesh) + batch
     inputs = loop.Inputs(
@@ -121,10 +121,10 @@ def make_plan(
     configs: Sequence[ModelConfig],
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
+    transpose_head: bool = False,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
-    transpose_head: bool = False,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
@@ -139,9 +139,9 @@ def make_plan(
         configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
         prompt_slots=slots,
         segments=loop.plan_segments(max(slots), max_new_tokens),
+        transpose_head=transpose_head,
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
-        transpose_head=transpose_head,
     )
 
 
