@@ -90,10 +90,10 @@ def generate(
         [model.cfg for model in models],
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
+        transpose_head=jax.default_backend() == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
-        transpose_head=jax.default_backend() == "cpu",
         samples=samples,
         prompt_slots=prompt_slots,
     )
@@ -131,10 +131,10 @@ def make_plan(
     configs: Sequence[ModelConfig],
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
+    transpose_head: bool = False,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
-    transpose_head: bool = False,
     samples: int = 1,
     prompt_slots: int = 0,
 ) -> loop.Plan:
@@ -151,9 +151,9 @@ def make_plan(
         configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
         prompt_slots=slots,
         segments=loop.plan_segments(max(slots), max_new_tokens),
+        transpose_head=transpose_head,
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
-        transpose_head=transpose_head,
         samples=samples,
     )
 

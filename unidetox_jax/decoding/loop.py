@@ -35,9 +35,9 @@ class Plan:
     configs: tuple[ModelConfig, ...]
     prompt_slots: tuple[int, ...]  # P of each model; 0 for prompts of one token
     segments: tuple[int, ...]  # new tokens after each segment; the last is S
+    transpose_head: bool = False  # see `models.prepare`
     official_cache: bool = False
     log_probabilities: bool = False
-    transpose_head: bool = False  # see `models.prepare`
     samples: int = 1  # rows that continue each prompt
 
     @property

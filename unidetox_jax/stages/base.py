@@ -93,7 +93,7 @@ def run_stage(
     wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
     writer = jax.process_index() == 0
     complete = read_json(directory / COMPLETE)
-    found = json.loads(distributed.as_first_says(json.dumps(complete or _begun(directory))))
+    found = json.loads(distributed.as_first_says(json.dumps(complete or read_json(directory / PARTIAL))))
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
         if differences and not (force or derived):
