@@ -58,3 +58,24 @@ def test_mistakes_are_one_line(capsys):
     assert "did you mean 'convert'?" in capsys.readouterr().err
     assert cli.main(["fit-scorer", "--config=nowhere.py", "--workdir=x"]) == 2
     assert capsys.readouterr().err == "unidetox: --config: no file 'nowhere.py'\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.distil.seed=1", "config.distil: no such field; did you mean 'distill'?"),
+        ("--config.distill.sed=1", "config.distill.sed: no such field; did you mean 'seed'?"),
+        ("--config.base.x=1", "config.base.x: no such field"),
+        ("--config.distill.seed", "--config.distill.seed: no value"),
+        ("--config.distill.seed=abc", "--config.distill.seed=abc"),
+        ("--config.targets=('a/one','b/one')", "two of them are called 'one'"),
+        ("--config.control_targets=('a',)", "'a' is not one of config.targets"),
+        ("--wrkdir=x", "unrecognized arguments: --wrkdir=x"),
+    ],
+)
+def test_mistakes_in_a_configuration_name_the_field(argument, words, capsys):
+    config = PACKAGE.parent / "configs" / "unidetox_gpt2_xl.py"
+    assert cli.main(["fit-scorer", f"--config={config}", "--workdir=nowhere", argument]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed and printed.count("\n") == 1
+    assert not (PACKAGE.parent / "nowhere").exists()

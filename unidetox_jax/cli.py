@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from unidetox_jax.errors import Preempted, UserError, suggest
 
@@ -71,7 +72,7 @@ def _dispatch(argv: list[str]) -> int | None:
         raise UserError(f"no command {command!r}{suggest(command, commands)}")
     _log_plainly()
     module = importlib.import_module(commands[command][0])
-    parser = argparse.ArgumentParser(prog=f"unidetox {command}", description=commands[command][1], allow_abbrev=False)
+    parser = _Parser(prog=f"unidetox {command}", description=commands[command][1], allow_abbrev=False)
     if command in PLAIN:
         module.add_arguments(parser)
         return module.run_command(parser.parse_args(rest))
@@ -109,19 +110,45 @@ def load_config(path: str, overrides: Sequence[str] = ()):
     Raises:
       UserError: no such file, an error inside it, or an unknown field (the nearest known one is named).
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     file = path.split(":", 1)[0]
     if not os.path.exists(file):
         raise UserError(f"--config: no file {file!r}")
+    _check_fields(_parse_config(file, path, ()), overrides)
+    return _parse_config(file, path, overrides)
+
+
+def _parse_config(file: str, path: str, overrides: Sequence[str]):
+    from absl import flags
+    from ml_collections import config_flags
+
+    arguments = ["unidetox", f"--config={path}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        values(["unidetox", f"--config={path}", *overrides])
+        values(arguments)
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
+
+
+def _check_fields(config, overrides: Sequence[str]) -> None:
+    """Raises UserError where an override names no field, or has no value."""
+    for override in overrides:
+        path, equals, _ = override.removeprefix("--config.").partition("=")
+        node, seen = config, "config"
+        for name in path.split("."):
+            if not hasattr(node, "keys") or name not in node:
+                raise UserError(f"{seen}.{name}: no such field{suggest(name, node) if hasattr(node, 'keys') else ''}")
+            node, seen = node[name], f"{seen}.{name}"
+        if not equals:
+            raise UserError(f"--{seen}: no value; write --{seen}=VALUE")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the errors of this program: one line, and the way to the help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _log_plainly() -> None:

@@ -250,7 +250,9 @@ def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -
             raise UserError(f"config.targets: two of them are called {name!r}; rename one's directory")
     unknown = sorted(set(shared.control_targets) - set(shared.targets))
     if unknown:
-        raise UserError(f"config.control_targets: {unknown[0]!r} is not one of config.targets")
+        raise UserError(
+            f"config.control_targets: {unknown[0]!r} is not one of config.targets; name some of those, or ()"
+        )
     parts = {name: parse(config.get(name, {}), kind, f"config.{name}") for name, kind in STAGES.items()}
     return Run(epath.Path(workdir), shared, **parts)
 
