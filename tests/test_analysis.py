@@ -86,6 +86,7 @@ def test_overlap_by_hand():
     assert found["share"] == pytest.approx(3 / 9)
     assert found["texts_with_shared"] == 1
     assert (found["longest_run"], found["longest_run_text"]) == (6, 0)
+    assert copying.overlap(["c d e a b"], corpus, 4)["longest_run"] == 3
 
 
 def test_overlap_with_nothing_in_common():

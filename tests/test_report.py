@@ -311,6 +311,9 @@ def test_the_report_follows_what_it_reads(tmp_path):
     (record,) = base.run_tasks(report.tasks(run))
     assert "elsewhere" in page_of(run) and "The trade-off" in page_of(run)
     assert base.run_tasks(report.tasks(run)) == [record]  # nothing changed, nothing is done
+    shutil.rmtree(tmp_path / "evaluation")
+    base.run_tasks(report.tasks(run))
+    assert not (tmp_path / "report" / "results.csv").exists()  # nothing of an earlier report stays
 
 
 def test_no_examples_where_none_are_wanted(tmp_path):

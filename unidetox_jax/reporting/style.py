@@ -5,13 +5,13 @@ CSS = """
   color-scheme: light dark;
   --paper: #ffffff; --wash: #f6f7f9; --ink: #22262b; --muted: #5a626c; --grid: #dfe3e8;
   --before: #b4532a; --after: #1b7a78; --control: #7a6bb0;
-  --warn-paper: #fdf3e3; --warn-edge: #c77d1a; --link: #1b6a9a;
+  --warn-paper: #fdf3e3; --warn-edge: #c77d1a; --warn-ink: #8a4f07; --link: #1b6a9a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #16191d; --wash: #1e2227; --ink: #e4e7eb; --muted: #a3abb5; --grid: #363c44;
     --before: #e58a5f; --after: #4fbab5; --control: #aa9ce0;
-    --warn-paper: #332a1b; --warn-edge: #d99a3d; --link: #7fbfe6;
+    --warn-paper: #332a1b; --warn-edge: #d99a3d; --warn-ink: #e8b15f; --link: #7fbfe6;
   }
 }
 * { box-sizing: border-box; }
@@ -80,7 +80,7 @@ details { border: 1px solid var(--grid); border-radius: 8px; margin: 0.8rem 0; b
 summary { cursor: pointer; padding: 0.65rem 1rem; font-weight: 600; }
 details[open] > summary { border-bottom: 1px solid var(--grid); }
 details > .inside { padding: 0.4rem 1rem 0.9rem; }
-details.content > summary { color: var(--warn-edge); }
+details.content > summary { color: var(--warn-ink); }
 blockquote { margin: 0.3rem 0 0.3rem; padding: 0.1rem 0 0.1rem 0.9rem; border-left: 2px solid var(--grid); }
 blockquote.original { border-color: var(--before); }
 blockquote.detoxified { border-color: var(--after); }
