@@ -58,7 +58,14 @@ def test_samples_share_their_prompts_pass_and_change_nothing():
 
 @pytest.mark.parametrize(
     ("slots", "new", "expected"),
-    [(0, 20, (64,)), (48, 20, (80,)), (60, 20, (68,)), (40, 80, (24, 88)), (40, 90, (24, 152)), (40, 200, (24, 88, 152, 216))],
+    [
+        (0, 20, (64,)),
+        (48, 20, (80,)),
+        (60, 20, (68,)),
+        (40, 80, (24, 88)),
+        (40, 90, (24, 152)),
+        (40, 200, (24, 88, 152, 216)),
+    ],
 )
 def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, expected):
     assert loop.plan_segments(slots, new) == expected
