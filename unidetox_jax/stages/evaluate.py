@@ -41,7 +41,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, distributed
+from unidetox_jax import checkpoint, data, distributed, models
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, mmlu, perplexity, prompts, scorers
@@ -51,6 +51,7 @@ from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
 FORMS = ("original", "detoxified", "control")
 PARTS = "parts"
+TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
 # what says which tasks there are, and what a result depends on by rounding at most
 NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size")
 
@@ -134,7 +135,25 @@ def _task(run: Run, candidate: Candidate) -> base.Task:
         {**settings, "model": candidate.source, "dtype": run.shared.dtype},
         lambda: _inputs(run, candidate),
         lambda directory: evaluate(run, candidate, directory),
+        lambda: _operations(run, candidate),
     )
+
+
+def _operations(run: Run, candidate: Candidate) -> float:
+    """Two for each parameter and token: prompts and their continuations under the model, both under the perplexity
+    scorer, four answers a question of MMLU. What cannot be known before the models are made counts as nothing."""
+    settings = run.evaluate
+    prompts_, questions = settings.max_prompts or TYPICAL_PROMPTS, len(settings.mmlu) * TYPICAL_QUESTIONS
+    texts = prompts_ * settings.runs * (TYPICAL_LENGTH + settings.samples * settings.max_new_tokens)
+    target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
+    tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
+    total = 0.0
+    for source, count in tokens.items():
+        try:
+            total += 2.0 * models.num_params(checkpoint.load_config(run.path(source))) * count if source else 0.0
+        except UserError:
+            continue
+    return total
 
 
 def _inputs(run: Run, candidate: Candidate) -> dict[str, str]:
