@@ -15,7 +15,7 @@ from unidetox_jax.planning import Chip
 from unidetox_jax.stages import plan, settings
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
-needs_libtpu = pytest.mark.skipif(not planning.has_libtpu(), reason="libtpu is not installed: unidetox-jax[plan]")
+needs_libtpu = pytest.mark.skipif(not planning.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
 WIDTH = 64
 
 

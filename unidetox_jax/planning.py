@@ -137,7 +137,7 @@ def topology(name: str) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except (RuntimeError, ValueError, OSError) as error:
         if not has_libtpu():
-            raise UserError("--topology: needs libtpu: pip install 'unidetox-jax[plan]'") from None
+            raise UserError("--topology: needs libtpu: pip install 'unidetox-jax[tpu]'") from None
         raise UserError(f"--topology {name!r}: {' '.join(str(error).split())[:200]}") from None
     devices = tuple(found.devices)
     return Topology(name, shape, devices, CHIPS.get(devices[0].device_kind))

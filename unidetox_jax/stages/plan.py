@@ -305,10 +305,10 @@ def _describe(program: Program, report: Report, mesh: Mesh, topology: Topology) 
         f"  GiB a chip  {report.arguments / GIB:.2f} arguments + {report.temporaries / GIB:.2f} temporaries, "
         f"peak {report.peak / GIB:.2f}{memory}"
     )
-    received = planning.network_bytes(program, report)
+    moved, received = program.bytes(mesh) / 1e9, planning.network_bytes(program, report) / 1e9
     yield (
-        f"  a step      {program.flops / 1e12:,.2f} TFLOP, {program.bytes(mesh) / 1e9:,.2f} GB read and written, all chips "
-        f"together; {received / 1e9:,.3f} GB received by each"
+        f"  a step      {program.flops / 1e12:,.2f} TFLOP and {moved:,.2f} GB of memory traffic on all chips together, "
+        f"{received:,.3f} GB received by each"
     )
     estimate = planning.step_seconds(program, report, mesh, topology)
     if estimate is not None:
