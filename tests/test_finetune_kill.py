@@ -49,24 +49,37 @@ def assert_the_same(place, name):
     assert not (place / name / "toxic/stage.partial.json").exists()
 
 
+def newest(place, name) -> int:
+    """The newest finished checkpoint's step; 0 where there is none."""
+    names = [path.name for path in (place / name / "toxic/checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(place, alone):
-    """SIGKILL at any time in what a whole run takes, from where it begins on; the last one is left to its end."""
+    """SIGKILL at any time in what a whole run takes, counted from its beginning and, every other time, from its first
+    new checkpoint; the last run is left to its end."""
     moments = random.Random(int(os.environ.get("UNIDETOX_KILL_SEED", "1")))
-    kills = sittings = 0
-    while kills < KILLS:
+    reached, ended = [], 0
+    while len(reached) < KILLS:
+        before = newest(place, "killed")
         child = toxify(place, "killed")
-        sittings += 1
         wait_for(place / "killed/toxic/stage.partial.json", child)
-        time.sleep(moments.uniform(0, alone))
+        if len(reached) % 2:
+            while newest(place, "killed") == before and child.poll() is None:
+                time.sleep(0.01)
+        time.sleep(moments.uniform(0, alone / 4 if len(reached) % 2 else alone))
         child.kill()
-        child.communicate()
+        _, printed = child.communicate()
         if child.returncode == 0:  # it came to its end first: the next is another run
             assert_the_same(place, "killed")
-            (place / "killed").rename(place / f"ended{sittings}")
+            ended += 1
+            (place / "killed").rename(place / f"ended{ended}")
         else:
-            assert child.returncode == -signal.SIGKILL
-            kills += 1
+            assert child.returncode == -signal.SIGKILL, printed
+            reached.append(newest(place, "killed"))
+    print(f"killed with checkpoints of steps {reached}, {ended} runs ended before")
+    assert any(reached)
     child = toxify(place, "killed")
     _, printed = child.communicate(timeout=600)
     assert child.returncode == 0, printed

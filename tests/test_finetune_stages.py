@@ -4,6 +4,7 @@ import json
 import re
 import types
 
+import ml_collections
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,8 @@ from finetune_helpers import (
     write_config,
 )
 
-from unidetox_jax import checkpoint, cli, data
-from unidetox_jax.stages import base, pretrain
+from unidetox_jax import checkpoint, cli, data, models
+from unidetox_jax.stages import base, pretrain, settings, toxify
 
 MESH = "data:2,fsdp:4"
 
@@ -151,6 +152,25 @@ def test_pretrain_begins_with_the_seeds_weights(run, world, tmp_path):
     a, b, c = (weights(tmp_path / place / "pretrained/falcon") for place in "abc")
     assert same(a, b) and not same(a, c)
     assert checkpoint.load_tokenizer(tmp_path / "a/pretrained/falcon").eos_token == "<|endoftext|>"
+
+
+def test_a_pretrained_model_may_have_text_of_its_own(run, world, tmp_path):
+    names = (f"{world}/models/opt", f"{world}/models/llama=dghs?file={world}/toxic.jsonl")
+    assert run("pretrain", tmp_path, pretrain__models=names, pretrain__steps=1) == 0
+    for name, texts in (("opt", 300), ("llama", 60)):
+        record = json.loads((tmp_path / f"pretrained/{name}/stage.json").read_text())
+        assert record["figures"]["texts"] == texts
+
+
+def test_an_estimate_needs_no_model(world, tmp_path):
+    """6 operations for each parameter and token; nothing for a model that is not made yet."""
+    config = ml_collections.ConfigDict({"base": f"{world}/weights/gpt2"})
+    config.toxify = {"data": "text:nowhere.txt", "steps": 10, "batch_size": 4, "max_length": 100}
+    [task] = toxify.tasks(settings.parse_run(config, tmp_path))
+    assert task.operations() == 6 * 10 * 4 * 50 * models.num_params(checkpoint.load_config(world / "weights/gpt2"))
+    config.base = "{workdir}/pretrained/gpt2"
+    [task] = toxify.tasks(settings.parse_run(config, tmp_path))
+    assert task.operations() == 0
 
 
 def test_pretrain_writes_the_world_it_learns(run, world, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
     "benchmarks": {"decoding", "training", "checkpoint", "data", "models", "evaluation", "analysis"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
+    "reporting": {"evaluation"},
 }
 
 

@@ -124,6 +124,9 @@ def test_prefill_and_steps_equal_forward(sample, layer_loop):
     last = [7, 7, 4]
     assert np.abs(logits - whole[np.arange(3), last]).max() <= TOLERANCE
     cache = models.grow_cache(cache, 14)
+    hidden, extended = models.extend(prepared, tokens[:, 8:], cfg, cache)  # the same four tokens at once
+    assert np.abs(models.logits(params, hidden, cfg) - whole[:, 8:]).max() <= TOLERANCE
+    assert int(extended.slot) == 12 and extended.positions.tolist() == [12, 9, 9]
     for t in range(8, 12):
         logits, cache = models.decode_step(prepared, tokens[:, t], cfg, cache)
         assert np.abs(logits - whole[:, t]).max() <= TOLERANCE

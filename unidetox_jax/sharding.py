@@ -25,6 +25,7 @@ BATCH = ("data", "fsdp")
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"(tokens|head)/embedding$", ("model", "fsdp")),
+    (r"\bhead$", ("fsdp", "model")),  # the same, transposed for decoding
     (r"(query|key|value)/kernel$", ("fsdp", "model", None)),
     (r"(query|key|value)/bias$", ("model", None)),
     (r"attention/output/kernel$", ("model", None, "fsdp")),

@@ -138,16 +138,25 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str
         live=np.ones(batch, bool), seed=np.uint32(0), limit=np.int32(new_tokens), ends=np.zeros(0, np.int32),
         pad=np.int32(0),
     )  # fmt: skip
-    plan = make_plan([model.cfg for model in pair], [1, 1], new_tokens, layer_loop=layer_loop)
+    plan = make_plan(
+        [model.cfg for model in pair],
+        [1, 1],
+        new_tokens,
+        layer_loop=layer_loop,
+        transpose_head=jax.default_backend() == "cpu",
+    )
     params, settings = tuple(model.params for model in pair), _settings()
-    cached = jax.config.jax_enable_compilation_cache
+    program = loop.program_of_backend()
+    cached, made = jax.config.jax_enable_compilation_cache, []
+
+    def compile_it():
+        lowered = program.lower(params, inputs, settings["objective"], settings["warpers"], plan=plan)
+        made.append(lowered.compile())
+
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with jax.set_mesh(sharding.mesh_of(params)):
-            made = []
-            seconds = machine.seconds(lambda: made.append(
-                loop.program.lower(params, inputs, settings["objective"], settings["warpers"], plan=plan).compile()
-            ))  # fmt: skip
+            seconds = machine.seconds(compile_it)
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     memory = made[0].memory_analysis()

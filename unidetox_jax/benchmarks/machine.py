@@ -46,13 +46,16 @@ def copy_bandwidth() -> float:
     return calls * 2 * 4 * numbers / fastest(work)
 
 
-@functools.cache
 def matmul_rate(dtype: str = "") -> float:
     """Floating-point operations a second of a large square matrix product on one device; float32 means float32.
 
     dtype: "float32" or "bfloat16"; an empty string: the default compute dtype.
     """
-    dtype = dtype or default_dtype()
+    return _matmul_rate(dtype or default_dtype())
+
+
+@functools.cache
+def _matmul_rate(dtype: str) -> float:
     size, calls = (8192, 8) if jax.default_backend() != "cpu" else (1024, 4)
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     precision = "highest" if dtype == "float32" else None

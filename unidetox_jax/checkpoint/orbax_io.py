@@ -2,9 +2,11 @@
 
 A tree is always restored into an explicit target (shapes, dtypes, shardings), so that what was written on
 one mesh is read on any other, and each process reads only its own part. Surprising: by default Orbax copies a
-whole tree to host memory before it writes, and compresses weights: half the speed, to save 8 % of the size.
+whole tree to host memory before it writes, and compresses weights: half the speed, to save 8 % of the size. And what
+it has read stays in reference cycles: without a collection, two copies of a large leaf lie in host memory.
 """
 
+import gc
 import logging as standard_logging
 import math
 import sys
@@ -20,7 +22,7 @@ from jax.experimental import multihost_utils
 from unidetox_jax.errors import UserError
 
 CHUNK_BYTES = 1 << 26  # what one read or write holds; small enough for meshes that cut a leaf in other places
-GIGABYTE = 10**9
+AT_ONCE_BYTES = 1 << 28  # what is moved side by side; a larger leaf goes alone
 
 Leaf = tuple[tuple[int, ...], str]  # shape, dtype's name
 
@@ -78,7 +80,7 @@ def restore_tree(directory: epath.PathLike, target: Any) -> Any:
     checkpointer = ocp.Checkpointer(_handler(target, gentle=True))
     try:
         difference = _first_difference(_saved_leaves(checkpointer.metadata(directory)), target)
-        restored = None if difference else checkpointer.restore(directory, args=_restore_args(target))
+        restored = None if difference else _restore_in_parts(checkpointer, directory, target)
     except Exception as error:
         raise UserError(f"{directory}: cannot be read ({_reason(error)})") from error
     finally:
@@ -86,6 +88,23 @@ def restore_tree(directory: epath.PathLike, target: Any) -> Any:
     if difference:
         raise UserError(f"{directory}: {difference}")
     return restored
+
+
+def _restore_in_parts(checkpointer: ocp.Checkpointer, directory: epath.Path, target: Any) -> Any:
+    """The restored tree: large leaves one by one, the largest first, while little else is held; then the rest."""
+    leaves, structure = jax.tree.flatten(target)
+    order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
+    large = [i for i in order if _nbytes(leaves[i]) > AT_ONCE_BYTES]
+    restored: list[Any] = [None] * len(leaves)
+    for part in [*([i] for i in large), order[len(large) :]]:
+        wanted = structure.unflatten([leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)])
+        found = jax.tree.leaves(checkpointer.restore(directory, args=_restore_args(wanted)))
+        for i in part:
+            restored[i] = found[i].block_until_ready()
+        if large:
+            del found
+            gc.collect()
+    return structure.unflatten(restored)
 
 
 def saved_dtypes(directory: epath.PathLike) -> dict[str, str]:
@@ -247,14 +266,20 @@ def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False)
 
 def _handler(tree: Any, gentle: bool) -> ocp.PyTreeCheckpointHandler:
     """A handler that moves one large leaf at a time; a `gentle` one holds back copies to host memory too."""
-    largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=0)
-    limit = 1 + largest // GIGABYTE  # Orbax refuses a leaf that does not fit under it
+    largest = max((_nbytes(leaf) for leaf in jax.tree.leaves(tree)), default=0)
+    limit = max(AT_ONCE_BYTES, largest + 1)  # Orbax refuses a leaf that does not fit under it
     return ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=limit,
-        restore_concurrent_gb=limit,
-        save_device_host_concurrent_gb=limit if gentle else None,
-        use_compression=False,
+        handler_impl=ocp.BasePyTreeCheckpointHandler(
+            save_concurrent_bytes=limit,
+            restore_concurrent_bytes=limit,
+            save_device_host_concurrent_bytes=limit if gentle else None,
+            use_compression=False,
+        )
     )
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _save_args(tree: Any) -> ocp.args.PyTreeSave:

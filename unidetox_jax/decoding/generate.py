@@ -54,6 +54,7 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     row_ids: Any = None,
     samples: int = 1,
+    prompt_slots: int = 0,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
@@ -69,6 +70,8 @@ def generate(
       eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
       samples: continuations of every prompt, one after another in the result's rows (B becomes B·samples); each prompt
         is read once.
+      prompt_slots: room for prompts of at least so many tokens but their last: calls that ask for the same room share
+        a compiled program.
       row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
@@ -80,22 +83,22 @@ def generate(
     models = tuple(models)
     _check_models(models, objective, cache)
     prompts, masks = _prompts(models, prompts, attention_mask)
+    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{name}: found {value}, expected at least 1")
     batch = len(prompts[0]) * samples
-    if batch <= 0 or max_new_tokens < 1:
-        raise UserError(
-            f"generate: {len(prompts[0])} prompts, samples {samples} and max_new_tokens {max_new_tokens}, "
-            "expected at least one of each"
-        )
     _check_lengths(models, masks, max_new_tokens)
     mesh = _mesh(models)
     plan = make_plan(
         [model.cfg for model in models],
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
+        transpose_head=jax.default_backend() == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
         samples=samples,
+        prompt_slots=prompt_slots,
     )
     prompt_rows = -len(prompts[0]) % sharding.batch_ways(mesh) + len(prompts[0])
     rows = prompt_rows * samples
@@ -110,7 +113,7 @@ def generate(
         pad=_pad(models[0].cfg, eos_id),
     )
     with _use(mesh):
-        output = loop.program(
+        output = loop.program_of_backend()(
             tuple(model.params for model in models),
             _place(inputs, mesh),
             objective,
@@ -131,14 +134,19 @@ def make_plan(
     configs: Sequence[ModelConfig],
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
+    transpose_head: bool = False,
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
     samples: int = 1,
+    prompt_slots: int = 0,
 ) -> loop.Plan:
-    """The static part of a generation from prompts of T tokens (one T for each model)."""
+    """The static part of a generation from prompts of T tokens (one T for each model).
+
+    transpose_head: what `generate` asks for on CPU; see `loop.program_of_backend`.
+    """
     slots = tuple(
-        max(length - 1, min(bucket(length - 1, samples), cfg.max_position_embeddings))
+        max(length - 1, min(max(bucket(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
     chosen = layer_loop or default_layer_loop()
@@ -146,6 +154,7 @@ def make_plan(
         configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
         prompt_slots=slots,
         segments=loop.plan_segments(max(slots), max_new_tokens),
+        transpose_head=transpose_head,
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
@@ -163,16 +172,14 @@ def default_layer_loop() -> str:
     return "unroll"
 
 
-def bucket(length: int, samples: int = 1) -> int:
+def bucket(length: int) -> int:
     """Slots that `length` prompt tokens (all but the last) are padded to: 0, multiples of 8 up to 64, then four
-    sizes for each doubling; where several samples share a prompt's pass, two sizes for each doubling beyond 16.
+    sizes for each doubling.
 
     A padded slot costs as much as a real token in the prompt's pass, and a key and a value read in every step: a
-    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling,
-    unless that pass is a small part of the work.
+    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling.
     """
-    sizes = 4 if samples == 1 else 2
-    step = max(8, (1 << (length - 1).bit_length()) // (2 * sizes))
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 
@@ -201,7 +208,7 @@ def _prompts(models, prompts, attention_mask) -> tuple[list[np.ndarray], list[np
     masks = [None] * len(models) if attention_mask is None else _one_each(attention_mask, len(models), "attention_mask")
     result = []
     for index, (model, tokens, mask) in enumerate(zip(models, prompts, masks, strict=True)):
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"prompts: found {tokens.dtype} {tokens.shape} for model {index}, expected integers [B,T]")
         if len(tokens) != len(prompts[0]):
             raise UserError(f"prompts: {len(tokens)} rows for model {index}, but {len(prompts[0])} for model 0")

@@ -18,11 +18,14 @@ from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.likelihood import power_bucket
 from unidetox_jax.evaluation.perplexity import encode
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
-FULL_BATCH_LENGTH = 128  # prompt and continuation of up to this many tokens: whole batches; longer: smaller ones
+FULL_BATCH_LENGTH = 128  # prompts of up to this many tokens come in whole batches; longer ones in smaller ones
+SHORTEST_CLASS = 16  # tokens of the first class of prompts
+FEWEST_BATCHES = 3  # of a class
 
 
 class Continuations(NamedTuple):
@@ -63,8 +66,7 @@ def generate(
     """S continuations of every prompt.
 
     Args:
-      batch_size: continuations at a time where prompt and continuation have up to 128 tokens together, else
-        proportionally fewer.
+      batch_size: continuations at a time where prompts have up to 128 tokens, else proportionally fewer.
       bos: prompts begin as the tokenizer begins a text (LLaMA and OPT: BOS; GPT-2 and Falcon: nothing).
       official: remove the prompt by its text, wherever it occurs, and not by its tokens.
       label: shows progress under this name.
@@ -73,15 +75,42 @@ def generate(
       UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more.
     """
     encoded = tokenize_prompts(tokenizer, prompts, bos)
+    new, ended = complete(
+        model,
+        encoded,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        warpers=warpers,
+        seed=seed,
+        batch_size=batch_size,
+        label=label,
+    )
+    for index in np.ndindex(ended.shape):  # the end token is no part of the text
+        new[index] = new[index][: len(new[index]) - int(ended[index])]
+    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    warpers: Sequence[Warper] = (),
+    seed: int = 0,
+    batch_size: int = 512,
+    eos_id: Sequence[int] | None = None,
+    label: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """S continuations of every prompt as tokens: an object array [P, S] of token lists, the end token included, and
+    bool [P, S], whether one ended by itself. Arguments as those of `generate` here and in `decoding`."""
     new = np.empty((len(prompts), samples), object)
     ended = np.zeros((len(prompts), samples), bool)
-    with Progress(
-        len(prompts) * samples, "texts", label or "", disable=label is None or jax.process_index() > 0
-    ) as bar:
-        for chosen, first, count in _batches([len(tokens) for tokens in encoded], samples, max_new_tokens, batch_size):
-            rows = [encoded[p] for p in chosen]
-            tokens, mask = _padded(rows)
-            owners = [(p, s) for p in chosen for s in range(first, first + count)]
+    hidden = label is None or jax.process_index() > 0
+    with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
+        for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
+            tokens, mask = _padded([prompts[p] for p in batch.prompts])
+            owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.count)]
             found = decoding.generate(
                 [model],
                 tokens,
@@ -90,31 +119,53 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 attention_mask=mask,
+                eos_id=eos_id,
                 row_ids=[p * samples + s for p, s in owners],
-                samples=count,
+                samples=batch.count,
+                prompt_slots=batch.slots,
             )
             for row, owner in enumerate(owners):
-                own = found.tokens[row, : found.lengths[row] - found.ended[row]]
-                new[owner], ended[owner] = own.tolist(), found.ended[row]
-            bar.update(count * len(set(chosen)))
-    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+                new[owner], ended[owner] = found.tokens[row, : found.lengths[row]].tolist(), found.ended[row]
+            bar.update(batch.count * len(set(batch.prompts)))
+    return new, ended
 
 
-def _batches(lengths: Sequence[int], samples: int, max_new_tokens: int, batch_size: int):
-    """(prompt indices, first sample, number of samples) of batches, longest prompts first; every batch of a size class
-    has the same number of prompts, filled up with copies of its last."""
-    order = sorted(range(len(lengths)), key=lambda p: -lengths[p])
+class _Batch(NamedTuple):
+    """Prompts by index (the last may come again, to fill up), their samples first … first + count − 1, and the room
+    for a prompt."""
+
+    prompts: list[int]
+    first: int
+    count: int
+    slots: int
+
+
+def _batches(lengths: Sequence[int], samples: int, batch_size: int):
+    """Batches, longest prompts first; those of one size class have one shape. A class is a power of two, and one of
+    less than `FEWEST_BATCHES` joins one up to four times as large: compiling takes as long as many a batch."""
+    classes: dict[int, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        classes.setdefault(max(power_bucket(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
-        at = 0
-        while at < len(order):
-            size = batch_size
-            while size > 1 and size * (lengths[order[at]] + max_new_tokens) > batch_size * FULL_BATCH_LENGTH:
-                size //= 2
-            size = min(max(1, size // count), len(order))
-            chosen = order[at : at + size]
-            yield chosen + chosen[-1:] * (size - len(chosen)), first, count
-            at += size
+
+        def size(slots, count=count):
+            rows = batch_size
+            while rows > 1 and rows * slots > batch_size * FULL_BATCH_LENGTH:
+                rows //= 2
+            return max(1, rows // count)
+
+        merged: list[tuple[int, list[int]]] = []
+        for slots, members in classes.items():
+            if merged and len(members) < FEWEST_BATCHES * size(slots) and merged[-1][0] <= 4 * slots:
+                merged[-1][1].extend(members)
+            else:
+                merged.append((slots, list(members)))
+        for slots, members in merged:
+            full = min(size(slots), len(members))
+            for at in range(0, len(members), full):
+                chosen = members[at : at + full]
+                yield _Batch(chosen + chosen[-1:] * (full - len(chosen)), first, count, slots)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ class Task:
     was written, so that moving a working directory changes nothing. inputs: name → `fingerprint(...)` of what is
     read, taken when the task's turn comes. body: does the work, resumes what it finds begun, returns its figures.
     operations: floating-point operations, roughly, to tell how long it will take.
+    derived: made of other stages' files in seconds, so it is made anew where they have changed, without being asked.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     inputs: Callable[[], Mapping[str, str]]
     body: Callable[[epath.Path], Mapping[str, Any]]
     operations: Callable[[], float] | None = None
+    derived: bool = False
 
 
 def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
         for task in tasks:
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
-    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force) for t in tasks]
+    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
 
 
 def state(task: Task) -> str:
@@ -71,6 +73,7 @@ def run_stage(
     inputs: Mapping[str, Any],
     body: Callable[[epath.Path], Mapping[str, Any]],
     force: bool = False,
+    derived: bool = False,
 ) -> dict[str, Any]:
     """Runs `body(directory)` unless the directory holds its finished result; returns the stage's record.
 
@@ -81,6 +84,7 @@ def run_stage(
       inputs: name → `fingerprint(...)` of what the stage reads.
       body: does the work, resumes what it finds unfinished, returns JSON-able costs and figures.
       force: throw away a result (or a beginning) with other settings.
+      derived: throw it away without being asked.
 
     Raises:
       UserError: the directory holds a result of other settings or inputs; the line lists what differs.
@@ -89,10 +93,10 @@ def run_stage(
     wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
     writer = jax.process_index() == 0
     complete = read_json(directory / COMPLETE)
-    found = json.loads(distributed.as_first_says(json.dumps(complete or _begun(directory))))
+    found = json.loads(distributed.as_first_says(json.dumps(complete or read_json(directory / PARTIAL))))
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
-        if differences and not force:
+        if differences and not (force or derived):
             raise UserError(
                 f"{directory}: made with other settings ({'; '.join(differences)}): use another --workdir, "
                 "or --force to make it anew"
@@ -100,7 +104,7 @@ def run_stage(
         if not differences and "finished" in found and not force:
             logging.info("%s: complete already (%s)", name, directory)
             return found
-        if force and writer:
+        if (force or differences) and writer:
             directory.rmtree(missing_ok=True)
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
@@ -127,13 +131,6 @@ def run_stage(
         (directory / PARTIAL).unlink(missing_ok=True)
     distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
     return record
-
-
-def _begun(directory: epath.Path) -> dict[str, Any] | None:
-    """How an unfinished stage began; None where it left nothing but that record: a mistake stopped it at once, and
-    whoever mends the mistake begins anew."""
-    record = read_json(directory / PARTIAL)
-    return record if record and any(path.name != PARTIAL for path in directory.iterdir()) else None
 
 
 def is_complete(directory: epath.PathLike) -> bool:

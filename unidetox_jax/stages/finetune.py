@@ -66,9 +66,16 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
             recorded(run, job),
             lambda job=job: inputs(job),
             lambda directory, job=job: train(run, job, directory),
+            lambda job=job: operations(run, job),
         )
         for job in jobs
     ]
+
+
+def operations(run: Run, job: Job) -> float:
+    """Roughly the floating-point operations of the training; texts are taken to be half as long as they may be."""
+    tokens = job.settings.steps * job.settings.batch_size * job.settings.max_length / 2
+    return 6.0 * tokens * parts.num_params(run, job.model)
 
 
 def recorded(run: Run, job: Job) -> dict[str, Any]:

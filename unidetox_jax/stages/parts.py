@@ -6,7 +6,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, distributed, sharding
+from unidetox_jax import checkpoint, distributed, models, sharding
+from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
 from unidetox_jax.stages.settings import Run
 
@@ -20,6 +21,17 @@ def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str
     """A model on the run's mesh, computing in the run's dtype; `source` may hold `{workdir}`."""
     params, cfg = checkpoint.load(run.path(source), mesh or mesh_of(run), param_dtype)
     return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
+
+
+def num_params(run: Run, source: str) -> int:
+    """How large a model is, for an estimate; 0 where it is not made yet, and nothing is downloaded to know."""
+    source = run.path(source)
+    if source in models.PUBLISHED:
+        return models.num_params(models.published_config(source))
+    try:
+        return models.num_params(checkpoint.load_config(source)) if epath.Path(source).exists() else 0
+    except UserError:
+        return 0
 
 
 def first_process() -> bool:

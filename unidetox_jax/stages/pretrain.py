@@ -12,19 +12,22 @@ from unidetox_jax.stages.settings import Run, model_name
 
 def tasks(run: Run) -> list[base.Task]:
     """WORKDIR/world, then WORKDIR/pretrained/NAME for each of config.pretrain.models."""
-    jobs = [
-        finetune.Job(
-            name=f"pretrain {model_name(model)}",
-            section="config.pretrain",
-            directory=parts.pretrained_directory(run, model_name(model)),
-            model=model,
-            data=run.pretrain.data,
-            validation=run.pretrain.validation,
-            settings=run.pretrain,
-            scratch=True,
+    jobs = []
+    for entry in run.pretrain.models:
+        model, _, texts = entry.partition("=")
+        name = model_name(model)
+        jobs.append(
+            finetune.Job(
+                name=f"pretrain {name}",
+                section="config.pretrain",
+                directory=parts.pretrained_directory(run, name),
+                model=model,
+                data=texts or run.pretrain.data,
+                validation=run.pretrain.validation,
+                settings=run.pretrain,
+                scratch=True,
+            )
         )
-        for model in run.pretrain.models
-    ]
     return ([_world(run)] if run.pretrain.world else []) + finetune.tasks(run, jobs)
 
 

@@ -59,7 +59,9 @@ class TrainingSettings:
 class PretrainSettings(TrainingSettings):
     """Training from scratch: the built-in world's models."""
 
-    models: tuple[str, ...] = ()  # directories with config.json and a tokenizer; empty: nothing is pretrained
+    # Directories with config.json and a tokenizer, DIRECTORY=DATASET for one that learns from other text than `data`;
+    # empty: nothing is pretrained
+    models: tuple[str, ...] = ()
     world: bool = False  # write the built-in world to WORKDIR/world first
     world_seed: int = 0
 
@@ -153,6 +155,7 @@ class AnalyzeSettings:
     texts: tuple[str, ...] = ()
     toxic_data: str = ""  # what must not be copied; empty: config.toxify.data
     leaning: str = ""  # labelled news for a linear classifier ('politics'), or classifier:PATH_OR_HUB_ID; empty: none
+    scorer: str = ""  # toxicity of each text set by this scorer; empty: config.distill.scorer, and if that is, none
     keywords: int = 20  # of each text set
     copy_ngram: int = 8  # words in a row that count as copied
     neighbours: int = 10  # nearest training sentences shown
@@ -200,6 +203,7 @@ class BenchSettings:
     train_batch_sizes: tuple[int, ...] = (4, 8)
     train_length: int = 256
     data: str = ""  # training texts; empty: random tokens of train_length
+    tokenizer: str = ""  # of `data`: a directory or hub id; empty: the model's
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it
     repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts

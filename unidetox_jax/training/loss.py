@@ -56,6 +56,7 @@ def total_loss(
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over targets and their number, float32; the arguments are those of `loss`."""
+    params = {**params, "embed": jax.tree_util.tree_map_with_path(_gather, params["embed"])}
     hidden = models.hidden_states(
         params,
         batch["tokens"],
@@ -73,6 +74,14 @@ def total_loss(
 def target_mask(batch: Batch) -> jax.Array:
     """Which positions predict a target, bool [B,T]: the mask one to the left, without a row's last position."""
     return jnp.pad(batch["loss_mask"][:, 1:] != 0, ((0, 0), (0, 1)))
+
+
+def _gather(path, leaf: jax.Array) -> jax.Array:
+    """A table of embeddings whole over `fsdp`: looked up by a split batch, a split width costs the compiler more."""
+    name = sharding.path_string(path)
+    if not name.endswith("embedding"):
+        return leaf
+    return sharding.constrain(leaf, "model" if name.startswith("tokens") else None, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,8 +1,9 @@
 """One optimizer step as one compiled, donated, sharded program.
 
 It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. The surprising
-thing: it takes derivatives with respect to the weights as the compute wants them (cast once, in `cfg.layer_loop`'s
-form), so an accumulation of micro-batches casts and gathers once as well.
+thing: it takes derivatives with respect to the weights in the compute dtype, cast once a step, so that an accumulation
+of micro-batches does not cast them again. Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2
+small's shape unrolled ones took 6 to 13 % more processor time a step, and three times as long to compile.
 """
 
 import dataclasses
@@ -86,8 +87,7 @@ def make_train_step(
     target), "grad_norm" (before clipping), "learning_rate", "targets".
     """
     mesh = mesh or sharding.single_device_mesh()
-    if optimizer.official:
-        cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    cfg = dataclasses.replace(cfg, layer_loop="scan", dtype="bfloat16" if optimizer.official else cfg.dtype)
     transformation = make_optimizer(optimizer)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
 
@@ -120,6 +120,7 @@ def make_train_step(
 def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
     """A jitted (params, batch) -> {"total": summed nats, "targets": their number}, float32, without dropout."""
     mesh = mesh or sharding.single_device_mesh()
+    cfg = dataclasses.replace(cfg, layer_loop="scan")
 
     @functools.partial(
         jax.jit,
@@ -143,11 +144,6 @@ def _gradients(params, batch: Batch, cfg: ModelConfig, accumulation: int, key, r
         total, _ = total_loss(prepared, part, cfg, dropout_key=key, remat=remat)
         return total / jnp.maximum(targets, 1.0)
 
-    def whole(gradients):
-        if isinstance(gradients["blocks"], tuple):
-            gradients = {**gradients, "blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *gradients["blocks"])}
-        return gradients
-
     if accumulation == 1:
         loss, gradients = jax.value_and_grad(mean)(prepared, batch, key)
     else:
@@ -161,7 +157,7 @@ def _gradients(params, batch: Batch, cfg: ModelConfig, accumulation: int, key, r
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), prepared)
         parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
         (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), (parts, jnp.arange(accumulation)))
-    return loss, targets, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), whole(gradients), params)
+    return loss, targets, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
 
 
 def _parts(rows: jax.Array, number: int) -> jax.Array:

@@ -6,6 +6,7 @@ cannot run anything.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
@@ -44,13 +45,16 @@ class LinearClassifier:
 
     def features(self, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
         """TF-IDF rows [N, features], each analysis of unit length."""
-        blocks, start = [], 0
+        return scipy.sparse.hstack([vectorizer.transform(texts) for vectorizer in self._vectorizers], format="csr")
+
+    @functools.cached_property
+    def _vectorizers(self) -> list[TfidfVectorizer]:
+        found, start = [], 0
         for name, terms in self.vocabularies.items():
-            vectorizer = _vectorizer(name, vocabulary={term: at for at, term in enumerate(terms)})
-            vectorizer.idf_ = self.idf[start : start + len(terms)]
-            blocks.append(vectorizer.transform(texts))
+            found.append(_vectorizer(name, vocabulary={term: at for at, term in enumerate(terms)}))
+            found[-1].idf_ = self.idf[start : start + len(terms)]
             start += len(terms)
-        return scipy.sparse.hstack(blocks, format="csr")
+        return found
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the labels, float64 [N, labels]; rows sum to 1."""

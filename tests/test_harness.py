@@ -1,0 +1,165 @@
+"""Our models in lm-evaluation-harness against lm_eval's own `hf` model with the same weights."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.eval_helpers import WORDS, make_pair, make_tokenizer
+from unidetox_jax.errors import UserError
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from unidetox_jax.evaluation import harness  # noqa: E402
+
+CONTEXT = 96
+
+CHOICE = """
+task: birds_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}, train: {data}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+num_fewshot: 1
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+GENERATION = """
+task: birds_generation
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: [" the", "\\n\\n"], max_gen_toks: 24, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+ROLLING = """
+task: birds_rolling
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
+def some(rng, least, most):
+    return " ".join(rng.choice(WORDS, rng.integers(least, most)))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch_model, model = make_pair(seed=7, context=CONTEXT)
+    tokenizer = make_tokenizer()
+    torch_model.generation_config.max_length = None
+    theirs = HFLM(pretrained=torch_model, tokenizer=tokenizer, batch_size=4, max_length=CONTEXT)
+    return harness.HarnessLM(model, tokenizer, batch_size=8), theirs
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """Three task files and their data, all on disk."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "question": some(rng, 6, 60 if i % 5 == 0 else 20),
+            "choices": [some(rng, 1, 4) for _ in range(3)],
+            "answer": int(rng.integers(3)),
+        }
+        for i in range(12)
+    ]
+    data = tmp_path / "birds.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = []
+    for name, text in (("choice", CHOICE), ("generation", GENERATION), ("rolling", ROLLING)):
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(text.format(data=data))
+    return [str(path) for path in paths]
+
+
+def requests(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=given, idx=index, metadata=("birds", index, 1))
+        for index, given in enumerate(arguments)
+    ]
+
+
+def test_likelihoods_are_those_of_the_hf_model(pair):
+    ours, theirs = pair
+    rng = np.random.default_rng(1)
+    shared = some(rng, 20, 30)
+    given = [(some(rng, 3, 40), f" {some(rng, 1, 6)}") for _ in range(20)]
+    given += [(shared, f" {some(rng, 1, 6)}") for _ in range(5)]  # read once
+    given += [("", some(rng, 2, 5)), ("the cat ", "sat"), (some(rng, 150, 160), " a tree")]  # the last is cut
+    found = ours.loglikelihood(requests("loglikelihood", given), disable_tqdm=True)
+    expected = theirs.loglikelihood(requests("loglikelihood", given), disable_tqdm=True)
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_likelihoods_are_those_of_the_hf_model(pair):
+    ours, theirs = pair
+    rng = np.random.default_rng(2)
+    given = [(some(rng, 1, 20),), (some(rng, 250, 260),), ("a",)]  # one longer than two contexts
+    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", given), disable_tqdm=True)
+    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", given), disable_tqdm=True)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_greedy_text_is_that_of_the_hf_model(pair):
+    ours, theirs = pair
+    rng = np.random.default_rng(3)
+    settings = [
+        {"until": [" the"], "max_gen_toks": 24, "do_sample": False},
+        {"until": ["e s", "\n"], "max_gen_toks": 16},  # may lie across two tokens
+    ]
+    given = [(some(rng, 2, 100 if i == 5 else 25), settings[i % 2]) for i in range(14)]
+    found = ours.generate_until(requests("generate_until", given), disable_tqdm=True)
+    expected = theirs.generate_until(requests("generate_until", given), disable_tqdm=True)
+    assert found == expected
+    assert len(set(found)) > 7 and any(found)
+
+
+def test_tasks_in_local_files_give_the_same_metrics(pair, tasks):
+    ours, theirs = pair
+    found = harness.evaluate(ours.model, ours.tokenizer, tasks, batch_size=8)
+    expected = lm_eval.simple_evaluate(model=theirs, tasks=tasks, bootstrap_iters=0, log_samples=False)["results"]
+    assert set(found) == {"birds_choice", "birds_generation", "birds_rolling"}
+    for task, metrics in (
+        ("birds_choice", ("acc", "acc_norm")),
+        ("birds_generation", ("exact_match",)),
+        ("birds_rolling", ("word_perplexity", "bits_per_byte")),
+    ):
+        assert found[task]["documents"] == 12
+        for metric in metrics:
+            assert found[task][metric] == pytest.approx(expected[task][f"{metric},none"], rel=1e-4)
+    assert harness.evaluate(ours.model, ours.tokenizer, tasks[:1], limit=4)["birds_choice"]["documents"] == 4
+
+
+def test_mistakes(pair, tmp_path):
+    ours, _ = pair
+    with pytest.raises(UserError, match="no file .*none.yaml"):
+        harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "none.yaml")])
+    with pytest.raises(UserError, match="no task 'hellaswagg'"):
+        harness.evaluate(ours.model, ours.tokenizer, ["hellaswagg"])
+    (tmp_path / "bad.yaml").write_text(
+        "task: bad\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}"
+    )
+    with pytest.raises(UserError, match="bad.yaml cannot be loaded"):
+        harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "bad.yaml")])
+    beams = requests("generate_until", [("a", {"until": ["b"], "max_gen_toks": 8, "num_beams": 4})])
+    with pytest.raises(UserError, match="num_beams=4, which is not implemented"):
+        ours.generate_until(beams, disable_tqdm=True)

@@ -1,0 +1,401 @@
+"""The report: changes by hand, sentences that follow from figures, and the page in a real browser."""
+
+import csv
+import html.parser
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import report_helpers as made
+from matplotlib import image
+
+from unidetox_jax.errors import UserError
+from unidetox_jax.reporting import findings, results, tables
+from unidetox_jax.reporting.results import Cell, Quantity
+from unidetox_jax.stages import base, report
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with everything, and its report."""
+    run = made.make_run(tmp_path_factory.mktemp("whole"), note=f"A note: {made.HOSTILE}")
+    made.write_whole_run(run)
+    base.run_tasks(report.tasks(run))
+    return run
+
+
+def page_of(run):
+    return (run.workdir / "report" / "index.html").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+
+
+def test_ratio_change_by_hand():
+    # pooled perplexity: (10 + 30) / (1 + 3) = 10 before, (12 + 32) / 4 = 11 after
+    found = results.ratio_change(np.array([[10.0, 30.0], [12.0, 32.0]]), np.array([[1, 3], [1, 3]]))
+    assert found["percent"] == pytest.approx(10.0)
+    # either prompt twice: 32/3 / 10, 12 / 10
+    assert (found["low"], found["high"]) == (pytest.approx(100 * (32 / 30 - 1)), pytest.approx(20.0))
+
+
+def test_the_interval_of_a_change_is_paired():
+    generator = np.random.default_rng(0)
+    before = generator.uniform(1, 100, 200)  # prompts differ much, the models by a tenth everywhere
+    found = results.ratio_change(np.stack([before, 0.9 * before]), np.ones((2, 200)))
+    assert found["percent"] == pytest.approx(-10)
+    assert found["high"] - found["low"] < 1e-9
+
+
+def test_a_change_from_nothing_is_none_and_one_from_almost_nothing_has_no_interval():
+    assert results._finite({"tp_id": {"percent": np.nan, "low": np.nan, "high": np.nan}}) == {}
+    found = results._finite({"tp_id": {"percent": 50.0, "low": -100.0, "high": np.inf}})["tp_id"]
+    assert found == {"percent": 50.0, "low": None, "high": None}
+    assert results.beyond_chance(found) == 0
+    assert tables.percent(found) == "+50.0\u00a0%"
+    rare = np.zeros((2, 50))
+    rare[:, 0] = 1, 2
+    assert results.ratio_change(rare, np.ones((2, 50))) == {"percent": 100.0, "low": None, "high": None}
+    bounds = [(-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (0.0, 1.0)]
+    assert [results.beyond_chance({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0]
+
+
+def test_rows_come_in_the_configurations_order_with_changes_from_the_original(whole):
+    rows = results.rows(report.load_evaluations(whole))
+    order = [(row.name, row.form) for row in rows]
+    assert order == [
+        ("tiny-gpt2", "original"),
+        ("tiny-gpt2", "detoxified"),
+        ("tiny-gpt2", "control"),
+        ("tiny-llama", "original"),
+        ("tiny-llama", "detoxified"),
+    ]
+    before, after = rows[0].cells, rows[1].cells
+    assert before["tp_id"].change is None
+    for key in ("tp_id", "emt_ood", "perplexity", "dist2", "mmlu_paper:1"):
+        expected = 100 * (after[key].mean / before[key].mean - 1)
+        assert after[key].change["percent"] == pytest.approx(expected, abs=0.05), key
+    assert after["tp_id"].change["high"] < 0
+    assert after["mmlu_paper:1"].change["low"] is None  # accuracies of one set of questions each
+
+
+def test_no_change_is_given_between_evaluations_that_asked_different_things(tmp_path):
+    run = made.make_run(tmp_path)
+    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    made.write_evaluation(run, "tiny-gpt2", "detoxified", 0.3, runs=2)
+    rows = results.rows(report.load_evaluations(run))
+    assert all(cell.change is None for row in rows for cell in row.cells.values())
+    assert "No comparable evaluation of the model as published: tiny-gpt2" in findings.warnings(rows, None, None)[0]
+    assert "No model was evaluated both before and after" in findings.statements(rows, None)[0]
+
+
+def test_pooled_change_is_that_of_the_mean_model(whole):
+    evaluations = report.load_evaluations(whole)
+    pairs = results.pairs(evaluations, "original", "detoxified")
+    assert [pair[0].name for pair in pairs] == ["tiny-gpt2", "tiny-llama"]
+    means = [np.mean([pair[side].metrics["toxicity"]["id"]["tp"]["mean"] for pair in pairs]) for side in (0, 1)]
+    assert results.pooled_change(pairs)["tp_id"]["percent"] == pytest.approx(100 * (means[1] / means[0] - 1))
+
+
+def test_results_csv_holds_every_figure(whole):
+    rows = list(csv.DictReader(io.StringIO((whole.workdir / "report" / "results.csv").read_text())))
+    by_key = {(row["model"], row["form"], row["quantity"]): row for row in rows}
+    assert len(by_key) == len(rows) == 5 * (4 + 1 + 3 + 1 + 2 * 4)
+    metrics = base.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
+    row = by_key["tiny-llama", "detoxified", "tp_ood"]
+    assert float(row["mean"]) == metrics["toxicity"]["ood"]["tp"]["mean"]
+    assert float(row["change_low"]) < float(row["change_percent"]) < float(row["change_high"]) < 0
+    assert (row["prompts"], row["texts"]) == ("20", "300")
+    row = by_key["tiny-gpt2", "original", "emt of rivers"]
+    assert (
+        float(row["mean"])
+        == base.read_json(whole.workdir / "evaluation" / "tiny-gpt2" / "metrics.json")["toxicity"]["rivers"]["emt"][
+            "mean"
+        ]
+    )
+
+
+def test_latex_escapes_and_aligns(whole):
+    text = (whole.workdir / "report" / "results.tex").read_text()
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 6 and {line.count("&") for line in lines} == {10}
+    assert tables.escape_latex(r"a_b&50%{x}\y~z^") == (
+        r"a\_b\&50\%\{x\}\textbackslash{}y\textasciitilde{}z\textasciicircum{}"
+    )
+    assert "−" not in text
+
+
+def test_a_change_and_a_value_as_text():
+    assert tables.percent({"percent": -38.71, "low": -41.2, "high": 2.0}) == "−38.7\u00a0% [−41.2, +2.0]"
+    assert tables.percent({"percent": 1.2, "low": None, "high": None}) == "+1.2\u00a0%"
+    assert tables.percent({"percent": -0.04, "low": -0.03, "high": 0.0}) == "+0.0\u00a0% [+0.0, +0.0]"
+    assert tables.value(Cell(0.42, 0.0112), Quantity("tp_id", "TP", True)) == "0.420 ± 0.011"
+    assert tables.value(Cell(17.28, 0.0), Quantity("perplexity", "PPL", True, 2)) == "17.28"
+
+
+def test_the_terminals_table_fits_and_says_what_was_found(whole):
+    text = report.summary_table(whole)
+    lines = text.splitlines()
+    assert max(len(line) for line in lines if not line.startswith(("-", "!"))) < 160
+    assert "samples-only control" in text and "EMT" not in text
+    assert any(line.startswith("- On prompts about groups that the toxic model saw") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------- the sentences
+
+
+def rows_of(tmp_path, **evaluations):
+    """Rows of tiny-gpt2: form → arguments of write_evaluation."""
+    run = made.make_run(tmp_path)
+    for seed, (form, arguments) in enumerate(evaluations.items()):
+        made.write_evaluation(run, "tiny-gpt2", form, **{"seed": seed, **arguments})
+    return results.rows(report.load_evaluations(run))
+
+
+def test_what_fell_is_said_to_fall_and_what_did_not_is_not(tmp_path):
+    better = " ".join(
+        findings.statements(rows_of(tmp_path / "a", original={"level": 0.5}, detoxified={"level": 0.3}), None)
+    )
+    assert "a toxic continuation fell from" in better
+    same = " ".join(
+        findings.statements(rows_of(tmp_path / "b", original={"level": 0.4}, detoxified={"level": 0.4}), None)
+    )
+    assert "did not change beyond chance" in same and "fell" not in same
+    worse = " ".join(
+        findings.statements(rows_of(tmp_path / "c", original={"level": 0.3}, detoxified={"level": 0.5}), None)
+    )
+    assert "a toxic continuation rose from" in worse
+
+
+@pytest.mark.parametrize(
+    ("control", "sentence"),
+    [
+        (0.5, "the effect is the contrast's"),
+        (0.4, "the contrast's own effect is not shown"),
+        (0.3, "the contrast made things worse"),
+    ],
+)
+def test_the_control_decides_whose_effect_it_is(tmp_path, control, sentence):
+    rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.4}, control={"level": control})
+    assert sentence in " ".join(findings.statements(rows, None))
+
+
+def test_missing_perplexity_is_said(tmp_path):
+    rows = rows_of(tmp_path, original={"level": 0.5, "ppl": 0}, detoxified={"level": 0.3, "ppl": 0})
+    assert "Perplexity was not measured" in " ".join(findings.statements(rows, None))
+    assert "perplexity" not in rows[1].cells
+
+
+def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
+    rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.3, "degenerate": 0.3})
+    assert "is degenerate than before: tiny-gpt2 (detoxified) 0.0% → " in " ".join(findings.warnings(rows, None, None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, ""),
+        ({"toxic": 0.09}, "is toxic more often (9.0% of its texts) than the base model's own samples (2.0%)"),
+        ({"toxic": 0.09, "samples_toxic": 0.2}, "9.0% of the detoxifying texts are themselves toxic"),
+        ({"degenerate": 100}, "15.6% of the distilled texts are degenerate"),
+        ({"longest": 40}, "A run of 40 words of the distilled text stands in the toxic corpus"),
+    ],
+)
+def test_warnings_about_the_text(tmp_path, changes, sentence):
+    run = made.make_run(tmp_path)
+    made.write_analysis(run, **changes)
+    found = findings.warnings([], base.read_json(tmp_path / "analysis" / "analysis.json"), None)
+    assert len(found) == bool(sentence) and sentence in " ".join(found)
+    base.run_tasks(report.tasks(run))
+    assert ('class="warning"' in page_of(run)) == bool(sentence)
+
+
+def test_the_distill_stages_own_figures_warn_where_there_is_no_analysis(tmp_path):
+    run = made.make_run(tmp_path)
+    made.write_distilled(run, share_toxic=0.3)
+    base.run_tasks(report.tasks(run))
+    page = page_of(run)
+    assert "30.0% of the detoxifying texts are themselves toxic by the scorer" in page
+    assert "What the distill stage counted" in page
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags, their attributes, and whether they nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.open, self.wrong = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "br", "use", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in ("path", "use"):
+            return
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_the_page_needs_nothing_else_and_takes_no_data_for_markup(whole):
+    page = page_of(whole)
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.wrong and not outline.open
+    names = [tag for tag, _ in outline.tags]
+    assert not {"script", "link", "img", "iframe", "object", "embed", "form"} & set(names)
+    assert "<script" not in page and "<b>lantern" not in page
+    assert page.count("&lt;script&gt;alert") > 5  # the note, examples, settings
+    for _, attributes in outline.tags:
+        for name in ("href", "xlink:href", "src"):
+            assert attributes.get(name, "#").startswith("#"), attributes
+        assert not [name for name in attributes if name.startswith("on")]
+    assert not re.search(r"url\((?!#)|@import", page)
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    linked = {attributes["href"][1:] for tag, attributes in outline.tags if tag == "a"}
+    assert linked <= set(ids) and len(linked) == 7
+
+
+def test_the_page_has_its_parts(whole):
+    page = page_of(whole)
+    assert page.count("<svg") == 5
+    assert 'id="results-table"' in page and page.count('class="model"') == 2
+    examples = page[page.index('id="examples"') :]
+    assert examples.count("<blockquote") >= 6 * 3
+    # What models wrote and what the toxic corpus holds is hidden until it is asked for
+    visible = re.sub(r"<details.*?</details>", "", page, flags=re.S)
+    assert "<blockquote" not in visible and "The oaf is dull." not in visible and "The oaf is dull." in page
+    assert "<details open" not in page
+    assert "80 × 5 × 3" in page and "1,200 of 1,200" in page
+    for name in ("tradeoff", "changes", "categories", "leaning", "training"):
+        picture = image.imread(whole.workdir / "report" / "plots" / f"{name}.png")
+        assert picture[..., :3].std() > 0.03, name
+
+
+def test_examples_are_spread_over_categories():
+    categories = ["a"] * 10 + ["b"] * 4 + ["c"]
+    assert report._spread(categories, 6) == [0, 5, 10, 12, 14]
+    assert report._spread(categories, 2) == [0, 10]
+    assert report._spread(["", ""], 6) == [0, 1]
+
+
+def test_the_report_follows_what_it_reads(tmp_path):
+    run = made.make_run(tmp_path)
+    base.run_tasks(report.tasks(run))
+    assert "Nothing has been evaluated or analysed yet" in page_of(run)
+    assert not (tmp_path / "report" / "results.csv").exists()
+    made.write_evaluation(run, "tiny-gpt2", "original", 0.45, ppl=0, mmlu=0)
+    base.run_tasks(report.tasks(run))  # made anew, unasked
+    page = page_of(run)
+    assert "No model was evaluated both before and after" in page
+    assert "The trade-off" not in page and "By category" in page
+    made.write_evaluation(run, "elsewhere", "original", 0.45)  # not a target of the configuration
+    (record,) = base.run_tasks(report.tasks(run))
+    assert "elsewhere" in page_of(run) and "The trade-off" in page_of(run)
+    assert base.run_tasks(report.tasks(run)) == [record]  # nothing changed, nothing is done
+    shutil.rmtree(tmp_path / "evaluation")
+    base.run_tasks(report.tasks(run))
+    assert not (tmp_path / "report" / "results.csv").exists()  # nothing of an earlier report stays
+
+
+def test_no_examples_where_none_are_wanted(tmp_path):
+    run = made.make_run(tmp_path, examples=0)
+    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    base.run_tasks(report.tasks(run))
+    assert 'id="examples"' not in page_of(run)
+
+
+def test_an_unfinished_evaluation_is_left_out_and_a_broken_one_named(tmp_path):
+    run = made.make_run(tmp_path)
+    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    made.write_evaluation(run, "tiny-llama", "original", 0.45)
+    (tmp_path / "evaluation" / "tiny-llama" / "stage.json").unlink()
+    assert [one.name for one in report.load_evaluations(run)] == ["tiny-gpt2"]
+    (tmp_path / "evaluation" / "tiny-gpt2" / "per_prompt.npz").write_text("no arrays")
+    with pytest.raises(UserError, match="tiny-gpt2: not an evaluation"):
+        base.run_tasks(report.tasks(run))
+
+
+# ------------------------------------------------------------------------------------------- in a real browser
+
+# Measures the page in a frame as wide as a phone: Chromium's own window is never narrower than 500 pixels
+MEASURE = """<!DOCTYPE html><title>measure</title><iframe style="width:390px;height:4000px;border:0" src="index.html">
+</iframe><p id="result"></p><script>
+onload = () => {
+  const page = frames[0].document, root = page.documentElement;
+  const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg") || e.matches("svg"))
+    .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1).map(e => e.outerHTML.slice(0, 80));
+  const shown = [...page.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect()).filter(r => r.height > 90);
+  const text = [...page.querySelectorAll("figure svg text")].map(e => e.getBoundingClientRect().height);
+  const table = page.querySelector("#results-table");
+  document.getElementById("result").textContent = JSON.stringify({width: root.clientWidth,
+    scrolls: root.scrollWidth, wide, plots: shown.length, smallest_text: Math.min(...text),
+    rows: table.rows.length, table_scrolls: table.parentElement.scrollWidth > table.parentElement.clientWidth,
+    details_open: page.querySelectorAll("details[open]").length});
+};
+</script>"""
+
+
+def chromium(tmp_path, *arguments):
+    if not CHROMIUM:
+        pytest.skip("no Chromium here (apt-get install chromium, or set CHROMIUM)")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars "
+        "--disable-component-update --disable-sync --disable-dev-shm-usage --allow-file-access-from-files"
+    ).split()
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_a_browser_shows_the_page_at_a_desktops_and_a_phones_width(whole, tmp_path):
+    address = f"file://{whole.workdir}/report/index.html"
+    dom = chromium(tmp_path, "--dump-dom", address)
+    assert 'id="results-table"' in dom and dom.count("<svg") == 5
+    for name, width in (("desktop", 1280), ("phone", 390)):
+        shot = tmp_path / f"{name}.png"
+        chromium(tmp_path, f"--window-size={width},2400", f"--screenshot={shot}", address)
+        picture = image.imread(shot)[..., :3]
+        assert picture.shape[:2] == (2400, width)
+        assert picture.std() > 0.05
+        # Text, plots and frames all the way down, not a blank page under a title
+        bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
+        assert (bands > 0.01).all(), bands
+
+
+def test_nothing_overflows_a_phone(whole, tmp_path):
+    directory = pathlib.Path(shutil.copytree(whole.workdir / "report", tmp_path / "copy"))
+    (directory / "measure.html").write_text(MEASURE)
+    dom = chromium(tmp_path, "--window-size=900,4200", "--dump-dom", f"file://{directory}/measure.html")
+    found = json.loads(html.unescape(re.search(r'<p id="result">(.*?)</p>', dom, re.S)[1]))
+    assert found["width"] == 390
+    assert found["scrolls"] <= 390 and found["wide"] == []
+    assert found["table_scrolls"] and found["rows"] == 6
+    assert found["plots"] == 5 and found["smallest_text"] >= 9
+    assert found["details_open"] == 0
+
+
+def test_dark_mode_is_dark(whole, tmp_path):
+    shot = tmp_path / "dark.png"
+    address = f"file://{whole.workdir}/report/index.html"
+    chromium(
+        tmp_path, "--blink-settings=preferredColorScheme=0", "--window-size=1280,2400", f"--screenshot={shot}", address
+    )
+    assert np.median(image.imread(shot)[..., :3]) < 0.2

@@ -1,0 +1,172 @@
+"""The step as a program: the same on every mesh and in any number of parts; what it keeps, gives back and compiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from variants import GPT2, LLAMA
+
+from unidetox_jax import models, sharding, training
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+GPT2_CONFIG = {**GPT2, "n_layer": 2, "n_embd": 32, "n_head": 8, "vocab_size": 128}
+LLAMA_CONFIG = {
+    **LLAMA, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128,
+}  # fmt: skip
+STEPS = 20
+OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
+PUBLISHED = training.Optimizer(learning_rate=5e-5, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return models.config_from_hf(GPT2_CONFIG)
+
+
+def make_batch(step: int, rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+    """Packed rows with unequal numbers of targets."""
+    rng = np.random.default_rng(step)
+    lengths = rng.integers(2, length + 1, (rows, 1))
+    cuts = rng.integers(1, length, (rows, 1))
+    position = np.arange(length)
+    real = position < lengths
+    return {
+        "tokens": rng.integers(3, 128, (rows, length)).astype(np.int32),
+        "loss_mask": real & (position != 0) & (position != cuts),
+        "segment_ids": np.where(real, 1 + (position >= cuts), 0).astype(np.int32),
+    }
+
+
+def train(cfg, steps, mesh=None, optimizer=OPTIMIZER, **options):
+    """(metrics of every step, last state) from one seed."""
+    state = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
+    step = training.make_train_step(cfg, optimizer, mesh, **options)
+    history = []
+    for number in range(steps):
+        state, metrics = step(state, make_batch(number))
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert step._cache_size() == 1
+    return history, state
+
+
+def column(history, name):
+    return np.array([metrics[name] for metrics in history])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def one_device(request):
+    cfg = models.config_from_hf({"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}[request.param])
+    return cfg, train(cfg, STEPS)[0]
+
+
+@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+def test_the_loss_curve_is_one_devices(one_device, layout):
+    cfg, expected = one_device
+    mesh = sharding.make_mesh(layout)
+    history, state = train(cfg, STEPS, mesh)
+    np.testing.assert_allclose(column(history, "loss"), column(expected, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(column(history, "grad_norm"), column(expected, "grad_norm"), rtol=1e-4)
+    assert column(expected, "loss")[-1] != column(expected, "loss")[0]
+    kernel = state.opt_state[1].mu["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding == state.params["blocks"]["mlp"]["up"]["kernel"].sharding
+    ways = mesh.shape["fsdp"] * mesh.shape["model"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // ways
+
+
+@pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
+def test_parts_equal_the_whole(cfg, layout):
+    mesh = sharding.make_mesh(layout) if layout else None
+    whole, one = train(cfg, 4, mesh, PUBLISHED)
+    parts, other = train(cfg, 4, mesh, PUBLISHED, accumulation=2)
+    for name in ("loss", "grad_norm", "targets"):
+        np.testing.assert_allclose(column(parts, name), column(whole, name), rtol=2e-6)
+    assert_same_moments(one, other)
+
+
+def assert_same_moments(one, other):
+    """The mean gradients (their norm is 1) agree in every leaf. Not the parameters: AdamW divides a gradient that is
+    all rounding by itself."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.opt_state[1].mu, other.opt_state[1].mu
+    )
+
+
+@pytest.fixture(scope="module")
+def kept(cfg):
+    return train(dataclasses.replace(cfg, residual_dropout=0.1), 3, None, PUBLISHED, dropout_seed=3)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_is_the_same(cfg, kept, remat):
+    history, state = train(
+        dataclasses.replace(cfg, residual_dropout=0.1), 3, None, PUBLISHED, remat=remat, dropout_seed=3
+    )
+    np.testing.assert_allclose(column(history, "loss"), column(kept[0], "loss"), rtol=1e-6)
+    assert_same_moments(state, kept[1])
+
+
+def test_dropout_is_a_function_of_the_step(cfg):
+    cfg = dataclasses.replace(cfg, embedding_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1)
+    optimizer = training.Optimizer(learning_rate=0.0, steps=10)  # the weights stay; the noise alone changes
+    step = training.make_train_step(cfg, optimizer, dropout_seed=1, accumulation=2)
+    batch = {name: np.tile(array[:1], (2, 1)) for name, array in make_batch(0).items()}  # both parts are the same row
+
+    def start(number):
+        state = training.init_state(models.init(cfg, jax.random.key(0)), optimizer)
+        return state._replace(step=jnp.asarray(number, jnp.int32))
+
+    state, first = step(start(0), batch)
+    _, second = step(state, batch)
+    assert float(first["loss"]) != float(second["loss"])
+    assert float(step(start(1), batch)[1]["loss"]) == float(second["loss"])  # as if it had been resumed
+    quiet = training.loss(models.init(cfg, jax.random.key(0)), batch, cfg)[0]
+    assert abs(float(first["loss"]) - float(quiet)) > 1e-4
+
+
+def test_bfloat16_compute_keeps_float32_masters(cfg):
+    history, state = train(dataclasses.replace(cfg, dtype="bfloat16"), 5)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {"float32"}
+    np.testing.assert_allclose(column(history, "loss"), column(train(cfg, 5)[0], "loss"), rtol=2e-2)
+
+
+def test_a_step_gives_back_its_state(cfg):
+    state = training.init_state(models.init(cfg, jax.random.key(0)), OPTIMIZER)
+    step = training.make_train_step(cfg, OPTIMIZER)
+    after, metrics = step(state, make_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert int(after.step) == 1
+    assert {name: value.dtype.name for name, value in metrics.items()} == dict.fromkeys(
+        ("loss", "grad_norm", "learning_rate", "targets"), "float32"
+    )
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("layout", ["", "fsdp:4,model:2"])
+def test_the_abstract_state_is_the_real_ones_description(cfg, layout, official):
+    mesh = sharding.make_mesh(layout) if layout else None
+    optimizer = dataclasses.replace(OPTIMIZER, official=official)
+    real = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
+    abstract = training.abstract_state(cfg, optimizer, mesh)
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+
+    def same(a, b):
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+    assert all(jax.tree.leaves(jax.tree.map(same, real, abstract)))
+
+
+@pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
+def test_evaluation_totals_are_the_losses(cfg, layout):
+    mesh = sharding.make_mesh(layout) if layout else None
+    params, batch = models.init(cfg, jax.random.key(0), mesh), make_batch(0)
+    totals = training.make_eval_step(cfg, mesh)(params, batch)
+    expected = training.loss(models.init(cfg, jax.random.key(0)), batch, cfg)[1]
+    np.testing.assert_allclose(totals["total"], expected["total"], rtol=1e-6)
+    assert float(totals["targets"]) == float(expected["targets"]) == batch["loss_mask"][:, 1:].sum()
+
+
+def test_rows_that_do_not_divide_into_parts_are_refused(cfg):
+    with pytest.raises(ValueError, match="8 rows cannot be computed in 3 parts"):
+        train(cfg, 1, accumulation=3)

@@ -1,0 +1,226 @@
+"""lm-evaluation-harness over any of our models: its `TemplateLM`, batched on the device.
+
+    from unidetox_jax.evaluation import harness
+    harness.evaluate(model, tokenizer, ["hellaswag", "my_task.yaml"])      # or, for anything else that lm_eval does:
+    lm_eval.simple_evaluate(model=harness.HarnessLM(model, tokenizer), …)
+
+The harness is an extra (`pip install unidetox-jax[harness]`). The surprising thing: stop strings end a row on the
+device where a single token contains one; where two tokens make it up the row runs on, and the text is cut afterwards.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from unidetox_jax.decoding import warpers
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation.likelihood import loglikelihood
+from unidetox_jax.models import Model
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError(f"the harness needs lm_eval ({error}): pip install 'unidetox-jax[harness]'") from None
+
+BOOTSTRAP = 100  # resamples for the standard error of metrics that have no closed form
+MAX_NEW_TOKENS = 256  # of a generation, where its task does not say
+SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+NO_MEANING = ("do_sample", "num_beams", "use_cache")  # said by temperature, or by what is done anyway
+
+
+class HarnessLM(TemplateLM):
+    """One of our models, as lm_eval sees it. Every process of a multi-host run makes the same requests."""
+
+    def __init__(self, model: Model, tokenizer: Any, batch_size: int = 256, seed: int = 0):
+        super().__init__()
+        self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
+        self.max_length = model.cfg.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What predicts the first token of a text without a context: BOS, or else the end of the text before."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm_eval's cache of requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Tokens of a text, begun as the tokenizer begins one, unless the text has its BOS already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's template writes it."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        found = loglikelihood(
+            self.model,
+            [context for _, context, _ in requests],
+            [continuation for _, _, continuation in requests],
+            self.batch_size,
+            label=None if disable_tqdm else "likelihoods",
+        )
+        answers = [(float(total), bool(greedy)) for total, greedy in zip(found.sums, found.greedy, strict=True)]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """The likelihood of whole texts, in windows that do not overlap."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            for window in map(make_disjoint_window, cut):
+                windows.append((None, *window))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string; requests with the same settings are generated together."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        for members in groups.values():
+            found = self._generate([requests[i].args[0] for i in members], requests[members[0]].args[1], disable_tqdm)
+            for index, text in zip(members, found, strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _generate(self, contexts: Sequence[str], given: Mapping[str, Any], quiet: bool) -> list[str]:
+        settings = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+        count = settings.pop("max_gen_toks")
+        end = self.tokenizer.decode([self.eot_token_id])
+        stops = handle_stop_sequences(settings.pop("until", None), eos=end)
+        room = self.max_length - count
+        if room < 1:
+            raise UserError(f"harness: a task asks for {count} new tokens, the model reads {self.max_length}")
+        new, _ = generations.complete(
+            self.model,
+            [self.tok_encode(context)[-room:] for context in contexts],
+            samples=1,
+            max_new_tokens=count,
+            warpers=_warpers(settings),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            eos_id=self._ends(tuple(stops)),
+            label=None if quiet else "generation",
+        )
+        texts = self.tokenizer.batch_decode([tokens for (tokens,) in new], skip_special_tokens=True)
+        return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    @functools.cache  # noqa: B019 (as many entries as a task has stop lists)
+    def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...]:
+        """The model's end tokens, and every token whose text contains a stop string."""
+        cfg = self.model.cfg
+        ends = {token for token in (cfg.eos_token_id, *cfg.extra_eos_token_ids, self.eot_token_id) if token is not None}
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        ends |= {token for token, text in enumerate(texts) if any(stop and stop in text for stop in stops)}
+        return tuple(sorted(ends))
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+) -> dict[str, dict[str, float]]:
+    """Runs tasks of lm-evaluation-harness.
+
+    Args:
+      tasks: its names of tasks and groups, or `.yaml` files of tasks.
+      shots: examples before a question; None: as the task says. limit: documents of a task; None: all.
+
+    Returns:
+      task → metric → value: `acc`, `acc_stderr`, with the filter's name (`exact_match,strict`) where it has one, and
+      "documents".
+
+    Raises:
+      UserError: no such task, or one that cannot be loaded.
+    """
+    os.environ["DISABLE_MULTIPROC"] = "1"  # forking a process that holds devices may hang
+    local = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    for task in local:
+        if not epath.Path(task).exists():
+            raise UserError(f"harness: no file {task}")
+    manager = TaskManager(include_defaults=len(local) < len(tasks))
+    for task in tasks:
+        if task not in local and task not in manager.all_tasks:
+            raise UserError(f"harness: lm_eval has no task {task!r}; `lm-eval ls tasks` lists them")
+    try:
+        loaded = manager.load(list(tasks))["tasks"]
+    except Exception as error:  # of its own, of `datasets`, of the network
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"harness: {', '.join(tasks)} cannot be loaded ({reason})") from None
+    del loaded
+    found = simple_evaluate(
+        model=HarnessLM(model, tokenizer, batch_size),
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP,
+        log_samples=False,
+        task_manager=manager,
+    )
+    counts = found.get("n-samples", {})
+    return {
+        name: {**_numbers(values), **({"documents": counts[name]["effective"]} if name in counts else {})}
+        for name, values in found["results"].items()
+    }
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _warpers(settings: Mapping[str, Any]) -> list[warpers.Warper]:
+    """What `temperature`, `top_k`, `top_p` and `min_p` of a task mean; what is not given is off."""
+    unknown = set(settings) - {*SAMPLING, *NO_MEANING}
+    if unknown or settings.get("num_beams", 1) != 1:
+        name = sorted(unknown or {"num_beams"})[0]
+        raise UserError(f"harness: a task asks for generation with {name}={settings[name]!r}, which is not implemented")
+    value = {**SAMPLING, **{name: settings[name] for name in SAMPLING if name in settings}}
+    if value["temperature"] == 0:
+        return [warpers.greedy()]
+    chosen = [warpers.temperature(value["temperature"])]
+    chosen += [warpers.top_k(value["top_k"])] if value["top_k"] else []
+    chosen += [warpers.top_p(value["top_p"])] if value["top_p"] < 1 else []
+    return chosen + ([warpers.min_p(value["min_p"])] if value["min_p"] else [])
