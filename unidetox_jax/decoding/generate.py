@@ -7,6 +7,7 @@ of rows is another program.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from unidetox_jax import models as models_
 from unidetox_jax import sharding
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
@@ -23,6 +25,7 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
 
 CACHES = ("own", "official")
+GATHER_BYTES = 7 << 30  # weights of all models that fit whole beside their caches on the smallest chip (16 GiB)
 
 
 class Generation(NamedTuple):
@@ -155,7 +158,13 @@ def make_plan(
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
+        gather=sum(_weight_bytes(cfg) for cfg in configs) <= GATHER_BYTES,
     )
+
+
+@functools.cache
+def _weight_bytes(cfg: ModelConfig) -> int:
+    return models_.num_params(cfg) * np.dtype(cfg.dtype).itemsize
 
 
 def default_layer_loop() -> str:

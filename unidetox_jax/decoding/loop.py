@@ -39,6 +39,7 @@ class Plan:
     official_cache: bool = False
     log_probabilities: bool = False
     samples: int = 1  # rows that continue each prompt
+    gather: bool = False  # weights that are cut over `fsdp` are made whole before the loop
 
     @property
     def size(self) -> int:
@@ -106,6 +107,8 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
     """Prompts in, tokens out. Compiled once for each plan, batch and mesh; all settings but shapes are traced."""
     # Casts and slices of weights stand here, before the loops, where the compiler cannot put them into a step.
     params = tuple(models.prepare(p, cfg, plan.transpose_head) for p, cfg in zip(params, plan.configs, strict=True))
+    if plan.gather:  # else the network carries all of them in every step, many times what the memory takes
+        params = sharding.gather(params)
     keys = sampling.row_keys(inputs.seed, inputs.row_ids)
 
     def advance(state: State) -> State:

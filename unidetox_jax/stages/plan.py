@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, models, planning, sharding, training
@@ -113,12 +114,11 @@ def training_program(name: str, cfg: ModelConfig, settings: TrainingSettings) ->
         )
         return step.lower(training.abstract_state(cfg, optimizer, mesh), batch)
 
-    flops, moved = planning.training_cost(cfg, settings.batch_size, length, settings.remat)
     return Program(
         name,
         lower,
-        flops,
-        moved,
+        planning.training_flops(cfg, settings.batch_size, length, settings.remat),
+        lambda mesh: planning.optimizer_bytes(cfg),
         settings.steps,
         planning.TRAINING_UTILISATION,
         lambda mesh: training.abstract_state(cfg, optimizer, mesh),
@@ -205,7 +205,11 @@ def decoding_program(
         with jax.set_mesh(mesh):
             return loop.program.lower(params(mesh), inputs, objective, warpers.in_order(drawn), plan=plan)
 
-    flops, read = planning.decoding_cost(configs, rows, prompt + new_tokens)
+    def read(mesh: Mesh) -> float:
+        caches = sum(planning.cache_bytes(cfg, rows, prompt + new_tokens / 2) for cfg in configs)
+        return caches + sum(planning.weight_bytes(cfg, mesh) for cfg in configs)
+
+    flops = sum(planning.decoding_flops(cfg, rows, prompt + new_tokens) for cfg in configs)
     loops = len(plan.segments)  # only one of them runs in any step
     layers = max(cfg.num_layers for cfg in configs)
     rounds = (0, 1 / loops, layers / loops)
@@ -228,19 +232,27 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         with jax.set_mesh(mesh):
             return likelihood.program(mesh).lower(params(mesh), arrays, cfg, piece, 1)
 
-    flops, read = planning.scoring_cost(cfg, rows, length, scored)
-    rounds = (1, cfg.num_layers)
-    return Program(name, lower, flops, read, steps, planning.TRAINING_UTILISATION, params, rounds)
+    return Program(
+        name,
+        lower,
+        planning.scoring_flops(cfg, rows, length, scored),
+        lambda mesh: planning.weight_bytes(cfg, mesh),
+        steps,
+        planning.TRAINING_UTILISATION,
+        params,
+        (1, cfg.num_layers),
+    )
 
 
-def table(run: Run, names, topologies) -> Iterator[str]:
+def table(run: Run, names, topologies, distill: bool = True) -> Iterator[str]:
     """Lines of a Markdown table: GiB a chip of distillation and of fine-tuning each model, slice by slice.
 
     Each cell is the first that fits of: the run's mesh without and with recomputation, then other meshes.
     """
     yield f"| GiB a chip | {' | '.join(topology.name for topology in topologies)} |"
     yield "|---|" + "---:|" * len(topologies)
-    for name in ("distill", *names):
+    for name in (*["distill"] * distill, *names):
+        label = f"distill {', '.join(run.distill.models)}" if name == "distill" else f"fine-tune {model_name(name)}"
         cells = []
         for topology in topologies:
             dtype = _dtype(run, topology)
@@ -249,7 +261,7 @@ def table(run: Run, names, topologies) -> Iterator[str]:
             else:
                 tries = list(_training_tries(run, name, _config(run, name, dtype)))
             cells.append(_cell(tries, topology))
-        label = f"distill {', '.join(run.distill.models)}" if name == "distill" else f"fine-tune {model_name(name)}"
+            logging.info("plan: %s, %s: %s", label, topology.name, cells[-1])
         yield f"| {label} | {' | '.join(cells)} |"
 
 
@@ -293,12 +305,12 @@ def _describe(program: Program, report: Report, mesh: Mesh, topology: Topology) 
         f"  GiB a chip  {report.arguments / GIB:.2f} arguments + {report.temporaries / GIB:.2f} temporaries, "
         f"peak {report.peak / GIB:.2f}{memory}"
     )
-    received = planning.network_bytes(program, report)
+    moved, received = program.bytes(mesh) / 1e9, planning.network_bytes(program, report) / 1e9
     yield (
-        f"  a step      {program.flops / 1e12:,.2f} TFLOP, {program.bytes / 1e9:,.2f} GB read and written, all chips "
-        f"together; {received / 1e9:,.3f} GB received by each"
+        f"  a step      {program.flops / 1e12:,.2f} TFLOP and {moved:,.2f} GB of memory traffic on all chips together, "
+        f"{received:,.3f} GB received by each"
     )
-    estimate = planning.step_seconds(program, report, topology)
+    estimate = planning.step_seconds(program, report, mesh, topology)
     if estimate is not None:
         seconds, bound = estimate
         total = program.steps * seconds

@@ -1,0 +1,203 @@
+"""Plans: topologies by name, memory against the chip's, collectives read from the compiled program."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from finetune_helpers import write_config
+from variants import VARIANTS
+
+from unidetox_jax import cli, models, planning, sharding
+from unidetox_jax.decoding import objectives, warpers
+from unidetox_jax.errors import UserError
+from unidetox_jax.planning import Chip
+from unidetox_jax.stages import plan, settings
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+needs_libtpu = pytest.mark.skipif(not planning.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
+WIDTH = 64
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Directories of configurations alone (no weights), and a configuration file that plans with them."""
+    place = tmp_path_factory.mktemp("plan")
+    for name, extra in {"gpt2": {"n_embd": WIDTH}, "llama-3": {"hidden_size": WIDTH}}.items():
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(json.dumps({**VARIANTS[name], "vocab_size": 512, **extra}))
+    write_config(
+        place / "config.py",
+        base=str(place / "gpt2"),
+        targets=(str(place / "llama-3"),),
+        mesh="data:-1",
+        toxify__steps=10,
+        toxify__max_length=32,
+        detoxify__max_length=32,
+        distill__max_length=20,
+        distill__batch_size=8,
+        evaluate__batch_size=16,
+        evaluate__score_batch_size=16,
+        evaluate__perplexity_scorer=str(place / "llama-3"),
+        evaluate__mmlu=(),
+    )
+    return place
+
+
+def test_accelerator_types_are_slices():
+    types = planning.accelerator_types()
+    expected = {"v5e-4": "v5e:2x2", "v5e-16": "v5e:4x4", "v5p-8": "v5p:2x2x1", "v4-16": "v4:2x2x2", "v6e-8": "v6e:2x4"}
+    assert expected.items() <= types.items()
+
+
+def test_mistakes_are_one_line(place, capsys):
+    for arguments, message in (
+        (["--topology=v5e:3x3"], "no 'v5e:3x3'; expected local, or one of"),
+        ([], "--topology: missing"),
+        (["--topology=local", "--config.mesh=data:3"], "needs a multiple of 3 devices, found 8"),
+        (["--topology=local", "--config.base=nowhere/at/all"], "nowhere/at/all"),
+    ):
+        assert cli.main(["plan", f"--config={place}/config.py", *arguments]) == 2
+        line = capsys.readouterr().err.strip().rsplit("\n", 1)[-1]
+        assert message in line
+    assert "v5p-16 = v5p:2x2x2" in _refusal("v5p:5x5x5")
+
+
+def _refusal(name):
+    with pytest.raises(UserError) as error:
+        planning.topology(name)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_the_devices_that_are_here_are_planned_for(place, capsys):
+    assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 0
+    printed = capsys.readouterr().out
+    stages = ("toxify gpt2", "distill (base, toxic)", "detoxify llama-3", "evaluate llama-3: generation")
+    for stage in (*stages, "evaluate: perplexity by llama-3"):
+        assert f"\n{stage}: fits\n" in printed
+    assert "data:8, fsdp:1, model:1" in printed and "all-reduce" in printed
+    assert "embed/tokens/embedding" in printed
+
+
+def test_what_does_not_fit_gets_a_suggestion_and_exit_code_1(place, capsys, monkeypatch):
+    cfg = models.config_from_hf(place / "gpt2")
+    state = 3 * 4 * models.num_params(cfg)  # weights and both moments
+    monkeypatch.setitem(planning.CHIPS, "cpu", Chip(int(0.9 * state), 1e12, 1e11, 1e10))
+    monkeypatch.setattr(plan, "programs", lambda run, dtype: [plan.training_program("toxify", cfg, run.toxify)])
+    assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed and "suggestion  --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
+    monkeypatch.setitem(planning.CHIPS, "cpu", Chip(1000, 1e12, 1e11, 1e10))
+    assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
+    assert "none of " in capsys.readouterr().out
+
+
+def decoding(name, layout, rows=8):
+    """(collectives, abstract parameters) of two models' decoding on eight devices."""
+    cfg = models.config_from_hf({**VARIANTS[name], "vocab_size": 512})
+    program = plan.decoding_program(
+        "decode", [cfg, cfg], objectives.get("contrastive", alpha=0.1), [warpers.top_k(50)],
+        rows=rows, prompt=20, new_tokens=24, batches=1,
+    )  # fmt: skip
+    mesh = sharding.make_mesh(layout)
+    found = planning.collectives(program.lower(mesh).compile().as_text())
+    return {(one.kind, one.depth): one for one in found}, program.abstract(mesh)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3", "falcon-7b", "opt-125m"])
+def test_a_decoding_step_over_model_gathers_no_weights_and_no_cache(name):
+    """Only activations travel: of all collectives in the loop, none carries as much as a layer's smallest matrix, but
+    the gathering of the candidates' logits (50 or so of each device's part of the vocabulary)."""
+    found, params = decoding(name, "data:2,model:4")
+    leaves = jax.tree_util.tree_leaves_with_path(params[0]["blocks"])
+    matrices = [x.size // x.shape[0] for path, x in leaves if sharding.path_string(path).endswith("kernel")]
+    in_loop = {key: one for key, one in found.items() if key[1] > 0}
+    assert any(kind == "all-reduce" and depth == 2 for kind, depth in in_loop)  # the layers' partial sums
+    for (kind, depth), one in in_loop.items():
+        elements = 1
+        for size in one.largest[one.largest.index("[") + 1 : -1].split(","):
+            elements *= int(size or 1)
+        if kind == "all-gather":
+            assert depth == 1 and elements <= 4 * 51 * 4, one
+        elif depth == 2:
+            assert elements < min(matrices), one
+
+
+def test_weights_over_fsdp_are_gathered_once_before_the_loop_and_not_in_it():
+    found, _ = decoding("gpt2", "fsdp:8")
+    assert found["all-gather", 0].bytes > 2 * 100_000
+    assert not [key for key in found if key[0] == "all-gather" and key[1] > 0]
+
+
+def test_what_training_keeps_is_counted_to_the_byte():
+    cfg = models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 512})
+    program = plan.training_program("train", cfg, settings.TrainingSettings(max_length=32))
+    mesh = sharding.make_mesh("fsdp:8")
+    report = planning.compile_program(program, mesh, None)
+    batch = 8 // 8 * 32 * (4 + 1 + 4)  # a row a device: tokens, mask, segments
+    assert report.arguments == planning.bytes_per_device(program.abstract(mesh)) + batch
+
+
+HLO = """
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather.3 = f32[64,4]{1,0} all-gather(%x), dimensions={0}
+  %inner = (s32[]) while(%t), condition=%cond.2, body=%body.2
+}
+
+%cond.2 (p: (s32[])) -> pred[] {
+  %c = pred[] constant(true)
+}
+
+%body.2 (p: (s32[])) -> (s32[]) {
+  %f = f32[2]{0} fusion(%y), kind=kLoop, calls=%fused.1
+}
+
+%fused.1 (p: f32[2]) -> f32[2] {
+  %ar = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), to_apply=%cond.2
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%i), condition=%cond.2, body=%body.1
+  %d = f32[16]{0} all-reduce(%w), to_apply=%cond.2
+}
+"""
+
+
+def test_collectives_are_counted_at_their_depth_of_loops():
+    found = {(one.kind, one.depth): (one.count, one.bytes, one.largest) for one in planning.collectives(HLO)}
+    assert found == {
+        ("all-reduce", 0): (1, 64, "f32[16]"),
+        ("all-gather", 1): (1, 1024, "f32[64,4]"),
+        ("all-reduce", 2): (1, 60, "bf16[30]"),
+    }
+
+
+def test_costs_are_those_of_the_textbook():
+    cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
+    flops = planning.training_flops(cfg, 8, 256, "none")
+    assert flops == pytest.approx(6 * models.num_params(cfg) * 8 * 256, rel=0.05)
+    for layout, copies in (("data:2,fsdp:4", 8), ("data:2,model:4", 2)):
+        read = planning.weight_bytes(cfg, sharding.make_mesh(layout))
+        assert read == pytest.approx(copies * 2 * models.num_params(cfg), rel=0.01)
+    assert planning.cache_bytes(cfg, 3, 10) == 3 * 10 * 2 * 48 * 25 * 64 * 2
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_slice_that_is_not_here_is_compiled_for(place):
+    run = settings.parse_run(cli.load_config(f"{place}/config.py", ["--config.mesh=fsdp:-1"]))
+    topology = planning.topology("v5e-4")
+    assert len(topology.devices) == topology.chips == 4 and topology.chip.memory == 16 << 30
+    assert planning.topology("v4-16").chips == len(planning.topology("v4-16").devices) == 8  # megacore
+    lines = list(plan.table(run, [str(place / "llama-3")], [topology]))
+    assert lines[0] == "| GiB a chip | v5e-4 |" and len(lines) == 4
+    assert lines[2].startswith("| distill base, toxic | 0.") and lines[3].startswith("| fine-tune llama-3 | 0.")
+    assert all(line.endswith("(fsdp:-1) |") for line in lines[2:])
+
+
+@needs_libtpu
+def test_the_largest_model_is_refused_without_compiling():
+    run = settings.parse_run(settings.default_config())
+    lines = list(plan.table(run, ["meta-llama/Llama-3.1-70B"], [planning.topology("v5e-4")], distill=False))
+    assert "no: at least 1" in lines[-1]
