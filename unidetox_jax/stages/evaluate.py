@@ -41,7 +41,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, distributed, models
+from unidetox_jax import checkpoint, data, distributed
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, mmlu, perplexity, prompts, scorers
@@ -147,13 +147,7 @@ def _operations(run: Run, candidate: Candidate) -> float:
     texts = prompts_ * settings.runs * (TYPICAL_LENGTH + settings.samples * settings.max_new_tokens)
     target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
     tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
-    total = 0.0
-    for source, count in tokens.items():
-        try:
-            total += 2.0 * models.num_params(checkpoint.load_config(run.path(source))) * count if source else 0.0
-        except UserError:
-            continue
-    return total
+    return sum(2.0 * parts.num_params(run, source) * count for source, count in tokens.items() if source)
 
 
 def _inputs(run: Run, candidate: Candidate) -> dict[str, str]:
@@ -289,8 +283,8 @@ def _text(run: Run, subject: Callable) -> dict[str, Any]:
     place = run.path(run.evaluate.text_file)
     size = run.evaluate.score_batch_size
     if data.is_spec(place):
-        text = "\n".join(data.texts(place, data_dir=run.shared.data_dir))
-        found = perplexity.of_text(*subject(), text, place, batch_size=size, label="text")
+        texts = data.texts(place, data_dir=run.shared.data_dir)
+        found = perplexity.of_texts(*subject(), texts, place, batch_size=size, label="text")
     else:
         found = perplexity.of_file(*subject(), place, batch_size=size, label="text")
     return {"file": run.evaluate.text_file, **found}
