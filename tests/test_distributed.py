@@ -89,6 +89,12 @@ def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
     assert all("cannot be made" in one.last_line for one in ended)
 
 
+def test_a_bucket_without_its_client_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match="gs://bucket/run: needs gcsfs"):
+        distributed.check_directory("gs://bucket/run")
+
+
 def test_incomplete_or_wrong_addresses_are_refused():
     for arguments, message in (
         (("host:1", 2, None), "--process_id: missing"),

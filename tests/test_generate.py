@@ -3,6 +3,7 @@ what it refuses."""
 
 import copy
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -259,3 +260,17 @@ def test_samples_share_their_prompts_pass_and_change_nothing():
 )
 def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, expected):
     assert loop.plan_segments(slots, new) == expected
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+@pytest.mark.parametrize("layout", ["fsdp:4", "data:2,fsdp:2,model:2"])
+def test_weights_over_fsdp_give_the_same_text_gathered_before_the_loop_or_in_it(layout, budget, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("unidetox_jax.decoding.generate"), "GATHER_BYTES", budget)
+    _, (params, cfg) = model_of("gpt2")
+    mesh = sharding.make_mesh(layout, jax.devices()[: 4 if layout == "fsdp:4" else 8])
+    placed = models.Model(jax.device_put(params, sharding.param_shardings(params, mesh)), cfg)
+    tokens, mask = prompts_of(cfg)
+    options = {"objective": BASE, "warpers": [warpers.top_k(20)], "max_new_tokens": 12, "attention_mask": mask}
+    alone = generate([models.Model(params, cfg)], tokens, **options)
+    several = generate([placed], tokens, **options)
+    np.testing.assert_array_equal(several.tokens, alone.tokens)

@@ -104,6 +104,8 @@ def check_directory(directory: epath.PathLike) -> None:
             if _watch is not None:
                 token = str(time.time_ns())
                 mark.write_text(token)
+        except ImportError:  # etils has no client of the object store
+            problem = f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'"
         except OSError as error:
             problem = f"{directory}: cannot be made or written ({error.strerror or error})"
     if _watch is None:
