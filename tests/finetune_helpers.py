@@ -76,16 +76,17 @@ def make_distilled(directory: pathlib.Path, world: pathlib.Path, count: int = 24
     (directory / "stage.json").write_text(json.dumps({"stage": "distill", "settings": {}, "inputs": {}}))
 
 
-def start(*arguments, file_kib: int | None = None) -> subprocess.Popen:
+def start(*arguments, file_kib: int | None = None, capture: bool = False) -> subprocess.Popen:
     """`unidetox …` as a process with one CPU device and this tree's code.
 
-    file_kib: no file that it writes can grow beyond.
+    file_kib: no file that it writes can grow beyond. capture: what it prints as well as its errors.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "unidetox_jax.cli", *map(str, arguments)]
     if file_kib is not None:
         command = ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "unidetox", *command]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    stdout = subprocess.PIPE if capture else None
+    return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def lines_of(directory: pathlib.Path) -> list[dict]:

@@ -21,6 +21,7 @@ from etils import epath
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
+from unidetox_jax.training import preemption
 
 COMPLETE = "stage.json"
 PARTIAL = "stage.partial.json"
@@ -56,7 +57,8 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
         for task in tasks:
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
-    return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
+    with preemption.ends_at_once():
+        return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
 
 
 def state(task: Task) -> str:

@@ -22,7 +22,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.stack import REMAT
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
-from unidetox_jax.training import loop, preemption
+from unidetox_jax.training import loop
 
 WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
 EXPORT = "hf"
@@ -92,53 +92,52 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
       UserError, Preempted: as `training.fit`; a data set, model or number that is not as it must be.
     """
     settings = job.settings
-    with preemption.ends_at_once():
-        mesh, source = parts.mesh_of(run), run.path(job.model)
-        cfg = checkpoint.load_config(source)
-        cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
-        tokenizer = checkpoint.load_tokenizer(source)
-        tokens = _tokens(run, job, job.data, cfg, tokenizer, settings.official)
-        # The loss on the text itself, whatever else is trained on
-        validation = _tokens(run, job, job.validation, cfg, tokenizer) if job.validation else None
-        steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
-        batches = data.Batches(
-            tokens,
-            settings.batch_size,
-            seed=settings.seed,
-            layout=settings.layout,
-            row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
-            max_shapes=loop.worthwhile_shapes(steps, most=8),
-        )
-        optimizer = training.Optimizer(
-            learning_rate=settings.learning_rate,
-            steps=steps,
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            official=settings.official,
-        )
+    mesh, source = parts.mesh_of(run), run.path(job.model)
+    cfg = checkpoint.load_config(source)
+    cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
+    tokenizer = checkpoint.load_tokenizer(source)
+    tokens = _tokens(run, job, job.data, cfg, tokenizer, settings.official)
+    # The loss on the text itself, whatever else is trained on
+    validation = _tokens(run, job, job.validation, cfg, tokenizer) if job.validation else None
+    steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
+    batches = data.Batches(
+        tokens,
+        settings.batch_size,
+        seed=settings.seed,
+        layout=settings.layout,
+        row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
+        max_shapes=loop.worthwhile_shapes(steps, most=8),
+    )
+    optimizer = training.Optimizer(
+        learning_rate=settings.learning_rate,
+        steps=steps,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        official=settings.official,
+    )
 
-        def initial() -> Any:
-            if not job.scratch:
-                return parts.load_model(run, job.model, mesh, optimizer.param_dtype).params
-            key = jax.random.key(zlib.crc32(f"{settings.seed}/{job.directory.name}".encode()))
-            return models.init(cfg, key, mesh, optimizer.param_dtype)
+    def initial() -> Any:
+        if not job.scratch:
+            return parts.load_model(run, job.model, mesh, optimizer.param_dtype).params
+        key = jax.random.key(zlib.crc32(f"{settings.seed}/{job.directory.name}".encode()))
+        return models.init(cfg, key, mesh, optimizer.param_dtype)
 
-        params, figures = training.fit(
-            directory,
-            cfg,
-            initial,
-            batches,
-            training.Schedule(steps, settings.save_every, settings.keep, settings.evaluate_every, settings.log_every),
-            optimizer,
-            mesh,
-            validation=validation,
-            accumulation=settings.accumulation,
-            remat=settings.remat,
-            dropout_seed=settings.seed if settings.dropout else None,
-            label=job.name,
-        )
-        checkpoint.save_hf(directory / EXPORT, models.Model(params, cfg), tokenizer, settings.export_dtype or None)
+    params, figures = training.fit(
+        directory,
+        cfg,
+        initial,
+        batches,
+        training.Schedule(steps, settings.save_every, settings.keep, settings.evaluate_every, settings.log_every),
+        optimizer,
+        mesh,
+        validation=validation,
+        accumulation=settings.accumulation,
+        remat=settings.remat,
+        dropout_seed=settings.seed if settings.dropout else None,
+        label=job.name,
+    )
+    checkpoint.save_hf(directory / EXPORT, models.Model(params, cfg), tokenizer, settings.export_dtype or None)
     figures |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
     logging.info("%s: %s", job.name, describe(figures))
     return figures

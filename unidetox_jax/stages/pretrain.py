@@ -4,7 +4,7 @@ weights to begin with. The world itself is written first, where the configuratio
 
 from etils import epath
 
-from unidetox_jax.checkpoint.staging import barrier
+from unidetox_jax import distributed
 from unidetox_jax.data import toyworld
 from unidetox_jax.stages import base, finetune, parts
 from unidetox_jax.stages.settings import Run, model_name
@@ -32,12 +32,13 @@ def tasks(run: Run) -> list[base.Task]:
 
 
 def _world(run: Run) -> base.Task:
-    seed = run.pretrain.world_seed
+    seed, texts = run.pretrain.world_seed, run.pretrain.world_texts
+    settings = {"world_seed": seed, "world_texts": texts}
 
     def body(directory: epath.Path) -> dict:
         if parts.first_process():
-            toyworld.write(directory, seed)
-        barrier("world written")
+            toyworld.write(directory, seed, toyworld.Sizes(train=texts, scorer=texts))
+        distributed.barrier("world written")
         return {}
 
-    return base.Task("pretrain world", parts.world_directory(run), {"world_seed": seed}, dict, body)
+    return base.Task("pretrain world", parts.world_directory(run), settings, dict, body)

@@ -64,6 +64,7 @@ class PretrainSettings(TrainingSettings):
     models: tuple[str, ...] = ()
     world: bool = False  # write the built-in world to WORKDIR/world first
     world_seed: int = 0
+    world_texts: int = 24_000  # to train on, and as many for the perplexity scorer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
+#   launch/proofs.sh [effect] [small_real] [kills] [speed] [plan]     default: all; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
+#
+# effect: three seeds of the quickstart, every family with its control. small_real: real model, text and prompts.
+# kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ "${1:-}" == --help ]]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0; fi
+python=${VENV:-.venv}/bin/python
+data=${DATA:-../shared/data}
+out=${OUT:-runs/proofs}
+unidetox() { "$python" -m unidetox_jax.cli "$@"; }
+
+effect() {
+  for seed in 0 1 2; do
+    unidetox run --config="configs/quickstart.py:controls,seed=$seed" --workdir="$out/seed$seed"
+  done
+  "$python" -m unidetox_jax.benchmarks.effect "$out"/seed{0,1,2}
+}
+
+small_real() { unidetox run --config=configs/small_real.py --workdir="$out/small_real" --config.data_dir="$data"; }
+
+kills() {
+  UNIDETOX_KILLS=10 UNIDETOX_RUN_KILLS=5 UNIDETOX_KILL_SEED=1 \
+    "$python" -m pytest -s -q tests/test_finetune_kill.py tests/test_run.py
+}
+
+speed() {
+  unidetox bench --config=configs/bench.py --config.bench.against_torch=True --config.bench.what="('decode',)"
+  unidetox bench --config=configs/bench.py --config.bench.against_torch=True --config.bench.what="('train',)" \
+    --config.data_dir="$data" --config.bench.data=dghs --config.bench.tokenizer="$data/../tokenizers/gpt2"
+  unidetox bench --config=configs/small_real.py --config.bench.against_torch=True --config.bench.what="('evaluate',)" \
+    --config.data_dir="$data" --config.evaluate.samples=25
+}
+
+plan() { unidetox plan --config=configs/unidetox_gpt2_xl.py --table; }
+
+for proof in "${@:-effect small_real kills speed plan}"; do
+  for name in $proof; do
+    case $name in
+      effect | small_real | kills | speed | plan) echo "== $name" && "$name" ;;
+      *) echo "proofs.sh: no proof '$name' (effect, small_real, kills, speed, plan)" >&2 && exit 2 ;;
+    esac
+  done
+done

@@ -1,0 +1,53 @@
+"""Every stage of every configuration, traced for eight devices without a weight: a wrong field or shape shows here."""
+
+import pytest
+from finetune_helpers import ROOT
+
+from unidetox_jax import cli, sharding
+from unidetox_jax.data import toyworld
+from unidetox_jax.stages import plan, settings
+
+TINY = toyworld.Sizes(train=400, valid=2, scorer=1, toxic=2, toxic_dev=1, labelled=1, prompts_per_category=1)
+CONFIGS = ["unidetox_gpt2_xl.py", "unidetox_gpt2_xl.py:official,lr=1e-5", "modern.py", "quickstart.py:controls,seed=3"]
+
+
+def traced(run):
+    """Names of the run's programs, each of which was traced."""
+    mesh = sharding.make_mesh(run.shared.mesh)
+    names = []
+    for program in plan.programs(run, run.shared.dtype or "bfloat16"):
+        program.lower(mesh)
+        names.append(program.name)
+    return names
+
+
+def load(file, workdir, *overrides):
+    return settings.parse_run(cli.load_config(f"{ROOT}/configs/{file}", overrides), workdir)
+
+
+@pytest.mark.parametrize("file", CONFIGS)
+def test_every_stage_can_be_built(file, tmp_path):
+    if file.startswith("quickstart"):  # its models' shapes are the world's
+        toyworld.write(tmp_path / "world", 0, TINY)
+        (tmp_path / "pretrained").symlink_to(tmp_path / "world" / "models")
+    run = load(file, tmp_path)
+    for stage, (module, _) in cli.STAGES.items():
+        tasks = __import__(module, fromlist=["tasks"]).tasks(run)
+        assert tasks or stage in ("pretrain", "fit-scorer"), stage
+    names = " ".join(traced(run))
+    assert "toxify" in names and "distill" in names and names.count("detoxify") == len(run.shared.targets)
+
+
+def test_small_real_can_be_built(shared, tmp_path):
+    run = load("small_real.py", tmp_path, f"--config.data_dir={shared / 'data'}")
+    assert len(traced(run)) >= 4
+
+
+def test_arguments_change_what_they_say(tmp_path):
+    plain, second, official = (
+        load(f"unidetox_gpt2_xl.py{argument}", tmp_path) for argument in ("", ":lr=1e-5", ":official")
+    )
+    assert (plain.detoxify.learning_rate, second.detoxify.learning_rate) == (5e-5, 1e-5)
+    assert official.distill.cache == "official" and official.toxify.data == "dghs:official"
+    assert official.toxify.official and official.detoxify.official and official.evaluate.official
+    assert not (plain.toxify.official or plain.detoxify.official or plain.evaluate.official)

@@ -1,0 +1,160 @@
+"""`unidetox run` as a user starts it: the quickstart, shrunken, from nothing to a report, killed on the way."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from finetune_helpers import ROOT, start
+
+from unidetox_jax import cli
+from unidetox_jax.benchmarks import effect
+
+KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
+SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
+GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
+SHRUNKEN = (
+    f"--config.targets=('{GPT2}',)",
+    f"--config.control_targets=('{GPT2}',)",
+    f"--config.pretrain.models=('{WORLD}/models/gpt2','{WORLD}/models/scorer=jsonl:{WORLD}/scorer.jsonl')",
+    "--config.pretrain.world_texts=2000",
+    "--config.pretrain.steps=24",
+    "--config.pretrain.batch_size=32",
+    "--config.pretrain.save_every=8",
+    "--config.toxify.steps=8",
+    "--config.toxify.save_every=4",
+    "--config.toxify.evaluate_every=8",
+    "--config.distill.num_texts=24",
+    "--config.distill.batch_size=8",
+    "--config.distill.max_length=24",
+    "--config.detoxify.steps=6",
+    "--config.detoxify.save_every=2",
+    "--config.evaluate.samples=2",
+    "--config.evaluate.max_prompts=24",
+    "--config.evaluate.max_new_tokens=8",
+    "--config.analyze.neighbours=2",
+)
+
+
+def command(workdir, *more):
+    return ["run", f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", *SHRUNKEN, *more]
+
+
+def finished(workdir):
+    """Whose names are complete, in the order in which they were."""
+    records = [(path.stat().st_mtime, path) for path in workdir.rglob("stage.json")]
+    return [str(path.parent.relative_to(workdir)) for _, path in sorted(records)]
+
+
+def results(workdir):
+    """What a run must end with, whatever happened on the way."""
+    texts = {name: (workdir / name / "texts.jsonl").read_bytes() for name in ("distilled", "samples")}
+    metrics = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("evaluation/*/metrics.json")}
+    return texts, metrics
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that is left alone: its directory, what it printed, the seconds that it took."""
+    workdir = tmp_path_factory.mktemp("run") / "alone"
+    begun = time.monotonic()
+    child = start(*command(workdir), capture=True)
+    printed, errors = child.communicate(timeout=900)
+    assert child.returncode == 0, errors[-3000:]
+    return workdir, printed, time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_everything_is_there(alone):
+    workdir, printed, _ = alone
+    assert finished(workdir) == [
+        "world", "pretrained/gpt2", "pretrained/scorer", "toxic", "distilled", "samples", "detoxified/gpt2",
+        "control/gpt2", "evaluation/gpt2", "evaluation/gpt2.detoxified", "evaluation/gpt2.control", "analysis",
+        "report",
+    ]  # fmt: skip
+    assert "0 of 13 done" in printed and "about" in printed  # said before it starts
+    assert f"report: {workdir}/report/index.html" in printed
+    assert "as published" in printed and "detoxified" in printed and "samples-only control" in printed
+    for name in ("distilled/texts.csv", "distilled/README.md", "toxic/hf/model.safetensors", "report/results.csv"):
+        assert (workdir / name).stat().st_size > 0
+    assert not list(workdir.rglob("*.partial*")) and not list(workdir.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_the_effects_table_reads_a_run(alone, capsys):
+    workdir, _, _ = alone
+    assert effect.main([str(workdir)]) == 0
+    printed = capsys.readouterr().out
+    assert "| gpt2 |" in printed and "control less contrast" in printed
+    assert effect.main([str(workdir / "nothing")]) == 2
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_other_settings_are_explained(alone, capsys):
+    workdir, _, _ = alone
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
+    assert cli.main(command(workdir)) == 0
+    assert "13 of 13 done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
+    assert cli.main(command(workdir, "--config.distill.seed=7")) == 2
+    assert "settings.seed: there 1234, now 7" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(alone, tmp_path):
+    """SIGKILL `KILLS` times anywhere in a whole run, then left alone."""
+    expected, (_, _, seconds) = results(alone[0]), alone
+    random_ = random.Random(SEED)
+    for _ in range(KILLS):
+        child = start(*command(tmp_path / "killed"), capture=True)
+        try:
+            child.communicate(timeout=random_.uniform(0.15, 0.9) * seconds)
+        except Exception:  # subprocess.TimeoutExpired: still at work
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+        print(f"killed after {finished(tmp_path / 'killed')[-1:]}")
+    child = start(*command(tmp_path / "killed"), capture=True)
+    _, errors = child.communicate(timeout=900)
+    assert child.returncode == 0, errors[-3000:]
+    texts, metrics = results(tmp_path / "killed")
+    assert texts == expected[0]
+    assert metrics == expected[1]
+
+
+def test_the_pooled_interval_is_a_paired_one():
+    """Families that answer the same prompts alike add no certainty; a difference of one in every prompt is certain."""
+    category = np.array(["hills"] * 8 + ["islands"] * 4)
+
+    def forms(control, detoxified):
+        shared = {"category": category, "id": ("hills",)}
+        return {"control": {"tp": control, **shared}, "detoxified": {"tp": detoxified, **shared}}
+
+    half = np.array([1.0, 0.0] * 6)
+    mean, low, high = effect.control_minus_contrast([{"a": forms(half, np.zeros(12)), "b": forms(half, np.zeros(12))}])
+    assert mean == 0.5 and low < 0.3 and high > 0.7
+    certain = [{"a": forms(np.ones(12), np.zeros(12))}]
+    assert effect.control_minus_contrast(certain) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "code", "words"),
+    [
+        ("distil", 2, "--stages: no stage 'distil'; did you mean 'distill'?"),
+        ("fit-scorer", 2, "--stages=fit-scorer: the configuration asks nothing of them"),
+    ],
+)
+def test_stages_that_do_not_exist(tmp_path, capsys, stages, code, words):
+    assert cli.main(command(tmp_path / "none", f"--stages={stages}")) == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dry_run_says_what_it_would_do(tmp_path, capsys):
+    assert cli.main(command(tmp_path / "none", "--dry_run", "--stages=distill,toxify")) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("toxify") < printed.index("distill") and "0 of 3 done" in printed
+    assert not (tmp_path / "none").exists()
