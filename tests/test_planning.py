@@ -173,6 +173,15 @@ def test_collectives_are_counted_at_their_depth_of_loops():
     }
 
 
+def test_the_compilers_complaints_are_read():
+    for message, expected in (
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.50G of 15.75G hbm.", 18.5 * (1 << 30)),
+        ("the total memory required for HLO temporaries (21.00G) exceeds available HBM (15.75G).", 21 << 30),
+        ("something else went wrong", None),
+    ):
+        assert planning._needed(message) == expected
+
+
 def test_costs_are_those_of_the_textbook():
     cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
     flops = planning.training_flops(cfg, 8, 256, "none")

@@ -159,11 +159,10 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip | None) -> Report:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
-        if found is None:
+        used = _needed(str(error))
+        if used is None:
             raise
-        used = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-        return Report(resident, used - resident, used, (), f"needs {used / GIB:.1f} of {found[3]} GiB")
+        return Report(resident, used - resident, used, (), f"needs {used / GIB:.1f} GiB a device")
     memory = compiled.memory_analysis()
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes) + memory.generated_code_size_in_bytes
     refusal = ""
@@ -171,6 +170,15 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip | None) -> Report:
         refusal = f"needs {peak / GIB:.1f} of {chip.memory / GIB:.0f} GiB"
     found = collectives(compiled.as_text())
     return Report(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, found, refusal)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a program needs, by the compiler's complaint that there are fewer."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of|required for HLO \w+ \(([\d.]+)([KMGT]?)\) exceeds", message)
+    if found is None:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def bytes_per_device(abstract: Any) -> int:
