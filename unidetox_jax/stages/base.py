@@ -53,7 +53,7 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
     dry_run: says what would be done, and does nothing.
     """
     if dry_run:
-        for task in tasks:
+        for task in tasks if jax.process_index() == 0 else ():
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
     return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
