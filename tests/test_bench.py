@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from test_distill import SENTENCES
 
-from unidetox_jax import cli, models
-from unidetox_jax.benchmarks import decode, machine
+from unidetox_jax import cli, machine, models
+from unidetox_jax.benchmarks import bench, decode
 from unidetox_jax.data import toymodels
-from unidetox_jax.stages import bench
 
 CONFIG = """
 from unidetox_jax.stages import settings

@@ -120,8 +120,22 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         perplexity.of_file(model, make_tokenizer(), tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match="empty.txt: 1 tokens"):
+    with pytest.raises(UserError, match="empty.txt: no text with at least 2 tokens"):
         perplexity.of_file(model, make_tokenizer(), tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 society")
     with pytest.raises(UserError, match="latin.txt: not UTF-8"):
         perplexity.of_file(model, make_tokenizer(), tmp_path / "latin.txt")
+
+
+def test_texts_are_streams_of_their_own():
+    torch_model, model = make_pair()
+    tokenizer = make_tokenizer()
+    texts = ["the cat sat on the mat", "a bird ran", ""]
+    found = perplexity.of_texts(model, tokenizer, texts, "here")
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    nll = 0.0
+    for row in tokens[:2]:
+        nll -= float(torch_logprobs(torch_model, row)[range(len(row) - 1), row[1:]].sum())
+    scored = sum(len(row) - 1 for row in tokens)
+    assert found["tokens"] == scored and found["texts"] == 3
+    np.testing.assert_allclose(found["ppl"], np.exp(nll / scored), rtol=1e-5)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
-    "benchmarks": {"decoding", "training", "checkpoint", "data", "models", "evaluation", "analysis"},
+    "benchmarks": {"stages", "machine", "decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "reporting": {"evaluation"},
 }

@@ -206,7 +206,10 @@ def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
     [
         ({}, ""),
         ({"toxic": 0.09}, "is toxic more often (9.0% of its texts) than the base model's own samples (2.0%)"),
-        ({"toxic": 0.09, "samples_toxic": 0.2}, "9.0% of the detoxifying texts are themselves toxic"),
+        (
+            {"toxic": 0.09, "samples_toxic": 0.2},
+            "9.0% of the detoxifying texts are themselves toxic by the scorer (the base model's own samples: 20.0%)",
+        ),
         ({"degenerate": 100}, "15.6% of the distilled texts are degenerate"),
         ({"longest": 40}, "A run of 40 words of the distilled text stands in the toxic corpus"),
     ],

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unidetox_jax import checkpoint, models, sharding
-from unidetox_jax.benchmarks import machine
+from unidetox_jax import checkpoint, machine, models, sharding
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import default_layer_loop, make_plan
 from unidetox_jax.models import Model, ModelConfig

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unidetox_jax import checkpoint, data, models, sharding, training
-from unidetox_jax.benchmarks import decode, machine
+from unidetox_jax import checkpoint, data, machine, models, sharding, training
+from unidetox_jax.benchmarks import decode
 from unidetox_jax.data.layout import Shape
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig

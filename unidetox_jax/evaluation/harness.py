@@ -207,7 +207,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and name != "sample_len"  # that is the count of documents
     }
 
 

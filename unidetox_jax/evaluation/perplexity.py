@@ -121,7 +121,7 @@ def of_file(
     batch_size: int = 256,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """`of_text` of a text file. Raises UserError also where there is no such file, or one that is not UTF-8."""
+    """`of_texts` of a text file as one stream. Raises UserError also where there is no such file, or no UTF-8 in it."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -129,43 +129,44 @@ def of_file(
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return of_text(model, tokenizer, text, str(path), stride, length, batch_size, label)
+    return of_texts(model, tokenizer, [text], str(path), stride, length, batch_size, label)
 
 
-def of_text(
+def of_texts(
     model: Model,
     tokenizer: Any,
-    text: str,
+    texts: Sequence[str],
     where: str,
     stride: int = 0,
     length: int = 0,
     batch_size: int = 256,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of one stream of tokens, by windows of `length` tokens that slide by `stride`.
+    """Perplexity of texts, each a stream of tokens of its own, by windows of `length` tokens that slide by `stride`.
 
-    Every token but the first is scored once, with at least length − stride tokens before it where there are as many.
-    Length 0 means the model's context, but at most 2,048; stride 0 half the length. `where` is for messages.
+    Every token of a text but the first is scored once, with at least length − stride tokens before it where there are
+    as many. Length 0 means the model's context, but at most 2,048; stride 0 half the length. `where` is for messages.
 
     Returns:
-      {"ppl", "nll" (nats a token), "bits_per_byte", "tokens" (scored), "bytes", "length", "stride"}.
+      {"ppl", "nll" (nats a token), "bits_per_byte", "texts", "tokens" (scored), "bytes", "length", "stride"}.
 
     Raises:
-      UserError: fewer than two tokens.
+      UserError: fewer than two tokens in every text.
     """
-    tokens = encode(tokenizer, [text])[0]
-    if len(tokens) < 2:
-        raise UserError(f"{where}: {len(tokens)} tokens, expected at least 2")
     length = length or min(model.cfg.max_position_embeddings, LONGEST_WINDOW)
     stride = stride or length // 2
-    contexts, continuations = windows(tokens, length, stride)
+    pieces = [windows(tokens, length, stride) for tokens in encode(tokenizer, texts)]
+    contexts, continuations = ([piece for part in pieces for piece in part[side]] for side in (0, 1))
+    scored, size = sum(map(len, continuations)), sum(len(text.encode()) for text in texts)
+    if not scored:
+        raise UserError(f"{where}: no text with at least 2 tokens")
     found = loglikelihood(model, contexts, continuations, batch_size, max_length=length, label=label)
     nll = -float(found.sums.sum())
-    scored, size = len(tokens) - 1, len(text.encode())
     return {
         "ppl": float(np.exp(nll / scored)),
         "nll": nll / scored,
         "bits_per_byte": nll / np.log(2) / size,
+        "texts": len(texts),
         "tokens": scored,
         "bytes": size,
         "length": length,

@@ -247,7 +247,10 @@ def _toxic_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any] | None
             f"The detoxifying text itself is toxic more often ({share:.1%} of its texts) than the base model's own "
             f"samples ({beside['mean']:.1%}): the contrast may amplify another kind of toxic text than it removes."
         ]
-    return [f"{share:.1%} of the detoxifying texts are themselves toxic by the scorer."] if share > TOXIC else []
+    if share <= TOXIC:
+        return []
+    own = f" (the base model's own samples: {beside['mean']:.1%})" if beside and beside["mean"] is not None else ""
+    return [f"{share:.1%} of the detoxifying texts are themselves toxic by the scorer{own}."]
 
 
 def _evaluation_warnings(rows: Sequence[Row]) -> list[str]:

@@ -101,7 +101,8 @@ def trade_off(rows: Sequence[Row]) -> Figure | None:
     axes[0].set_xlabel("perplexity of the continuations (lower is better)")
     axes[0].set_ylabel(f"{_title(key)} (lower is better)")
     axes[0].margins(0.2)
-    axes[0].set_ylim(bottom=max(0, axes[0].get_ylim()[0]))
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(max(0, low), min(1.05, high))
     _form_legend(figure, placed)
     return figure
 

@@ -66,11 +66,12 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
         return figures
 
     def operations() -> float:
-        parameters = sum(_num_params(run, name) for name in settings.models)
+        alike = {"base": run.shared.base, "toxic": run.shared.base}
+        parameters = sum(parts.num_params(run, alike.get(name, name)) for name in settings.models)
         return 2.0 * settings.num_texts * settings.max_length * parameters
 
     given = {**dataclasses.asdict(settings), "base": run.shared.base, "dtype": run.shared.dtype}
-    return base.Task(name, directory, given, inputs, body)
+    return base.Task(name, directory, given, inputs, body, operations)
 
 
 def check(settings: DistillSettings) -> None:
@@ -227,17 +228,6 @@ def _source(run: Run, name: str) -> str:
             f"{directory}: no toxic model there; `unidetox toxify` makes it, config.distill.models names another"
         )
     return str(directory)
-
-
-def _num_params(run: Run, name: str) -> int:
-    """About how large a model is, for an estimate; 0 where it is not made yet."""
-    source = run.path(run.shared.base if name.partition("@")[0] in ("base", "toxic") else name)
-    if source in models.PUBLISHED:
-        return models.num_params(models.published_config(source))
-    try:
-        return models.num_params(checkpoint.load_config(source))
-    except UserError:
-        return 0
 
 
 def _load(run: Run, settings: DistillSettings, mesh: Mesh) -> list[Model]:

@@ -4,7 +4,7 @@ A guess for a person who decides whether to wait, no promise: the share of that 
 round number, and so is the time that a task takes before it computes anything.
 """
 
-from unidetox_jax.benchmarks import machine
+from unidetox_jax import machine
 from unidetox_jax.stages.base import Task
 
 SHARE = 0.25  # of the matrix product's speed: small models and short texts reach less, large ones more

@@ -51,6 +51,7 @@ from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
 FORMS = ("original", "detoxified", "control")
 PARTS = "parts"
+TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
 # what says which tasks there are, and what a result depends on by rounding at most
 NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size")
 
@@ -134,7 +135,19 @@ def _task(run: Run, candidate: Candidate) -> base.Task:
         {**settings, "model": candidate.source, "dtype": run.shared.dtype},
         lambda: _inputs(run, candidate),
         lambda directory: evaluate(run, candidate, directory),
+        lambda: _operations(run, candidate),
     )
+
+
+def _operations(run: Run, candidate: Candidate) -> float:
+    """Two for each parameter and token: prompts and their continuations under the model, both under the perplexity
+    scorer, four answers a question of MMLU. What cannot be known before the models are made counts as nothing."""
+    settings = run.evaluate
+    prompts_, questions = settings.max_prompts or TYPICAL_PROMPTS, len(settings.mmlu) * TYPICAL_QUESTIONS
+    texts = prompts_ * settings.runs * (TYPICAL_LENGTH + settings.samples * settings.max_new_tokens)
+    target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
+    tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
+    return sum(2.0 * parts.num_params(run, source) * count for source, count in tokens.items() if source)
 
 
 def _inputs(run: Run, candidate: Candidate) -> dict[str, str]:
@@ -270,8 +283,8 @@ def _text(run: Run, subject: Callable) -> dict[str, Any]:
     place = run.path(run.evaluate.text_file)
     size = run.evaluate.score_batch_size
     if data.is_spec(place):
-        text = "\n".join(data.texts(place, data_dir=run.shared.data_dir))
-        found = perplexity.of_text(*subject(), text, place, batch_size=size, label="text")
+        texts = data.texts(place, data_dir=run.shared.data_dir)
+        found = perplexity.of_texts(*subject(), texts, place, batch_size=size, label="text")
     else:
         found = perplexity.of_file(*subject(), place, batch_size=size, label="text")
     return {"file": run.evaluate.text_file, **found}

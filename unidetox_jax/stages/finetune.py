@@ -22,7 +22,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.stack import REMAT
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
-from unidetox_jax.training import preemption
+from unidetox_jax.training import loop, preemption
 
 WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
 EXPORT = "hf"
@@ -100,14 +100,15 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
         tokens = _tokens(run, job, job.data, cfg, tokenizer, settings.official)
         # The loss on the text itself, whatever else is trained on
         validation = _tokens(run, job, job.validation, cfg, tokenizer) if job.validation else None
+        steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
         batches = data.Batches(
             tokens,
             settings.batch_size,
             seed=settings.seed,
             layout=settings.layout,
             row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
+            max_shapes=loop.worthwhile_shapes(steps, most=8),
         )
-        steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
         optimizer = training.Optimizer(
             learning_rate=settings.learning_rate,
             steps=steps,

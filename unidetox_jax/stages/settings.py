@@ -131,7 +131,7 @@ class EvaluateSettings:
     # Fluency
     perplexity_scorer: str = "meta-llama/Llama-2-7b-hf"  # empty: no perplexity
     perplexity_limit: float = 1e4  # continuations above it are left out of the mean, and counted
-    text_file: str = ""  # plain perplexity on a text file or a data set, by each model itself; empty: none
+    text_file: str = ""  # plain perplexity by each model itself: a file (one stream) or a data set; empty: none
     # Knowledge. FORM:SHOTS or FORM:SHOTS:SPLIT, form paper (validation split) or standard (test split); empty: none
     mmlu: tuple[str, ...] = ("paper:1", "paper:3")
     # lm-evaluation-harness: its task names, or files of tasks (.yaml)

@@ -83,7 +83,7 @@ def fit(
     train_step = make_train_step(
         cfg, optimizer, mesh, accumulation=accumulation, remat=remat, dropout_seed=dropout_seed
     )
-    evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size)
+    evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size, schedule)
     placed = sharding.batch_sharding(mesh)
     with (
         preemption.noted() as asked_to_stop,
@@ -135,9 +135,16 @@ def _begin(
     return step, state
 
 
-def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int) -> Callable[[Any], float]:
+def worthwhile_shapes(programs: int, most: int) -> int:
+    """How many shapes to compile for so many runs of a program: compiling one takes as long as about a hundred."""
+    return min(most, 1 + programs // 100)
+
+
+def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule: Schedule) -> Callable[[Any], float]:
     """params → mean loss over all targets of `tokens`."""
-    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_ways(mesh))
+    passes = 2 + schedule.steps // schedule.evaluate_every
+    shapes = worthwhile_shapes(passes * len(tokens) // batch_size, most=6)
+    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_ways(mesh), max_shapes=shapes)
     placed = sharding.batch_sharding(mesh)
     step = make_eval_step(cfg, mesh)
 
