@@ -87,7 +87,10 @@ def test_what_does_not_fit_gets_a_suggestion_and_exit_code_1(place, capsys, monk
     monkeypatch.setattr(plan, "programs", lambda run, dtype: [plan.training_program("toxify", cfg, run.toxify)])
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT" in printed and "suggestion  --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
+    assert (
+        "DOES NOT FIT" in printed
+        and "suggestion  --config.toxify.remat=full --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
+    )
     monkeypatch.setitem(planning.CHIPS, "cpu", Chip(1000, 1e12, 1e11, 1e10))
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     assert "none of " in capsys.readouterr().out

@@ -72,7 +72,8 @@ class Program(NamedTuple):
     lower: mesh → jax's Lowered. flops, and bytes (mesh → bytes read and written): of one step, all devices together.
     steps: how often it runs.
     utilisation: the share of the tightest bound that is assumed. abstract: mesh → the arguments that stay on the
-    devices, as ShapeDtypeStructs. rounds: how often a step runs what stands at each depth of loops.
+    devices, as ShapeDtypeStructs. rounds: how often a step runs what stands at each depth of loops. leaner: (flag,
+    program) that needs less memory and more time.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Program(NamedTuple):
     utilisation: float
     abstract: Callable[[Mesh], Any]
     rounds: tuple[float, ...]
+    leaner: "tuple[str, Program] | None" = None
 
 
 class Collectives(NamedTuple):
