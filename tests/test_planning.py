@@ -157,7 +157,11 @@ HLO = """
 }
 
 %fused.1 (p: f32[2]) -> f32[2] {
-  %ar = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), to_apply=%cond.2
+  %ar = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), channel_id=7, to_apply=%cond.2
+}
+
+%fused.2 (p: f32[2]) -> f32[2] {
+  %again = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), channel_id=7, to_apply=%cond.2
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {

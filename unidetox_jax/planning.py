@@ -224,6 +224,7 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
     a loop within (a decoding step's scan over layers)."""
     found: dict[str, list[tuple[str, str]]] = {}
     edges: dict[str, list[tuple[str, bool]]] = {}
+    channels: set[str | None] = set()
     name = entry = ""
     for line in hlo.splitlines():
         start = _COMPUTATION.match(line)
@@ -233,7 +234,11 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
             found[name], edges[name] = [], []
             continue
         if match := _COLLECTIVE.search(line):
-            found[name].append((match[2], match[1]))
+            # A TPU's asynchronous collective stands in several fusions, under one channel: it runs once.
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel is None or channel[1] not in channels:
+                found[name].append((match[2], match[1]))
+            channels.add(channel and channel[1])
         for how, called in _CALLED.findall(line):
             for other in re.findall(r"[\w.\-]+", called):
                 edges.setdefault(name, []).append((other, how in ("body", "condition")))
