@@ -146,6 +146,7 @@ HLO = """
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-gather.3 = f32[64,4]{1,0} all-gather(%x), dimensions={0}
   %inner = (s32[]) while(%t), condition=%cond.2, body=%body.2
+  %other = (s32[]) while(%t), condition=%cond.2, body=%body.3
 }
 
 %cond.2 (p: (s32[])) -> pred[] {
@@ -154,6 +155,11 @@ HLO = """
 
 %body.2 (p: (s32[])) -> (s32[]) {
   %f = f32[2]{0} fusion(%y), kind=kLoop, calls=%fused.1
+  %g = f32[2]{0} fusion(%f), kind=kLoop, calls=%fused.2
+}
+
+%body.3 (p: (s32[])) -> (s32[]) {
+  %same = bf16[5]{0} all-reduce(%y), channel_id=7, to_apply=%cond.2
 }
 
 %fused.1 (p: f32[2]) -> f32[2] {
@@ -176,7 +182,7 @@ def test_collectives_are_counted_at_their_depth_of_loops():
     assert found == {
         ("all-reduce", 0): (1, 64, "f32[16]"),
         ("all-gather", 1): (1, 1024, "f32[64,4]"),
-        ("all-reduce", 2): (1, 60, "bf16[30]"),
+        ("all-reduce", 2): (2, 70, "bf16[30]"),  # once in each of two loops
     }
 
 

@@ -222,9 +222,8 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 def collectives(hlo: str) -> tuple[Collectives, ...]:
     """The collectives of a compiled program's text, by depth of loops: 0 once a call, 1 in every round of a loop, 2 in
     a loop within (a decoding step's scan over layers)."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[tuple[str, str, str]]] = {}  # computation → (kind, shape, channel or its own line)
     edges: dict[str, list[tuple[str, bool]]] = {}
-    channels: set[str | None] = set()
     name = entry = ""
     for line in hlo.splitlines():
         start = _COMPUTATION.match(line)
@@ -234,27 +233,29 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
             found[name], edges[name] = [], []
             continue
         if match := _COLLECTIVE.search(line):
-            # A TPU's asynchronous collective stands in several fusions, under one channel: it runs once.
-            channel = re.search(r"channel_id=(\d+)", line)
-            if channel is None or channel[1] not in channels:
-                found[name].append((match[2], match[1]))
-            channels.add(channel and channel[1])
+            channel = re.search(r"channel_id=\d+", line)
+            found[name].append((match[2], match[1], channel[0] if channel else line))
         for how, called in _CALLED.findall(line):
             for other in re.findall(r"[\w.\-]+", called):
                 edges.setdefault(name, []).append((other, how in ("body", "condition")))
-    depth = {entry: 0}
+    place = {entry: (0, entry)}  # computation → depth, and the loop's body (or the whole program) that it is part of
     queue = [entry]
     while queue:
         current = queue.pop()
+        depth, body = place[current]
         for other, loop in edges.get(current, ()):
-            deeper = depth[current] + loop
-            if other in edges and deeper > depth.get(other, -1):
-                depth[other] = deeper
+            if other in edges and depth + loop > place.get(other, (-1, ""))[0]:
+                place[other] = depth + loop, other if loop else body
                 queue.append(other)
     groups: dict[tuple[int, str], list[tuple[int, str]]] = {}
+    seen = set()
     for computation, kinds in found.items():
-        for kind, shape in kinds:
-            groups.setdefault((depth.get(computation, 0), kind), []).append(_size(shape))
+        depth, body = place.get(computation, (0, entry))
+        for kind, shape, channel in kinds:
+            # A TPU's asynchronous collective stands in several fusions of a loop, under one channel: it runs once.
+            if (body, channel) not in seen:
+                groups.setdefault((depth, kind), []).append(_size(shape))
+            seen.add((body, channel))
     return tuple(
         Collectives(kind, level, len(sizes), sum(size for size, _ in sizes), max(sizes)[1])
         for (level, kind), sizes in sorted(groups.items())
