@@ -5,7 +5,8 @@ import time
 
 import jax
 import pytest
-from processes import free_port, start, wait
+from finetune_helpers import write_config
+from processes import command, free_port, joined, start, wait
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
@@ -87,6 +88,17 @@ def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
     ended = run(f"distributed.check_directory({str(tmp_path / 'file' / 'below')!r})", 2)
     assert [one.code for one in ended] == [2, 2]
     assert all("cannot be made" in one.last_line for one in ended)
+
+
+def test_commands_take_the_addresses_and_a_mistake_ends_all_with_one_line(tmp_path):
+    config = write_config(tmp_path / "config.py", fit_scorer__data=f"{tmp_path}/nowhere.csv")
+    address = f"127.0.0.1:{free_port()}"
+    common = ["fit-scorer", f"--config={config}", f"--workdir={tmp_path}/run"]
+    ended = wait(start([command([*common, *joined(address, 2, index)]) for index in range(2)], devices=1), timeout=120)
+    assert [one.code for one in ended] == [2, 2], [one.err for one in ended]
+    assert all("nowhere.csv" in one.last_line and "Traceback" not in one.err for one in ended)
+    assert ended[1].last_line == f"{ended[0].last_line} (process 0)"  # which alone reads the file
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_bucket_without_its_client_is_one_line(monkeypatch):

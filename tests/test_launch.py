@@ -97,7 +97,10 @@ def test_one_machine_goes_on_after_75_and_stops_at_anything_else(machine):
 def test_slurm_starts_one_step_and_requeues_after_75(machine):
     environment = {"SLURM_JOB_ID": "12345", "SLURM_SUBMIT_DIR": str(ROOT)}
     assert machine("gpu_slurm.sbatch", "--", *COMMAND, CODES="75", **environment).returncode == 75
-    assert machine.recorded("srun") == [["unidetox", *COMMAND, "--coordinator_port=22345"]]
+    assert machine.recorded("srun") == [["unidetox", *COMMAND]]
+    assert (
+        "JAX_COORDINATOR_PORT=22345" in machine("gpu_slurm.sbatch", "--dry_run", "--", *COMMAND, **environment).stdout
+    )
     assert machine.recorded("scontrol") == [["requeue", "12345"]]
     assert machine("gpu_slurm.sbatch", "--", *COMMAND, CODES="75 1", **environment).returncode == 1
     assert len(machine.recorded("scontrol")) == 1

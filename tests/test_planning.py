@@ -87,7 +87,10 @@ def test_what_does_not_fit_gets_a_suggestion_and_exit_code_1(place, capsys, monk
     monkeypatch.setattr(plan, "programs", lambda run, dtype: [plan.training_program("toxify", cfg, run.toxify)])
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT" in printed and "suggestion  --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
+    assert (
+        "DOES NOT FIT" in printed
+        and "suggestion  --config.toxify.remat=full --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
+    )
     monkeypatch.setitem(planning.CHIPS, "cpu", Chip(1000, 1e12, 1e11, 1e10))
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     assert "none of " in capsys.readouterr().out
@@ -143,6 +146,7 @@ HLO = """
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-gather.3 = f32[64,4]{1,0} all-gather(%x), dimensions={0}
   %inner = (s32[]) while(%t), condition=%cond.2, body=%body.2
+  %other = (s32[]) while(%t), condition=%cond.2, body=%body.3
 }
 
 %cond.2 (p: (s32[])) -> pred[] {
@@ -151,10 +155,19 @@ HLO = """
 
 %body.2 (p: (s32[])) -> (s32[]) {
   %f = f32[2]{0} fusion(%y), kind=kLoop, calls=%fused.1
+  %g = f32[2]{0} fusion(%f), kind=kLoop, calls=%fused.2
+}
+
+%body.3 (p: (s32[])) -> (s32[]) {
+  %same = bf16[5]{0} all-reduce(%y), channel_id=7, to_apply=%cond.2
 }
 
 %fused.1 (p: f32[2]) -> f32[2] {
-  %ar = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), to_apply=%cond.2
+  %ar = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), channel_id=7, to_apply=%cond.2
+}
+
+%fused.2 (p: f32[2]) -> f32[2] {
+  %again = (bf16[10]{0}, bf16[30]{0}) all-reduce-start(%p), channel_id=7, to_apply=%cond.2
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
@@ -169,8 +182,17 @@ def test_collectives_are_counted_at_their_depth_of_loops():
     assert found == {
         ("all-reduce", 0): (1, 64, "f32[16]"),
         ("all-gather", 1): (1, 1024, "f32[64,4]"),
-        ("all-reduce", 2): (1, 60, "bf16[30]"),
+        ("all-reduce", 2): (2, 70, "bf16[30]"),  # once in each of two loops
     }
+
+
+def test_the_compilers_complaints_are_read():
+    for message, expected in (
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.50G of 15.75G hbm.", 18.5 * (1 << 30)),
+        ("the total memory required for HLO temporaries (21.00G) exceeds available HBM (15.75G).", 21 << 30),
+        ("something else went wrong", None),
+    ):
+        assert planning._needed(message) == expected
 
 
 def test_costs_are_those_of_the_textbook():

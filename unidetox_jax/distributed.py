@@ -337,7 +337,8 @@ class _Watch:
             time.sleep(0.1)
 
     def _run(self) -> None:
-        beats: dict[str, tuple[str, float]] = {}
+        began = time.monotonic()  # one that dies before its first sign of life counts as well
+        beats = {f"unidetox/alive/{index}": ("", began) for index in range(self.members.count)}
         beat = 0
         while not self._over.is_set():
             beat += 1
@@ -349,7 +350,7 @@ class _Watch:
                 return self.fail("unidetox: process 0 is gone; the same command continues", 1)
             now = time.monotonic()
             for key, value in seen.items():
-                if beats.get(key, ("", 0.0))[0] != value:
+                if beats[key][0] != value:
                     beats[key] = value, now
             for key, value in sorted(failed.items()):
                 code, line = value.split(" ", 1)

@@ -72,7 +72,8 @@ class Program(NamedTuple):
     lower: mesh → jax's Lowered. flops, and bytes (mesh → bytes read and written): of one step, all devices together.
     steps: how often it runs.
     utilisation: the share of the tightest bound that is assumed. abstract: mesh → the arguments that stay on the
-    devices, as ShapeDtypeStructs. rounds: how often a step runs what stands at each depth of loops.
+    devices, as ShapeDtypeStructs. rounds: how often a step runs what stands at each depth of loops. leaner: (flag,
+    program) that needs less memory and more time.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Program(NamedTuple):
     utilisation: float
     abstract: Callable[[Mesh], Any]
     rounds: tuple[float, ...]
+    leaner: "tuple[str, Program] | None" = None
 
 
 class Collectives(NamedTuple):
@@ -159,11 +161,10 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip | None) -> Report:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
-        if found is None:
+        used = _needed(str(error))
+        if used is None:
             raise
-        used = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-        return Report(resident, used - resident, used, (), f"needs {used / GIB:.1f} of {found[3]} GiB")
+        return Report(resident, used - resident, used, (), f"needs {used / GIB:.1f} GiB a device")
     memory = compiled.memory_analysis()
     peak = max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes) + memory.generated_code_size_in_bytes
     refusal = ""
@@ -171,6 +172,15 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip | None) -> Report:
         refusal = f"needs {peak / GIB:.1f} of {chip.memory / GIB:.0f} GiB"
     found = collectives(compiled.as_text())
     return Report(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, found, refusal)
+
+
+def _needed(message: str) -> int | None:
+    """Bytes that a program needs, by the compiler's complaint that there are fewer."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of|required for HLO \w+ \(([\d.]+)([KMGT]?)\) exceeds", message)
+    if found is None:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def bytes_per_device(abstract: Any) -> int:
@@ -212,7 +222,7 @@ _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 def collectives(hlo: str) -> tuple[Collectives, ...]:
     """The collectives of a compiled program's text, by depth of loops: 0 once a call, 1 in every round of a loop, 2 in
     a loop within (a decoding step's scan over layers)."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[tuple[str, str, str]]] = {}  # computation → (kind, shape, channel or its own line)
     edges: dict[str, list[tuple[str, bool]]] = {}
     name = entry = ""
     for line in hlo.splitlines():
@@ -223,23 +233,29 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
             found[name], edges[name] = [], []
             continue
         if match := _COLLECTIVE.search(line):
-            found[name].append((match[2], match[1]))
+            channel = re.search(r"channel_id=\d+", line)
+            found[name].append((match[2], match[1], channel[0] if channel else line))
         for how, called in _CALLED.findall(line):
             for other in re.findall(r"[\w.\-]+", called):
                 edges.setdefault(name, []).append((other, how in ("body", "condition")))
-    depth = {entry: 0}
+    place = {entry: (0, entry)}  # computation → depth, and the loop's body (or the whole program) that it is part of
     queue = [entry]
     while queue:
         current = queue.pop()
+        depth, body = place[current]
         for other, loop in edges.get(current, ()):
-            deeper = depth[current] + loop
-            if other in edges and deeper > depth.get(other, -1):
-                depth[other] = deeper
+            if other in edges and depth + loop > place.get(other, (-1, ""))[0]:
+                place[other] = depth + loop, other if loop else body
                 queue.append(other)
     groups: dict[tuple[int, str], list[tuple[int, str]]] = {}
+    seen = set()
     for computation, kinds in found.items():
-        for kind, shape in kinds:
-            groups.setdefault((depth.get(computation, 0), kind), []).append(_size(shape))
+        depth, body = place.get(computation, (0, entry))
+        for kind, shape, channel in kinds:
+            # A TPU's asynchronous collective stands in several fusions of a loop, under one channel: it runs once.
+            if (body, channel) not in seen:
+                groups.setdefault((depth, kind), []).append(_size(shape))
+            seen.add((body, channel))
     return tuple(
         Collectives(kind, level, len(sizes), sum(size for size, _ in sizes), max(sizes)[1])
         for (level, kind), sizes in sorted(groups.items())

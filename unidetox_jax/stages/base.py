@@ -54,7 +54,7 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
     dry_run: says what would be done, and does nothing.
     """
     if dry_run:
-        for task in tasks:
+        for task in tasks if jax.process_index() == 0 else ():
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
     with preemption.ends_at_once():

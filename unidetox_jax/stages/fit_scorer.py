@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.scorers import labelled, linear
-from unidetox_jax.stages import base
+from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import FitScorerSettings, Run
 
 LABELS = ("harmless", "toxic")
@@ -33,6 +33,8 @@ def tasks(run: Run) -> list[base.Task]:
         return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
 
     def body(directory: epath.Path) -> dict:
+        if not parts.first_process():  # nothing here is for devices
+            return {}
         figures = fit(settings, directory)
         print(describe(figures))
         print(f"use it: --config.evaluate.scorer=linear:{directory}")

@@ -87,7 +87,14 @@ def programs(run: Run, dtype: str) -> Iterator[Program]:
 
 
 def training_program(name: str, cfg: ModelConfig, settings: TrainingSettings) -> Program:
-    """An optimizer step on the largest batch that can come: one text a row, each as long as it may be."""
+    """An optimizer step on the largest batch that can come: one text a row, each as long as it may be.
+
+    name: of the stage and the model, "toxify gpt2-xl".
+    """
+    leaner = None
+    if settings.remat != "full":
+        again = training_program(name, cfg, dataclasses.replace(settings, remat="full"))
+        leaner = f"--config.{name.split()[0]}.remat=full", again
     length = min(settings.max_length, cfg.max_position_embeddings)
     optimizer = training.Optimizer(
         learning_rate=settings.learning_rate,
@@ -123,6 +130,7 @@ def training_program(name: str, cfg: ModelConfig, settings: TrainingSettings) ->
         planning.TRAINING_UTILISATION,
         lambda mesh: training.abstract_state(cfg, optimizer, mesh),
         (1, cfg.num_layers * settings.accumulation),
+        leaner,
     )
 
 
@@ -329,12 +337,14 @@ def _describe(program: Program, report: Report, mesh: Mesh, topology: Topology) 
 
 
 def _suggest(run: Run, program: Program, topology: Topology) -> str:
-    """What would fit, as flags; the meshes of MESHES are tried, with recomputation for training."""
-    for layout in _meshes(run)[1:]:
+    """What would fit, as flags: recomputation on the run's mesh, then the other meshes."""
+    flag, program = program.leaner or ("", program)
+    for layout in _meshes(run) if flag else _meshes(run)[1:]:
         report = _compile(program, layout, topology)
         if report is not None and not report.refusal:
-            return f"--config.mesh={layout} needs {report.peak / GIB:.1f} GiB"
-    return "none of " + ", ".join(_meshes(run)) + " fits; take more chips, accumulation, remat=full or a smaller batch"
+            mesh = "" if layout == run.shared.mesh else f"--config.mesh={layout}"
+            return f"{' '.join(filter(None, (flag, mesh)))} needs {report.peak / GIB:.1f} GiB"
+    return "none of " + ", ".join(_meshes(run)) + " fits; take more chips, accumulation or a smaller batch"
 
 
 def _compile(program: Program, layout: str, topology: Topology) -> Report | None:
