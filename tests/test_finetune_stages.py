@@ -22,6 +22,7 @@ from finetune_helpers import (
 )
 
 from unidetox_jax import checkpoint, cli, data, models
+from unidetox_jax.data import toyworld
 from unidetox_jax.stages import base, pretrain, settings, toxify
 
 MESH = "data:2,fsdp:4"
@@ -176,16 +177,21 @@ def test_an_estimate_needs_no_model(world, tmp_path):
 def test_pretrain_writes_the_world_it_learns(run, world, tmp_path, monkeypatch):
     """The tokenizers and texts are the world's own, written first; twice the same command writes once."""
     written = []
-    small = types.SimpleNamespace(write=lambda directory, seed: (written.append(seed), make_world(directory)))
-    monkeypatch.setattr(pretrain, "toyworld", small)
+
+    def write(directory, seed, sizes):
+        written.append((seed, sizes.train, sizes.scorer))
+        make_world(directory)
+
+    monkeypatch.setattr(pretrain, "toyworld", types.SimpleNamespace(write=write, Sizes=toyworld.Sizes))
     fields = {
-        "pretrain__world": True, "pretrain__world_seed": 5, "pretrain__models": ("{workdir}/world/models/opt",),
+        "pretrain__world": True, "pretrain__world_seed": 5, "pretrain__world_texts": 400,
+        "pretrain__models": ("{workdir}/world/models/opt",),
         "pretrain__data": "jsonl:{workdir}/world/train.jsonl",
         "pretrain__validation": "jsonl:{workdir}/world/valid.jsonl",
     }  # fmt: skip
     for _ in range(2):
         assert run("pretrain", tmp_path, **fields) == 0
-    assert written == [5]
+    assert written == [(5, 400, 400)]
     assert checkpoint.load_config(tmp_path / "pretrained/opt").family == "opt"
     assert run("toxify", tmp_path, base="{workdir}/pretrained/opt") == 0
 
@@ -213,7 +219,10 @@ def test_a_finished_model_stays_readable_while_it_is_exported_again(finished, ru
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint.store.hf, "write", write_and_look)
-        (finished / "toxic/stage.json").rename(finished / "toxic/stage.partial.json")
+        record = json.loads((finished / "toxic/stage.json").read_text())
+        begun = {key: record[key] for key in ("stage", "settings", "inputs")}
+        (finished / "toxic/stage.partial.json").write_text(json.dumps(begun))
+        (finished / "toxic/stage.json").unlink()
         assert run("toxify", finished) == 2
     assert seen == [True] and same(weights(finished / "toxic"), before)
     assert run("toxify", finished) == 0  # and the checkpoint of the last step is enough to finish

@@ -90,28 +90,29 @@ def use_compilation_cache() -> None:
 
 
 def check_directory(directory: epath.PathLike) -> None:
-    """Makes a working directory, and makes sure that every process sees it.
+    """Makes sure that a working directory can be reached; of several processes, makes it, and sure that all see it.
 
     Raises:
       UserError: on every process, where it cannot be made, or one of them does not see what process 0 wrote there.
     """
     directory = epath.Path(directory)
+    if _watch is None:
+        try:
+            directory.exists()
+        except ImportError:  # etils has no client of the object store
+            raise UserError(f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'") from None
+        return
     mark = directory / ".visible"
     problem, token = "", ""
-    if _watch is None or _watch.members.index == 0:
+    if _watch.members.index == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if _watch is not None:
-                token = str(time.time_ns())
-                mark.write_text(token)
+            token = str(time.time_ns())
+            mark.write_text(token)
         except ImportError:  # etils has no client of the object store
             problem = f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'"
         except OSError as error:
             problem = f"{directory}: cannot be made or written ({error.strerror or error})"
-    if _watch is None:
-        if problem:
-            raise UserError(problem)
-        return
     token, problem = _watch.exchange("mark", f"{token}\n{problem}")[0].split("\n", 1)
     if problem:
         raise UserError(problem)

@@ -109,7 +109,7 @@ def run_stage(
         if (force or differences) and writer:
             directory.rmtree(missing_ok=True)
     if writer:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         write_json(directory / PARTIAL, wanted)
     distributed.barrier(f"{name} begun")
     started = time.monotonic()
@@ -133,6 +133,13 @@ def run_stage(
         (directory / PARTIAL).unlink(missing_ok=True)
     distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
     return record
+
+
+def _make(directory: epath.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made ({error.strerror or error})") from None
 
 
 def is_complete(directory: epath.PathLike) -> bool:
