@@ -45,6 +45,7 @@ setup(
             TORCH,
             "lm_eval[hf]>=0.4.13",
             "hypothesis>=6.100",
+            "jax[tpu]>=0.10",  # the TPU's compiler, for plans; it needs no TPU
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",
