@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -102,6 +103,14 @@ def test_a_second_run_does_nothing_and_other_settings_are_explained(alone, capsy
     assert cli.main(command(workdir, "--config.distill.seed=7")) == 2
     assert "settings.seed: there 1234, now 7" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
+
+
+@pytest.mark.slow
+def test_a_working_directory_that_was_moved_is_still_done(alone, tmp_path, capsys):
+    shutil.copytree(alone[0], tmp_path / "moved")
+    assert cli.main(command(tmp_path / "moved", "--stages=pretrain,toxify,distill,detoxify,evaluate,analyze")) == 0
+    assert "12 of 12 done" in capsys.readouterr().out
+    assert finished(tmp_path / "moved") == finished(alone[0])
 
 
 @pytest.mark.slow

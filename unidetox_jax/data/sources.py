@@ -120,9 +120,12 @@ def texts(
 
 
 def fingerprint(spec: str, data_dir: epath.PathLike = "") -> str:
-    """A few characters that change with the source's bytes and with the spec: an input of `stage.json`."""
+    """A few characters that change with the source's bytes and with what the spec asks of them, and not with where the
+    source lies: an input of `stage.json`."""
     parsed = parse_spec(spec)
-    return files.content_hash(_contents(parsed, data_dir), parsed.name, parsed.argument, sorted(parsed.options.items()))
+    variant = "" if parsed.name in FILES else parsed.argument
+    options = sorted((name, value) for name, value in parsed.options.items() if name != "file")
+    return files.content_hash(_contents(parsed, data_dir), parsed.name, variant, options)
 
 
 def default_cache_dir() -> epath.Path:
