@@ -178,3 +178,14 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, state):
         checkpointer.save(3, state, wait=True)
         assert checkpointer.latest_step() == 3
     assert not (tmp_path / "tree").exists()
+
+
+def test_relative_directories_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {"a": jnp.arange(8.0)}
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    orbax_io.save_tree("tree", tree)
+    np.testing.assert_array_equal(orbax_io.restore_tree("tree", target)["a"], tree["a"])
+    with orbax_io.Checkpointer("series") as series:
+        series.save(3, tree, wait=True)
+        assert series.restore_latest(target)[0] == 3

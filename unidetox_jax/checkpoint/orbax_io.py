@@ -9,6 +9,7 @@ it has read stays in reference cycles: without a collection, two copies of a lar
 import gc
 import logging as standard_logging
 import math
+import os
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from unidetox_jax.checkpoint.safetensors_file import is_remote
 from unidetox_jax.errors import UserError
 
 CHUNK_BYTES = 1 << 26  # what one read or write holds; small enough for meshes that cut a leaf in other places
@@ -60,7 +62,7 @@ def save_tree(directory: epath.PathLike, tree: Any) -> None:
     Raises:
       UserError: it could not be written.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     checkpointer = ocp.Checkpointer(_handler(tree, gentle=True))
     try:
         checkpointer.save(directory, args=_save_args(tree))
@@ -76,7 +78,7 @@ def restore_tree(directory: epath.PathLike, target: Any) -> Any:
     Raises:
       UserError: no such directory, damaged files, or leaves or shapes unlike the target's (the first).
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     checkpointer = ocp.Checkpointer(_handler(target, gentle=True))
     try:
         difference = _first_difference(_saved_leaves(checkpointer.metadata(directory)), target)
@@ -113,7 +115,7 @@ def saved_dtypes(directory: epath.PathLike) -> dict[str, str]:
     Raises:
       UserError: no such directory, or damaged files.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
         return {name: dtype for name, (_, dtype) in _saved_leaves(checkpointer.metadata(directory)).items()}
@@ -131,7 +133,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self._keep = keep
         self._manager = None
         self._damaged: list[int] = []
@@ -247,6 +249,12 @@ class Checkpointer:
         if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(not reason)).all():
             return None, reason or "damaged for another process"
         return tree, reason
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax writes to no relative path."""
+    directory = epath.Path(directory)
+    return directory if is_remote(directory) else epath.Path(os.path.abspath(directory))
 
 
 def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False) -> str | None:
