@@ -75,11 +75,12 @@ def test_the_loss_curve_is_one_devices(one_device, layout):
     assert kernel.addressable_shards[0].data.size == kernel.size // ways
 
 
-@pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
-def test_parts_equal_the_whole(cfg, layout):
+@pytest.mark.parametrize(("layout", "count"), [("", 4), ("data:2,fsdp:2,model:2", 2)])
+def test_parts_equal_the_whole(cfg, layout, count):
+    """Eight rows at once, and as four parts of two (or two of four, which a mesh of four batch shards can take)."""
     mesh = sharding.make_mesh(layout) if layout else None
     whole, one = train(cfg, 4, mesh, PUBLISHED)
-    parts, other = train(cfg, 4, mesh, PUBLISHED, accumulation=2)
+    parts, other = train(cfg, 4, mesh, PUBLISHED, accumulation=count)
     for name in ("loss", "grad_norm", "targets"):
         np.testing.assert_allclose(column(parts, name), column(whole, name), rtol=2e-6)
     assert_same_moments(one, other)
