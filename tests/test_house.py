@@ -1,7 +1,9 @@
 """The walls of the house: who may import whom, which libraries stay in which room, what the command line says."""
 
 import ast
+import os
 import pathlib
+import sys
 
 import pytest
 
@@ -81,3 +83,16 @@ def test_mistakes_in_a_configuration_name_the_field(argument, words, capsys):
     printed = capsys.readouterr().err
     assert words in printed and printed.count("\n") == 1
     assert not (PACKAGE.parent / "nowhere").exists()
+
+
+def test_a_configuration_edited_within_a_second_is_read_anew(tmp_path, monkeypatch):
+    """Python's cache of compiled files compares whole seconds and sizes, and would give the old one."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    config = tmp_path / "config.py"
+    for learning_rate in (1, 2, 3):
+        config.write_text(
+            "import ml_collections\n\n\ndef get_config():\n"
+            f"    return ml_collections.ConfigDict({{'learning_rate': {learning_rate}}})\n"
+        )
+        os.utime(config, (1, 1))
+        assert cli.load_config(str(config)).learning_rate == learning_rate

@@ -145,11 +145,14 @@ def _parse_config(file: str, path: str, overrides: Sequence[str]):
     arguments = ["unidetox", f"--config={path}", *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # it tells files apart by whole seconds
     try:
         values(arguments)
         return values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
 
 
 def _check_fields(config, overrides: Sequence[str]) -> None:

@@ -93,20 +93,30 @@ def restore_tree(directory: epath.PathLike, target: Any) -> Any:
 
 
 def _restore_in_parts(checkpointer: ocp.Checkpointer, directory: epath.Path, target: Any) -> Any:
-    """The restored tree: large leaves one by one, the largest first, while little else is held; then the rest."""
+    """The restored tree, the largest leaves first, while little else is held; at most AT_ONCE_BYTES, or one leaf."""
     leaves, structure = jax.tree.flatten(target)
-    order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
-    large = [i for i in order if _nbytes(leaves[i]) > AT_ONCE_BYTES]
     restored: list[Any] = [None] * len(leaves)
-    for part in [*([i] for i in large), order[len(large) :]]:
+    for part in _parts([_nbytes(leaf) for leaf in leaves]):
         wanted = structure.unflatten([leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)])
         found = jax.tree.leaves(checkpointer.restore(directory, args=_restore_args(wanted)))
         for i in part:
             restored[i] = found[i].block_until_ready()
-        if large:
-            del found
-            gc.collect()
+        del found
+        gc.collect()
     return structure.unflatten(restored)
+
+
+def _parts(sizes: list[int]) -> list[list[int]]:
+    """Positions in groups of at most AT_ONCE_BYTES, the largest first; what is larger stands alone."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if not parts or sizes[i] > room:
+            parts.append([])
+            room = AT_ONCE_BYTES
+        parts[-1].append(i)
+        room -= sizes[i]
+    return parts
 
 
 def saved_dtypes(directory: epath.PathLike) -> dict[str, str]:
