@@ -27,6 +27,7 @@ def get_config():
     config.evaluate.update(
         samples=8,
         runs=1,
+        score_batch_size=100,  # so that attention's scores stay in a CPU's cache
         scorer="linear:{workdir}/scorer",
         perplexity_scorer=MODEL,
         text_file="{data_dir}/text/valid.txt",

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unidetox_jax import data
+from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.errors import UserError
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
@@ -91,6 +92,28 @@ def test_padding_token():
 def test_mistakes(texts, tokenizer, length, settings, message):
     with pytest.raises(UserError, match=message):
         data.tokenize(texts, tokenizer, length, **settings)
+
+
+def same_as_transformers(tokenizer, texts):
+    for special in (True, False):
+        expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+        assert encode(tokenizer, texts, special) == expected
+    assert encode(tokenizer, []) == []
+    decoded = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in expected]
+    assert decode(tokenizer, expected) == decoded
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, LLAMA, OPT, ENDING])
+def test_the_library_says_what_transformers_says(tokenizer):
+    texts = ["a b c", "", "d </s> a", "a " * 50]
+    same_as_transformers(tokenizer, texts)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    same_as_transformers(tokenizer, texts)
+
+
+def test_real_tokenizers_through_their_library(shared):
+    for place in ("tokenizers/gpt2", "models/stories260K"):
+        same_as_transformers(AutoTokenizer.from_pretrained(shared / place), ["Once upon", " ünïcode \n", "", "don't ."])
 
 
 def test_real_tokenizers(shared):

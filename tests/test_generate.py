@@ -250,12 +250,12 @@ def test_samples_share_their_prompts_pass_and_change_nothing():
 @pytest.mark.parametrize(
     ("slots", "new", "expected"),
     [
-        (0, 20, (64,)),
-        (48, 20, (80,)),
-        (60, 20, (68,)),
-        (40, 80, (24, 88)),
-        (40, 90, (24, 152)),
-        (40, 200, (24, 88, 152, 216)),
+        (0, 20, (24,)),
+        (48, 20, (24,)),
+        (60, 20, (20,)),
+        (40, 80, (24, 80)),
+        (40, 90, (24, 96)),
+        (40, 200, (24, 88, 152, 200)),
     ],
 )
 def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, expected):

@@ -133,6 +133,30 @@ def test_prefill_and_steps_equal_forward(sample, layer_loop):
     assert int(cache.slot) == 12 and cache.positions.tolist() == [12, 9, 9]
 
 
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_branches_of_a_prompt_equal_forward(sample, layer_loop):
+    """Two continuations of each prompt, which share its keys and values: at once, and token by token."""
+    _, params, cfg = sample
+    cfg = dataclasses.replace(cfg, layer_loop=layer_loop)
+    prompts, new = tokens_of(cfg, 3, 8), tokens_of(cfg, 10, 4)[4:]
+    mask = np.ones((3, 8), np.int32)
+    mask[1, :3] = 0
+    mask[2, 5:] = 0
+    tokens = np.concatenate([np.repeat(prompts, 2, axis=0), new], axis=1)
+    whole = models.forward(params, tokens, cfg, np.pad(np.repeat(mask, 2, axis=0), ((0, 0), (0, 4)), constant_values=1))
+    prepared = models.prepare(params, cfg)
+    _, cache = models.prefill(prepared, prompts, cfg, models.init_cache(cfg, 3, 8), mask)
+    cache = models.branch_cache(cache, 2, 6)
+    hidden, extended = models.extend(prepared, new, cfg, cache)
+    assert np.abs(models.logits(params, hidden, cfg) - whole[:, 8:]).max() <= TOLERANCE
+    assert int(extended.slot) == 4 and extended.positions.tolist() == [12, 12, 9, 9, 9, 9]
+    for t in range(4):
+        logits, cache = models.decode_step(prepared, new[:, t], cfg, cache)
+        assert np.abs(logits - whole[:, 8 + t]).max() <= TOLERANCE
+    with pytest.raises(ValueError, match="cannot branch again"):
+        models.branch_cache(cache, 2, 6)
+
+
 def test_causal_by_gradients(sample):
     _, params, cfg = sample
     embed = params["embed"]["tokens"]["embedding"]

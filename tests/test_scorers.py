@@ -8,9 +8,11 @@ import threading
 import jax
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 import transformers
 from ml_collections import ConfigDict
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -97,6 +99,13 @@ def test_linear_equals_scikit_learn_after_a_round_trip(tmp_path):
     found = scorers.get(f"linear:{tmp_path}")(fresh)
     np.testing.assert_allclose(found, model.predict_proba(fitted.features(fresh))[:, 1], atol=1e-9)
     np.testing.assert_array_equal(found, fitted.toxicity(fresh))
+    theirs = [
+        TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=100_000, **analysis).fit(texts)
+        for analysis in linear.ANALYSES.values()
+    ]
+    odd = ["", "A\u00a0b  C\tto-to", "ΣΑΣ rude, rude"]
+    expected = scipy.sparse.hstack([vectorizer.transform(fresh + odd) for vectorizer in theirs])
+    assert abs(fitted.features(fresh + odd) - expected).max() == 0
     assert np.ptp(found) > 0.5
     np.load(tmp_path / "linear.npz", allow_pickle=False)["weights"]
 

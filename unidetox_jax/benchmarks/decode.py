@@ -145,7 +145,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str
         transpose_head=jax.default_backend() == "cpu",
     )
     params, settings = tuple(model.params for model in pair), _settings()
-    program = loop.program_of_backend()
+    program = loop.program_of_backend(batch)
     cached, made = jax.config.jax_enable_compilation_cache, []
 
     def compile_it():

@@ -103,7 +103,7 @@ def tokenize(
     kept, rows, truncated = [], [], 0
     for start in range(0, len(texts), BATCH):
         chunk = list(texts[start : start + BATCH])
-        for index, ids in enumerate(_encode(tokenizer, chunk), start):
+        for index, ids in enumerate(encode(tokenizer, chunk, special=False), start):
             if not ids or not texts[index].strip():
                 continue
             whole = before + ids + (suffix if ended is None or ended[index] else [])
@@ -126,9 +126,27 @@ def tokenize(
     return tokens
 
 
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the tokenizer's own limit is cut here, and is no cause for a warning
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def encode(tokenizer, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+    """Token lists of texts, with the special tokens that the tokenizer adds, or without; however long they are.
+
+    Surprising: the Rust library behind most tokenizers is asked itself. What transformers puts around each of its
+    answers takes longer than the answers.
+    """
+    texts = list(texts)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    backend.no_truncation()
+    backend.no_padding()
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of token lists, without special tokens, exactly as the tokens spell them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return backend.decode_batch(list(rows), skip_special_tokens=True)
 
 
 def prefix(tokenizer, add_bos: bool | None = None) -> list[int]:

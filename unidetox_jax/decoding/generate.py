@@ -113,7 +113,7 @@ def generate(
         pad=_pad(models[0].cfg, eos_id),
     )
     with _use(mesh):
-        output = loop.program_of_backend()(
+        output = loop.program_of_backend(rows)(
             tuple(model.params for model in models),
             _place(inputs, mesh),
             objective,
@@ -153,7 +153,7 @@ def make_plan(
     return loop.Plan(
         configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
         prompt_slots=slots,
-        segments=loop.plan_segments(max(slots), max_new_tokens),
+        segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens),
         transpose_head=transpose_head,
         official_cache=cache == "official",
         log_probabilities=log_probabilities,

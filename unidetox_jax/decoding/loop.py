@@ -24,6 +24,8 @@ from unidetox_jax.decoding.plugin import Objective
 from unidetox_jax.models import Cache, ModelConfig
 
 SEGMENT = 64  # slots: smaller reads less that is not live, larger compiles fewer loops
+MANY_ROWS = 128
+ROOM = SEGMENT // 8  # what the last segment is rounded up to, and the least that is worth a loop of its own
 
 Logits = tuple[jax.Array, ...]  # float32 [B,V] of each model
 
@@ -47,8 +49,8 @@ class Plan:
         return self.segments[-1]
 
     def cache_lengths(self, segment: int) -> tuple[int, ...]:
-        """Slots of each model's cache during one segment."""
-        return tuple(slots + self.segments[segment] for slots in self.prompt_slots)
+        """Slots of each model's cache during one segment; rows that share a prompt have it beside theirs."""
+        return tuple((slots if self.samples == 1 else 0) + self.segments[segment] for slots in self.prompt_slots)
 
 
 class Inputs(NamedTuple):
@@ -89,17 +91,14 @@ class Output(NamedTuple):
 
 
 def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
-    """Where the segments end, in new tokens, after P slots of prompt: at multiples of `SEGMENT` slots.
+    """Where the segments end, in new tokens, after P slots of prompt: at multiples of `SEGMENT` slots, the last one as
+    soon as there is room.
 
-    A first or a last one of less than a quarter segment is joined to its neighbour: a loop takes seconds to compile.
+    A first or a last one of less than `ROOM` is joined to its neighbour: a loop takes seconds to compile.
     """
-    first = SEGMENT - prompt_slots % SEGMENT
-    first += SEGMENT if first < SEGMENT // 4 else 0
-    more = -(-max(new_tokens - first, 0) // SEGMENT)
-    ends = [first + SEGMENT * i for i in range(more + 1)]
-    if more and new_tokens - ends[-2] < SEGMENT // 4:
-        del ends[-2]
-    return tuple(ends)
+    slots = -(-(prompt_slots + new_tokens) // ROOM) * ROOM
+    inner = [end - prompt_slots for end in range(prompt_slots // SEGMENT * SEGMENT + SEGMENT, slots, SEGMENT)]
+    return (*(end for end in inner if ROOM <= end <= new_tokens - ROOM), slots - prompt_slots)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -130,13 +129,15 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
 
 
 @functools.cache
-def program_of_backend() -> Callable[..., Output]:
-    """`program` with the options under which the default backend runs it fastest; use it with `transpose_head` on CPU.
+def program_of_backend(rows: int) -> Callable[..., Output]:
+    """`program` with the options under which the default backend decodes so many rows fastest; use it with
+    `transpose_head` on CPU.
 
     On CPU, XLA gives matrix products to YNNPACK, which packs the weights anew in every step. Its older way, through
-    Eigen, takes three quarters of the time for 8 to 128 rows, as long as no matrix has to be read transposed.
+    Eigen, takes three quarters of the time for 8 to 64 rows, as long as no matrix has to be read transposed; from 128
+    rows on YNNPACK is as fast for large models, and faster for small ones.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or rows >= MANY_ROWS:
         return program
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
@@ -153,10 +154,13 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
     for tree, cfg, tokens, mask, length in zip(
         params, plan.configs, inputs.prompts, inputs.masks, plan.cache_lengths(0), strict=True
     ):
-        cache = models.init_cache(cfg, tokens.shape[0], length)
-        if tokens.shape[1] > 1:
-            _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        caches.append(models.repeat_cache(cache, plan.samples))
+        rows, slots = tokens.shape[0], tokens.shape[1] - 1
+        if not slots:
+            caches.append(models.init_cache(cfg, batch, length))
+            continue
+        cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
+        _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
+        caches.append(cache if plan.samples == 1 else models.branch_cache(cache, plan.samples, length))
     return State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.stack([jnp.repeat(tokens[:, -1], plan.samples) for tokens in inputs.prompts]),

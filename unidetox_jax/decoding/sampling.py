@@ -27,6 +27,7 @@ from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
 
 _BLOCK = 256  # tokens of the vocabulary summed together by the inverse law
+_SMALL_VOCABULARY = 4096  # tokens, sorted in no time
 _ROW_STREAM = 0xFFFFFFFF  # folded in for a row's uniform number; no token has this id
 
 
@@ -61,7 +62,7 @@ def draw(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.A
     if k >= size:
         return _draw_from_all(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
     # One more than k, to see whether the k-th ties with it; picked by reductions, as a slice would mean a sort.
-    values, ids = top_candidates(scores, k + 1)
+    values, ids = _candidates(scores, k + 1)
     rank = jnp.arange(k + 1)
     last, next_ = (jnp.max(values, -1, where=rank == r, initial=-jnp.inf) for r in (k - 1, k))
     tied = (last == next_) & (last > -jnp.inf)
@@ -116,6 +117,16 @@ def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return local(scores)
 
 
+def _candidates(scores, k):
+    """What `top_candidates` gives, but ties in any order. On CPU `lax.top_k` takes half the time where what is likely
+    stands in front, and in a small vocabulary that is done by putting what is likely in most rows there."""
+    if jax.default_backend() != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
+        return top_candidates(scores, k)
+    order = jnp.argsort(-scores.mean(0))
+    values, places = top_candidates(scores[:, order], k)
+    return values, order[places]
+
+
 def _draw_from_candidates(values, ids, warpers, keys):
     """float32 [B,k] scores and int32 [B,k] ids of the top-k candidates, in any order → int32 [B]."""
     for warper in warpers:
@@ -123,13 +134,22 @@ def _draw_from_candidates(values, ids, warpers, keys):
             case Temperature() | MinP():
                 values = warper(values)
             case TopP(tail=tail):
-                # Ascending, ties by id, as in the whole vocabulary's order.
-                values, ids = lax.sort((values, ids), num_keys=2)
-                mass = jnp.cumsum(jax.nn.softmax(values, -1), -1)
-                kept = (mass > tail).at[:, -1].set(True)
+                values, ids = _in_order(values, ids)
+                rank = jnp.arange(values.shape[-1])
+                upto = (rank[:, None] >= rank).astype(jnp.float32)  # as a product: cumulative sums are slow on CPU
+                mass = jnp.dot(jax.nn.softmax(values, -1), upto, precision="highest")
+                kept = (mass > tail) | (rank == 0)
                 values = jnp.where(kept, values, -jnp.inf)
-    best = jnp.argmax(values + token_noise(keys, ids), -1, keepdims=True)
-    return jnp.take_along_axis(ids, best, -1)[:, 0]
+    values += token_noise(keys, ids)
+    best = values == values.max(-1, keepdims=True)
+    return jnp.min(ids, -1, where=best, initial=jnp.iinfo(jnp.int32).max)  # a third of the time of an argmax on CPU
+
+
+def _in_order(values, ids):
+    """Candidates by descending (value, id), the reverse of the whole vocabulary's order in top-p. They come by
+    descending value, ties in any order: most steps need no sort."""
+    tied = jnp.any((values == jnp.roll(values, 1, -1)) & (values > -jnp.inf))
+    return lax.cond(tied, lambda: tuple(x[:, ::-1] for x in lax.sort((values, ids), num_keys=2)), lambda: (values, ids))
 
 
 def _draw_from_all(scores, warpers, keys):

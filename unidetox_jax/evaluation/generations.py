@@ -19,7 +19,6 @@ from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.likelihood import power_bucket
-from unidetox_jax.evaluation.perplexity import encode
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
@@ -42,7 +41,7 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -
       UserError: a prompt of no token of its own.
     """
     before = data_tokens.prefix(tokenizer) if bos else []
-    found = encode(tokenizer, prompts, special=False)
+    found = data_tokens.encode(tokenizer, prompts, special=False)
     for index, own in enumerate(found):
         if not own:
             raise UserError(f"prompt {index} ({prompts[index]!r}) has no tokens under the model's tokenizer")
@@ -179,10 +178,10 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _texts(tokenizer, prompts, encoded, new, official: bool) -> list[list[str]]:
-    heads = _decode(tokenizer, encoded)
+    heads = data_tokens.decode(tokenizer, encoded)
     result = []
     for prompt, tokens, head, own in zip(prompts, encoded, heads, new, strict=True):
-        whole = _decode(tokenizer, [tokens + continuation for continuation in own])
+        whole = data_tokens.decode(tokenizer, [tokens + continuation for continuation in own])
         if official:
             result.append([text.replace(prompt, "") for text in whole])
         else:
@@ -192,8 +191,4 @@ def _texts(tokenizer, prompts, encoded, new, official: bool) -> list[list[str]]:
 
 def _after(head: str, whole: str, tokenizer, own: Sequence[int]) -> str:
     # The prompt's end may be half a character, which the continuation completes.
-    return whole[len(head) :] if whole.startswith(head) else _decode(tokenizer, [own])[0]
-
-
-def _decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
-    return tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return whole[len(head) :] if whole.startswith(head) else data_tokens.decode(tokenizer, [own])[0]

@@ -118,6 +118,11 @@ def length_bucket(length: int, limit: int) -> int:
     return min(-(-length // step) * step, max(limit, length))
 
 
+def fine_bucket(length: int) -> int:
+    """The padded length of what many rows have of their own: multiples of 8 up to 64, then powers of two."""
+    return -(-length // 8) * 8 if length <= 64 else power_bucket(length)
+
+
 def power_bucket(size: int) -> int:
     """The smallest power of two that is not less than `size` ≥ 1."""
     return 1 << (size - 1).bit_length()
@@ -199,12 +204,14 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
     rows = [row for family in batch.families for row in family.rows]
     shared = bool(len(batch.families[0].prefix))
     longest = max(len(row.tokens) for row in rows)
-    length = power_bucket(max(longest, 16)) if shared else length_bucket(longest, limit)
+    length = fine_bucket(longest) if shared else length_bucket(longest, limit)
     most = max(len(row.scored) for row in rows)
-    scored_length = power_bucket(most) if most else 0
+    scored_length = fine_bucket(most)
     widest = max(len(row.last) for row in rows)
     width = 1 if widest == 1 else max(4, power_bucket(widest))
     size = batch.size * batch.group
+    piece = piece_length(model.cfg, mesh, size, scored_length)
+    scored_length = -(-scored_length // piece) * piece if piece else 0
 
     tokens = np.zeros((size, length), np.int32)
     scored = np.zeros((size, scored_length), np.int32)
@@ -217,7 +224,6 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
             last[index, : len(row.last)] = row.last
             spans[index] = row.start, len(row.scored)
 
-    piece = piece_length(model.cfg, mesh, size, scored_length)
     arrays = (tokens, spans, scored, last, *(_prefixes(batch, limit) if shared else ()))
     placed = [put(array, sharding.batch_sharding(mesh)) for array in arrays]
     with jax.set_mesh(mesh):
@@ -225,10 +231,9 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
 
 
 def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The families' contexts and which of their tokens are real, [F, a power of two]: a padded token costs little
-    here, once for all of a family's rows."""
+    """The families' contexts and which of their tokens are real, [F, a bucket]."""
     longest = max(len(family.prefix) for family in batch.families)
-    length = max(longest, min(power_bucket(longest), limit))
+    length = length_bucket(longest, limit)
     tokens, real = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), bool)
     for index, family in enumerate(batch.families):
         tokens[index, : len(family.prefix)] = family.prefix
@@ -242,7 +247,7 @@ def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
 
 
 def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
-    """Scored positions that meet the head at once, a power of two: LOGITS_BYTES bound their logits."""
+    """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
     per_device = max(1, rows // sharding.batch_ways(mesh)) * cfg.vocab_size * 4
     return min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
@@ -258,9 +263,9 @@ def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
     tokens, spans, scored, last, *prefix = arrays
     start, count = spans[:, 0], spans[:, 1]
     if prefix:
-        cache = models.init_cache(cfg, prefix[0].shape[0], prefix[0].shape[1] + tokens.shape[1])
+        cache = models.init_cache(cfg, *prefix[0].shape)
         _, cache = models.prefill(params, prefix[0], cfg, cache, prefix[1])
-        hidden, _ = models.extend(params, tokens, cfg, models.repeat_cache(cache, group))
+        hidden, _ = models.extend(params, tokens, cfg, models.branch_cache(cache, group, tokens.shape[1]))
     else:
         hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
 

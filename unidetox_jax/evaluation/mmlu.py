@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.likelihood import loglikelihood
-from unidetox_jax.evaluation.perplexity import encode
 from unidetox_jax.models import Model
 
 LETTERS = "ABCD"

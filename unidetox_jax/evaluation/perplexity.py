@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.evaluation.toxicity import interval
@@ -185,11 +186,6 @@ def windows(tokens: Sequence[int], length: int, stride: int) -> tuple[list[Seque
         continuations.append(tokens[at:end])
         at = end
     return contexts, continuations
-
-
-def encode(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    """Token lists of texts, with the special tokens that the tokenizer adds, or without."""
-    return tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
 
 
 def _common(prompt: Sequence[int], full: Sequence[int]) -> int:

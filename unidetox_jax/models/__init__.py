@@ -1,6 +1,6 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
-from unidetox_jax.models.cache import Cache, grow_cache, init_cache, repeat_cache
+from unidetox_jax.models.cache import Cache, branch_cache, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.keys import Key
 from unidetox_jax.models.published import PUBLISHED, published_config
@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "abstract_params",
+    "branch_cache",
     "config_from_hf",
     "config_to_hf",
     "decode_step",
@@ -48,5 +49,4 @@ __all__ = [
     "prefill",
     "prepare",
     "published_config",
-    "repeat_cache",
 ]

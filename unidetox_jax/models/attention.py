@@ -1,12 +1,13 @@
 """Attention, rotary positions, ALiBi: pure functions on arrays.
 
 Letters: B batch, Q queries, K keys, H query heads, N key-value heads, G = H/N query heads a key-value head, D head
-size. Softmax is in float32 whatever the inputs are. A query whose keys are all masked cannot occur: padding attends
-to padding of its own row, real tokens never do.
+size, P prefixes. Softmax is in float32 whatever the inputs are. A query whose keys are all masked cannot occur:
+padding attends to padding of its own row, real tokens never do.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,17 @@ from absl import logging
 from unidetox_jax.models.config import Rotary
 
 MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
+MOST_VECTORS = 8  # query heads of one token and key-value head that CPUs take one by one
+
+
+class Prefix(NamedTuple):
+    """Keys and values that B/P rows in succession have before their own: [P,N,K,D]; mask: bool [P,K], the real ones;
+    bias: float [P,H,K] or None."""
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+    bias: jax.Array | None = None
 
 
 def positions_from_segments(segment_ids: jax.Array) -> jax.Array:
@@ -42,10 +54,12 @@ def attention(
     bias: jax.Array | None = None,
     dropout: tuple[jax.Array, float] | None = None,
     precision: jax.lax.PrecisionLike = None,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """Scaled queries [B,Q,H,D] over keys and values [B,N,K,D] -> [B,Q,H,D].
 
-    mask: bool [B or 1, Q, K], None for causal; bias: float [B, H, K] (ALiBi); dropout: (key, rate) on probabilities.
+    mask: bool [B or 1, Q, K], None for causal; bias: float [B, H, K] (ALiBi); dropout: (key, rate) on probabilities,
+    where there is no prefix; prefix: what all queries see before these keys, read once for all the rows that share it.
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
@@ -54,17 +68,65 @@ def attention(
     if mask is None:
         mask = causal_mask(None, length)
     query = query.reshape(batch, length, key.shape[1], groups, size).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bngqd,bnkd->bngqk", query, key, precision=precision, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores += bias.reshape(batch, key.shape[1], groups, 1, -1)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    if dropout is not None:
-        rng, rate = dropout
-        keep = jax.random.bernoulli(rng, 1.0 - rate, probabilities.shape)
-        probabilities = jnp.where(keep, probabilities / (1.0 - rate), 0.0)
-    out = jnp.einsum("bngqk,bnkd->bngqd", probabilities.astype(value.dtype), value, precision=precision)
+    scores = _scores(query, key, mask, bias, precision)
+    if prefix is not None:
+        out = _with_prefix(query, scores, value, prefix, precision)
+    else:
+        probabilities = jax.nn.softmax(scores, axis=-1)
+        if dropout is not None:
+            rng, rate = dropout
+            keep = jax.random.bernoulli(rng, 1.0 - rate, probabilities.shape)
+            probabilities = jnp.where(keep, probabilities / (1.0 - rate), 0.0)
+        out = _product("bngqk,bnkd->bngqd", probabilities.astype(value.dtype), value, precision)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
+def _scores(query, key, mask, bias, precision) -> jax.Array:
+    """Queries [B,N,G,Q,D] by keys [B,N,K,D]: float32 [B,N,G,Q,K]; mask and bias as in `attention`."""
+    scores = _product("bngqd,bnkd->bngqk", query, key, precision, jnp.float32)
+    if bias is not None:
+        scores += bias.reshape(*query.shape[:3], 1, -1)
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
+    """einsum of [B,N,G,Q,·] and [B,N,K,D]. Surprising: on CPU the product with one vector is a loop that the compiler
+    writes, but with a few a call of a library for each row and head, up to seven times as long."""
+    product = functools.partial(jnp.einsum, equation, precision=precision, preferred_element_type=dtype)
+    groups, length = queries.shape[2:4]
+    if length == 1 and 1 < groups <= MOST_VECTORS and jax.default_backend() == "cpu":
+        return jnp.concatenate([product(queries[:, :, g : g + 1], keys) for g in range(groups)], axis=2)
+    return product(queries, keys)
+
+
+def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
+    """Attention over a prefix and a row's own keys, of which the scores [B,N,G,Q,K] are given: [B,N,G,Q,D].
+
+    A prefix meets the queries of all its rows in one matrix product (Juravsky et al. 2024, Hydragen); one softmax goes
+    over both.
+    """
+    prefixes, (batch, kv_heads, groups, *_) = len(prefix.key), query.shape
+    samples = batch // prefixes
+
+    def gather(x):  # [B,N,G,…] → [P,N,B/P·G,…]
+        x = x.reshape(prefixes, samples, kv_heads, groups, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(prefixes, kv_heads, samples * groups, *x.shape[4:])
+
+    def scatter(x):  # and back
+        x = x.reshape(prefixes, kv_heads, samples, groups, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(batch, kv_heads, groups, *x.shape[4:])
+
+    def weigh(weights, value):
+        return _product("bngqk,bnkd->bngqd", weights.astype(value.dtype), value, precision, jnp.float32)
+
+    bias = prefix.bias
+    if bias is not None:
+        bias = jnp.tile(bias.reshape(prefixes, kv_heads, groups, -1), (1, 1, samples, 1))
+    shared = _scores(gather(query), prefix.key, prefix.mask[:, None], bias, precision)
+    highest = jnp.maximum(scores.max(-1, keepdims=True), scatter(shared.max(-1, keepdims=True)))
+    own, before = jnp.exp(scores - highest), jnp.exp(shared - gather(highest))
+    total = own.sum(-1, keepdims=True) + scatter(before.sum(-1, keepdims=True))
+    return ((weigh(own, value) + scatter(weigh(before, prefix.value))) / total).astype(value.dtype)
 
 
 def _cudnn_applies(query: jax.Array) -> bool:

@@ -19,18 +19,27 @@ Layers = Any  # an array [L, B, N, length, D], or a tuple of L arrays [B, N, len
 
 class Cache(NamedTuple):
     """keys, values: `Layers`; mask: bool [B, length], the slots with a real token; positions: int32 [B], the next
-    token's position; slot: int32, the next slot to write."""
+    token's position; slot: int32, the next slot to write; prefix: what P-ths of the rows have in common, or None."""
 
     keys: Layers
     values: Layers
     mask: jax.Array
     positions: jax.Array
     slot: jax.Array
+    prefix: "Branched | None" = None
 
     @property
     def length(self) -> int:
-        """Slots, used and free."""
+        """Slots of a row's own, used and free."""
         return self.mask.shape[1]
+
+
+class Branched(NamedTuple):
+    """A context's keys, values (`Layers` of P rows) and mask bool [P, its slots]: each row's goes before B/P rows."""
+
+    keys: Layers
+    values: Layers
+    mask: jax.Array
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
@@ -67,19 +76,27 @@ def grow_cache(cache: Cache, length: int) -> Cache:
     )
 
 
-def repeat_cache(cache: Cache, times: int) -> Cache:
-    """Every row `times` times, one after another: what lets several continuations share one pass over their prompt."""
-    if times == 1:
-        return cache
+def branch_cache(cache: Cache, times: int, length: int) -> Cache:
+    """`times` continuations of every row, one after another, with `length` slots of their own: what was read so far
+    stays as it is, their common prefix, and is read once for all of them in every step.
 
-    def repeat(x: jax.Array) -> jax.Array:
-        return _place(jnp.repeat(x, times, axis=x.ndim - 4))
+    Raises:
+      ValueError: the rows are branches already.
+    """
+    if cache.prefix is not None:
+        raise ValueError("a cache with a prefix cannot branch again")
 
-    return cache._replace(
-        keys=jax.tree.map(repeat, cache.keys),
-        values=jax.tree.map(repeat, cache.values),
-        mask=jnp.repeat(cache.mask, times, axis=0),
+    def empty(x: jax.Array) -> jax.Array:
+        *layers, batch, heads, _, size = x.shape
+        return _place(jnp.zeros((*layers, batch * times, heads, length, size), x.dtype))
+
+    return Cache(
+        keys=jax.tree.map(empty, cache.keys),
+        values=jax.tree.map(empty, cache.values),
+        mask=jnp.zeros((cache.mask.shape[0] * times, length), bool),
         positions=jnp.repeat(cache.positions, times),
+        slot=jnp.zeros((), jnp.int32),
+        prefix=Branched(cache.keys, cache.values, cache.mask),
     )
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from unidetox_jax import sharding
 from unidetox_jax.models import cache as kv
 from unidetox_jax.models.attention import (
+    Prefix,
     alibi_bias,
     attention,
     causal_mask,
@@ -219,22 +220,29 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
     seen = mask[:, None] & (jnp.arange(cache.length) <= (cache.slot + jnp.arange(length))[:, None])  # [B,T,K]
     positions = cache.positions[:, None] + jnp.arange(length)
     rotary = _rotary(cfg, positions)
-    bias = None
+    bias = before = None
     if cfg.alibi:
-        bias = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(mask, axis=1) - 1)
+        first = cache.positions[:, None] - jnp.sum(cache.mask, axis=1, keepdims=True)  # position of slot 0
+        bias = alibi_bias(cfg.num_heads, cfg.head_size, first + jnp.cumsum(mask, axis=1) - 1)
+        if cache.prefix is not None:
+            before = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(cache.prefix.mask, axis=1) - 1)
 
     def body(block, x, state, index):
         def attend(query, key, value, dropout):
             keys, values = (kv.write(old, index, new, cache.slot) for old, new in zip(state, (key, value), strict=True))
             key, value = kv.read(keys, index), kv.read(values, index)
-            out = attention(query, key, value, seen, bias, None, precision(cfg.dtype))
-            return out, (keys, values)
+            prefix = None
+            if cache.prefix is not None:
+                stored = (kv.read(part, index) for part in cache.prefix[:2])
+                prefix = Prefix(*stored, cache.prefix.mask, before)
+            return attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix), (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
 
     x = _embed(params, tokens, positions, cfg, None)
     x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
-    return _final(params, x, cfg), Cache(keys, values, mask, cache.positions + length, cache.slot + length)
+    positions, slot = cache.positions + length, cache.slot + length
+    return _final(params, x, cfg), Cache(keys, values, mask, positions, slot, cache.prefix)
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:

@@ -7,6 +7,7 @@ an interrupted stage is continued with the same ones only.
 
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -113,6 +114,7 @@ def run_stage(
         write_json(directory / PARTIAL, wanted)
     distributed.barrier(f"{name} begun")
     started = time.monotonic()
+    gc.freeze()  # a million objects of the libraries, which every round of garbage collection would visit
     try:
         figures = body(directory)
     except UserError:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 from etils import epath
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from unidetox_jax.errors import UserError
@@ -45,14 +45,21 @@ class LinearClassifier:
 
     def features(self, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
         """TF-IDF rows [N, features], each analysis of unit length."""
-        return scipy.sparse.hstack([vectorizer.transform(texts) for vectorizer in self._vectorizers], format="csr")
+        blocks = []
+        for name, (counter, weights) in self._analyses.items():
+            counts = _counts_by_word(counter, texts) if name == "characters" else counter.transform(texts)
+            blocks.append(weights.transform(counts))
+        return scipy.sparse.hstack(blocks, format="csr")
 
     @functools.cached_property
-    def _vectorizers(self) -> list[TfidfVectorizer]:
-        found, start = [], 0
+    def _analyses(self) -> dict[str, tuple[CountVectorizer, TfidfTransformer]]:
+        """What counts each analysis's terms, and what weighs them."""
+        found, start = {}, 0
         for name, terms in self.vocabularies.items():
-            found.append(_vectorizer(name, vocabulary={term: at for at, term in enumerate(terms)}))
-            found[-1].idf_ = self.idf[start : start + len(terms)]
+            counter = CountVectorizer(vocabulary={term: at for at, term in enumerate(terms)}, **ANALYSES[name])
+            weights = TfidfTransformer(sublinear_tf=True)
+            weights.idf_ = self.idf[start : start + len(terms)]
+            found[name] = counter, weights
             start += len(terms)
         return found
 
@@ -96,7 +103,7 @@ def fit(
         raise UserError(f"labels found: {sorted(set(labels))}; expected at least two, and those of {list(order)}")
     vocabularies, idf, blocks = {}, [], []
     for name in analyses:
-        vectorizer = _vectorizer(name, min_df=min_texts, max_features=max_features)
+        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=min_texts, max_features=max_features, **ANALYSES[name])
         try:
             blocks.append(vectorizer.fit_transform(texts))
         except ValueError as error:  # scikit-learn's word for: no term is frequent enough
@@ -108,8 +115,17 @@ def fit(
     return LinearClassifier(order, vocabularies, np.concatenate(idf), model.coef_.T.copy(), model.intercept_)
 
 
-def _vectorizer(analysis: str, **settings) -> TfidfVectorizer:
-    return TfidfVectorizer(sublinear_tf=True, lowercase=True, **ANALYSES[analysis], **settings)
+def _counts_by_word(counter: CountVectorizer, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
+    """How often each text [N] has each term of an analysis that stays inside words: every distinct word is taken apart
+    once, instead of wherever it occurs."""
+    words = [text.lower().split() for text in texts]
+    number: dict[str, int] = {}
+    columns = [number.setdefault(word, len(number)) for text in words for word in text]
+    rows = np.repeat(np.arange(len(words)), [len(text) for text in words])
+    if not number:
+        return scipy.sparse.csr_matrix((len(words), len(counter.vocabulary)), dtype=np.int64)
+    occurrences = scipy.sparse.csr_matrix((np.ones(len(rows), np.int64), (rows, columns)), (len(words), len(number)))
+    return occurrences @ counter.transform(list(number))
 
 
 def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict) -> None:
