@@ -31,7 +31,7 @@ speed() {
   unidetox bench --config=configs/bench.py --config.bench.against_torch=True --config.bench.what="('train',)" \
     --config.data_dir="$data" --config.bench.data=dghs --config.bench.tokenizer="$data/../tokenizers/gpt2"
   JAX_NUM_CPU_DEVICES=2 unidetox bench --config=configs/small_real.py --config.bench.against_torch=True --config.bench.what="('evaluate',)" \
-    --config.data_dir="$data" --config.evaluate.samples=25
+    --config.data_dir="$data" --config.mesh=data:-1 --config.evaluate.samples=25
 }
 
 plan() { unidetox plan --config=configs/unidetox_gpt2_xl.py --table; }
