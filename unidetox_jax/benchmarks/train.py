@@ -82,7 +82,8 @@ def _tokens(run: Any, cfg: ModelConfig) -> data.Tokens:
     if run.bench.data:
         source = run.path(run.bench.tokenizer or run.bench.model)
         texts = data.texts(run.path(run.bench.data), data_dir=run.shared.data_dir)
-        return data.tokenize(texts, checkpoint.load_tokenizer(source), length, context=cfg.longest)
+        tokenizer = checkpoint.load_tokenizer(source)
+        return data.tokenize(texts, tokenizer, length, context=cfg.longest, vocab_size=cfg.vocab_size)
     cfg.check_length(length)
     count = run.bench.steps * max(run.bench.train_batch_sizes)
     ids = np.random.default_rng(SEED).integers(0, cfg.vocab_size, count * length).astype(np.int32)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """Converts, and says what was written. Raises UserError for a source or destination that will not do."""
-    destination = epath.Path(options.destination)
+    destination = epath.Path(options.destination).expanduser()
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         if not options.force:
             raise UserError(f"{destination}: exists already; --force replaces it")

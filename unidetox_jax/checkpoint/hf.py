@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from unidetox_jax import models, sharding
 from unidetox_jax.checkpoint import leaves
 from unidetox_jax.checkpoint.safetensors_file import Spec, write_file
+from unidetox_jax.checkpoint.source import GENERATION
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
 from unidetox_jax.progress import Progress
@@ -75,7 +76,7 @@ def read_params(weights: Weights, cfg: models.ModelConfig, mesh: Mesh, param_dty
 
 
 def write(directory: epath.Path, model: models.Model, dtype: str | None = None) -> None:
-    """Writes config.json, generation_config.json and safetensors files of at most 5 GB into a directory.
+    """Writes safetensors files of at most 5 GB, config.json and the model's generation_config.json into a directory.
 
     Args:
       directory: exists; process 0 writes to it, every process must call.
@@ -100,12 +101,18 @@ def write(directory: epath.Path, model: models.Model, dtype: str | None = None) 
         return
     if len(shards) > 1:
         _write_json(directory / INDEX, _index(shards))
-    _write_json(directory / "generation_config.json", _generation_config(cfg))
+    write_generation_config(directory, cfg)
     stored = collections.Counter()
     for tensor in tensors:
         stored[tensor.spec.dtype.name] += tensor.spec.nbytes
     name = stored.most_common(1)[0][0]  # transformers 5 reads the first, 4 the second
     _write_json(directory / "config.json", {**models.config_to_hf(cfg), "dtype": name, "torch_dtype": name})
+
+
+def write_generation_config(directory: epath.Path, cfg: models.ModelConfig) -> None:
+    """Writes the generation_config.json that the checkpoint came with, as it was; nothing where it had none."""
+    if cfg.generation_config:
+        _write_text(directory / GENERATION, cfg.generation_config)
 
 
 def parse_dtype(name: Any) -> str:
@@ -249,15 +256,13 @@ def _index(shards: dict[str, list[Tensor]]) -> dict[str, Any]:
     }
 
 
-def _generation_config(cfg: models.ModelConfig) -> dict[str, Any]:
-    config = models.config_to_hf(cfg)
-    tokens = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"_from_model_config": True, **{name: token for name, token in tokens.items() if token is not None}}
-
-
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: epath.Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        path.write_text(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 

@@ -1,5 +1,6 @@
 """What a user may point at: a Hugging Face directory, a hub id, a directory of ours, a finished stage."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from unidetox_jax.errors import UserError
 
 MODEL = "model.json"  # marks a directory that `checkpoint.save` wrote
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.json",
@@ -18,7 +21,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template*",
 )
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 TORCH_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
@@ -36,7 +39,7 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
     Raises:
       UserError: there is nothing, something else, an unfinished stage, or the hub does not give it.
     """
-    directory = epath.Path(source)
+    directory = epath.Path(source).expanduser()
     if not directory.exists():
         if not HUB_ID.fullmatch(str(source)):
             raise UserError(f"{source}: no such directory")
@@ -47,6 +50,8 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
         raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
     if not (directory / CONFIG).exists() and (directory / "hf" / CONFIG).exists():
         directory = directory / "hf"
+    if (directory / ADAPTER).exists():
+        raise UserError(_adapter(directory / ADAPTER))
     if (directory / MODEL).exists():
         return Source("orbax", directory)
     if (directory / CONFIG).exists():
@@ -56,11 +61,21 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
 
 def _download(name: str, weights: bool) -> epath.Path:
     """The hub's snapshot on this machine, as far as it is needed."""
-    small = (CONFIG, *TOKENIZER_FILES)
+    small = (CONFIG, GENERATION, ADAPTER, *TOKENIZER_FILES)
     directory = _snapshot(name, (*small, *WEIGHT_FILES) if weights else small)
     if weights and not any(directory.glob("model*.safetensors")):
         directory = _snapshot(name, (*small, *TORCH_FILES))
     return directory
+
+
+def _adapter(path: epath.Path) -> str:
+    """Why an adapter's directory is no model; transformers too takes one with this file for an adapter."""
+    try:
+        found = json.loads(path.read_text())
+        what = f"a {found['peft_type']} adapter of {found['base_model_name_or_path']!r}"
+    except (ValueError, KeyError, TypeError):
+        what = "an adapter"
+    return f"{path}: {what}, not a model; give the model that PEFT's merge_and_unload makes of the two"
 
 
 def _snapshot(name: str, patterns: Sequence[str]) -> epath.Path:

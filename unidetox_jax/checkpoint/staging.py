@@ -29,7 +29,8 @@ def whole_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
     Raises:
       UserError: there is something else than a checkpoint, or no permission, or no space.
     """
-    directory = epath.Path(os.path.abspath(directory) if not is_remote(directory) else directory)
+    directory = epath.Path(directory).expanduser()
+    directory = directory if is_remote(directory) else epath.Path(os.path.abspath(directory))
     check_replaceable(directory)
     remote, first = is_remote(directory), jax.process_index() == 0
     work = directory if remote else directory.parent / f".{directory.name}.partial"

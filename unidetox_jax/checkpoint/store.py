@@ -4,6 +4,7 @@ Surprising: a model comes back in the dtype that it was stored in, while `cfg.dt
 the machine (float32 on CPU, bfloat16 on accelerators).
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
 from unidetox_jax.checkpoint import hf, orbax_io
-from unidetox_jax.checkpoint.source import MODEL, Source, find
+from unidetox_jax.checkpoint.source import GENERATION, MODEL, Source, find
 from unidetox_jax.checkpoint.staging import whole_directory
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
@@ -75,10 +76,25 @@ def save_hf(directory: epath.PathLike, model: models.Model, tokenizer: Any = Non
 
 
 def read_config(found: Source) -> models.ModelConfig:
-    """The configuration of a checkpoint that was found."""
-    if found.kind == "hf":
-        return models.config_from_hf(found.directory)
-    path = found.directory / MODEL
+    """The configuration of a checkpoint that was found, with its generation_config.json."""
+    cfg = models.config_from_hf(found.directory) if found.kind == "hf" else _read_orbax_config(found.directory / MODEL)
+    path = found.directory / GENERATION
+    return dataclasses.replace(cfg, generation_config=_generation_config(path)) if path.exists() else cfg
+
+
+def _generation_config(path: epath.Path) -> str:
+    """The file's text. Raises UserError where its end tokens cannot be read."""
+    try:
+        text = path.read_bytes().decode()
+        ends = json.loads(text).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: no dictionary in JSON ({error})") from None
+    if not all(type(token) is int for token in models.as_ids(ends)):
+        raise UserError(f"{path}: eos_token_id is {ends!r}, expected a token's id or a list of them")
+    return text
+
+
+def _read_orbax_config(path: epath.Path) -> models.ModelConfig:
     try:
         config = json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError) as error:
@@ -90,6 +106,7 @@ def write_orbax(directory: epath.Path, model: models.Model) -> None:
     """params/ first, model.json last: on an object store it marks the whole as complete."""
     orbax_io.save_tree(directory / PARAMS, model.params)
     if jax.process_index() == 0:
+        hf.write_generation_config(directory, model.cfg)
         record = {"format": "unidetox_jax 1", "config": models.config_to_hf(model.cfg)}
         (directory / MODEL).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from etils import epath
 
 from unidetox_jax.checkpoint.safetensors_file import SafetensorsFile, Spec, Stored, is_remote, local_file
 from unidetox_jax.errors import UserError
 
-SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
-TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+# In the order in which transformers looks for them in a directory
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Weights:
@@ -50,9 +52,12 @@ class Weights:
 
 def _files(directory: epath.Path) -> tuple[epath.Path, list[tuple[epath.Path, list[str]]]]:
     """(index or only file, [(weights file, tensors that the index places there)]) of a directory."""
-    listing = next((directory / name for name in (*SAFETENSORS, *TORCH) if (directory / name).exists()), None)
-    if listing is None:
+    found = [name for name in (*SAFETENSORS, *TORCH) if (directory / name).exists()]
+    if not found:
         raise UserError(f"{directory}: no weights; expected one of {', '.join((*SAFETENSORS, *TORCH))}")
+    listing = directory / found[0]
+    if len(found) > 1:
+        logging.info("%s is read, as transformers does, and %s is not", listing, ", ".join(found[1:]))
     if listing.suffix != ".json":
         return listing, [(listing, [])]
     try:

@@ -6,6 +6,7 @@ itself, and none follows a text that was cut, or the model would learn to stop i
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -73,6 +74,7 @@ def tokenize(
     max_length: int,
     *,
     context: int | None = None,
+    vocab_size: int | None = None,
     ended: Sequence[bool] | None = None,
     add_bos: bool | None = None,
     official: bool = False,
@@ -84,12 +86,14 @@ def tokenize(
       tokenizer: a Hugging Face tokenizer.
       max_length: most tokens of a text, special ones included; longer texts are cut.
       context: the model's context length, to check max_length against; None checks nothing.
+      vocab_size: tokens in the model's embedding: one beyond it is an error, or, if it is the pad token, not used.
       ended: whether each text ended by itself (no end token otherwise); None: all did.
       add_bos: None leaves the beginning to the tokenizer; True or False decides.
       official: the released code's form: no end token, padding trained on.
 
     Raises:
-      UserError: max_length below 2 or beyond the context, no text left, or a token that the tokenizer does not have.
+      UserError: max_length below 2 or beyond the context, no text left, a token that the tokenizer does not have or
+        the model does not.
     """
     if max_length < 2:
         raise UserError(f"max_length: found {max_length}, expected at least 2: a text needs a token and its next one")
@@ -99,7 +103,8 @@ def tokenize(
         raise UserError("no text to tokenise: the data set is empty")
     before = prefix(tokenizer, add_bos)
     suffix = [] if official else [_special(tokenizer, "eos_token_id")]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else _special(tokenizer, "eos_token_id")
+    pad_id, size = tokenizer.pad_token_id, math.inf if vocab_size is None else vocab_size
+    pad_id = pad_id if pad_id is not None and pad_id < size else _special(tokenizer, "eos_token_id")
     kept, rows, truncated = [], [], 0
     for start in range(0, len(texts), BATCH):
         chunk = list(texts[start : start + BATCH])
@@ -112,8 +117,14 @@ def tokenize(
             rows.append(index)
     if not kept:
         raise UserError(f"no text is left to train on: all {len(texts)} are empty")
+    ids = np.concatenate(kept)
+    if (largest := max(int(ids.max()), pad_id)) >= size:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer gave token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's vocabulary has {vocab_size} tokens"
+        )
     tokens = Tokens(
-        ids=np.concatenate(kept),
+        ids=ids,
         offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
         rows=np.asarray(rows, np.int32),
         pad_id=pad_id,

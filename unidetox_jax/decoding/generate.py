@@ -287,9 +287,7 @@ def _seed(seed: int) -> np.uint32:
 
 
 def _ends(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray:
-    if eos_id is None:
-        eos_id = [token for token in (cfg.eos_token_id, *cfg.extra_eos_token_ids) if token is not None]
-    return np.atleast_1d(np.asarray(eos_id, np.int32))
+    return np.atleast_1d(np.asarray(cfg.end_token_ids if eos_id is None else eos_id, np.int32))
 
 
 def _pad(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:

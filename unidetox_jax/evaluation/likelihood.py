@@ -84,10 +84,11 @@ def loglikelihood(
       label: shows progress under this name.
 
     Raises:
-      UserError: an empty context (nothing predicts the first token), or a continuation longer than `max_length`.
+      UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, or a
+        token that is not in the model's vocabulary.
     """
     limit = max_length or model.cfg.max_position_embeddings
-    rows, truncated = _rows(contexts, continuations, limit)
+    rows, truncated = _rows(contexts, continuations, limit, model.cfg.vocab_size)
     mesh = sharding.mesh_of(model.params) or sharding.single_device_mesh()
     counts = np.array([len(tokens) for tokens in continuations], np.int64)
     sums, greedy = np.zeros(len(counts)), np.ones(len(counts), bool)
@@ -128,7 +129,7 @@ def power_bucket(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _rows(contexts, continuations, limit: int) -> tuple[list[_Row], np.ndarray]:
+def _rows(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[_Row], np.ndarray]:
     rows: dict[tuple[bytes, int], list[_Row]] = {}
     truncated = np.zeros(len(continuations), np.int64)
     for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
@@ -143,6 +144,10 @@ def _rows(contexts, continuations, limit: int) -> tuple[list[_Row], np.ndarray]:
             )
         truncated[index] = excess
         tokens = np.array([*context[excess:], *continuation[:-1]], np.int32)
+        if (largest := max(int(tokens.max()), int(continuation[-1]))) >= vocab_size:
+            raise UserError(
+                f"likelihood: request {index} has token {largest}, but the model's vocabulary has {vocab_size} tokens"
+            )
         shared = rows.setdefault((tokens.tobytes(), len(continuation)), [])
         if not shared or len(shared[-1].owners) == MOST_LAST_TOKENS:
             start = len(context) - excess - 1

@@ -4,14 +4,24 @@ A family subclasses `ModelConfig` in its own file with what is only its own, and
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
+from absl import logging
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unidetox_jax.errors import UserError
+
+# Kinds of rotary embedding, and what transformers' modeling_rope_utils.py reads for each beside rope_theta.
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +42,22 @@ class Rotary:
     def from_hf(cls, parameters: Mapping[str, Any] | None, length: int, where: str) -> "Rotary":
         """From transformers 5's `rope_parameters`; `length`: the config's max_position_embeddings."""
         parameters = dict(parameters or {})
-        kind = parameters.pop("rope_type", parameters.pop("type", None)) or "default"
-        known = {
-            "default": (),
-            "linear": ("factor",),
-            "dynamic": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        if kind not in known:
-            raise UserError(f"{where}: rope_type {kind!r} is not implemented (known: {', '.join(known)})")
-        missing = [name for name in known[kind] if name not in parameters]
+        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        if kind not in ROPE_KINDS:
+            raise UserError(f"{where}: rope_type {kind!r} is not implemented (known: {', '.join(ROPE_KINDS)})")
+        missing = [name for name in ROPE_KINDS[kind] if parameters.get(name) is None]
         if missing:
             raise UserError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}")
-        inert = {"type", "rope_theta", "original_max_position_embeddings", *known[kind]}
-        surplus = [name for name, value in parameters.items() if name not in inert and value is not None]
-        if surplus and not (surplus == ["partial_rotary_factor"] and parameters["partial_rotary_factor"] == 1.0):
-            raise UserError(f"{where}: rope option {surplus[0]!r} is not implemented for rope_type {kind!r}")
+        partial = parameters.get("partial_rotary_factor")
+        if partial not in (None, 1):
+            raise UserError(f"{where}: partial_rotary_factor {partial!r} is not implemented (known: 1)")
         return cls(
             theta=float(parameters.get("rope_theta") or 10000.0),
             kind=kind,
-            factor=float(parameters.get("factor", 1.0)),
-            low_frequency_factor=float(parameters.get("low_freq_factor", 1.0)),
-            high_frequency_factor=float(parameters.get("high_freq_factor", 4.0)),
-            original_length=int(parameters.get("original_max_position_embeddings") or length),
+            factor=float(parameters["factor"]) if kind != "default" else 1.0,
+            low_frequency_factor=float(parameters["low_freq_factor"]) if kind == "llama3" else 1.0,
+            high_frequency_factor=float(parameters["high_freq_factor"]) if kind == "llama3" else 4.0,
+            original_length=int(parameters["original_max_position_embeddings"] if kind == "llama3" else length),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -102,6 +105,7 @@ class ModelConfig:
     rotary: Rotary | None = None
     alibi: bool = False
     position_table: bool = False  # learned absolute positions: nothing beyond max_position_embeddings
+    generation_config: str = dataclasses.field(default="", compare=False)  # the checkpoint's file as it was
     dtype: str = "float32"
     layer_loop: str = "scan"
 
@@ -119,6 +123,13 @@ class ModelConfig:
             return self.rotary.original_length
         return None
 
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text: those of config.json, then those of generation_config.json."""
+        theirs = json.loads(self.generation_config).get("eos_token_id") if self.generation_config else None
+        first = () if self.eos_token_id is None else (self.eos_token_id,)
+        return tuple(dict.fromkeys((*first, *self.extra_eos_token_ids, *as_ids(theirs))))
+
     def check_length(self, length: int) -> None:
         """Raises UserError where `length` tokens are more than the model can read."""
         if self.longest is not None and length > self.longest:
@@ -133,50 +144,82 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-SHARED = frozenset("tie_word_embeddings bos_token_id eos_token_id pad_token_id architectures".split())
-# Keys of a hub's config.json that do not change what the model computes, or that the family reads elsewhere.
-INERT = frozenset(
-    "_name_or_path auto_map dtype gradient_checkpointing model_type n_ctx prefix pretraining_tp quantization "
-    "task_specific_params torch_dtype transformers_version use_cache attn_implementation _attn_implementation "
-    "rope_theta rope_scaling rope_parameters layerdrop activation_dropout".split()
+# Of a config.json, what the transformers class of a family reads in its modelling file to compute a causal model's
+# logits (and, in training, their dropout and initial values) is either implemented here (a family's `READ`) or must be
+# off (`OFF`, `QUANTIZED`); everything else does not reach the model and is passed over with a line that names it.
+# tests/test_hub_configs.py holds these tables against the modelling files that are installed.
+READ = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+QUANTIZED = ("quantization_config", "compression_config", "quantization")
+# What every config says of itself, and nothing about the model: passed over without a word.
+BOOKKEEPING = frozenset(
+    "_name_or_path architectures auto_map dtype model_type torch_dtype transformers_version use_cache".split()
 )
 
 
-def read_hf(config: Mapping[str, Any], known: Iterable[str], where: str) -> PreTrainedConfig:
-    """Transformers' own reading of a config (defaults and older names filled in), after a check of its options.
+def read_hf(
+    config: Mapping[str, Any],
+    family: str,
+    where: str,
+    read: Iterable[str],
+    off: Iterable[str] = (),
+    older: Mapping[str, str] | None = None,
+) -> PreTrainedConfig:
+    """Transformers' own reading of a config, with its defaults for what the config does not say.
 
-    `known`: options that the family implements. An option that is neither known nor inert is refused by name unless
-    it is off (false, null, zero, empty), which is what its absence would mean.
+    Args:
+      family: the model_type of transformers' class. where: names the config in messages.
+      read: options that the family implements, beside READ.
+      off: options that change the model and are not implemented.
+      older: names that options had in earlier versions → their names now.
+
+    Raises:
+      UserError: an option of `off` is on, the weights are quantized, or a value is not of its type.
     """
-    kind = config["model_type"]
-    cls = CONFIG_MAPPING[kind]
-    names = {**{name: name for name in known}, **getattr(cls, "attribute_map", {})}
-    shared = set(PreTrainedConfig().to_dict()) | SHARED | INERT
-    accepted = shared | set(names) | set(names.values())
+    cls = CONFIG_MAPPING[family]
+    for name in (*off, *QUANTIZED):
+        if config.get(name):
+            hint = "; give the unquantized checkpoint" if name in QUANTIZED else ""
+            raise UserError(f"{where}: {name} = {_short(config[name])} is not implemented for {family}{hint}")
+    read = {*READ, *read}
+    older = {**cls.attribute_map, **(older or {})}
+    kept, passed = {}, []
     for name, value in config.items():
-        if name == "quantization_config" and value:
-            raise UserError(f"{where}: quantization_config is not implemented; give the unquantized checkpoint")
-        if name not in accepted and value not in (None, False, 0, 0.0, "", [], {}):
-            raise UserError(f"{where}: option {name!r} = {value!r} is not implemented for {kind}")
+        current = older.get(name, name)
+        if current not in read or (current != name and current in config):
+            passed += [] if name in BOOKKEEPING or name in off else [name]
+        elif value is not None or name.endswith("_token_id"):  # any other null is what its absence would be
+            kept[current] = value
+    if passed:
+        logging.info("%s: passed over, which %s does not read: %s", where, family, ", ".join(passed))
     try:
-        return cls.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+        return cls(**kept)
     except Exception as error:  # transformers validates with several exception classes of its own
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def token_ids(config: PreTrainedConfig) -> dict[str, Any]:
-    """The special tokens' fields, for a family's `from_hf`."""
-    eos = config.eos_token_id
-    several = list(eos) if isinstance(eos, list | tuple) else [eos]
+    """The special tokens' fields, for a family's `from_hf`. A pad token that the vocabulary does not hold is none."""
+    eos, pad = as_ids(config.eos_token_id), config.pad_token_id
     return {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": several[0],
-        "extra_eos_token_ids": tuple(several[1:]),
-        "pad_token_id": config.pad_token_id,
+        "eos_token_id": eos[0] if eos else None,
+        "extra_eos_token_ids": eos[1:],
+        "pad_token_id": pad if pad is not None and 0 <= pad < config.vocab_size else None,
     }
+
+
+def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Token ids of a field that may hold none, one or several."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def token_ids_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The inverse of `token_ids`."""
     eos = [cfg.eos_token_id, *cfg.extra_eos_token_ids] if cfg.extra_eos_token_ids else cfg.eos_token_id
     return {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"

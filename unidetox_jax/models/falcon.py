@@ -12,16 +12,18 @@ import numpy as np
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import keys
-from unidetox_jax.models.config import ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
 
-KNOWN = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_ln_in_parallel_attn layer_norm_epsilon "
-    "initializer_range hidden_dropout attention_dropout num_kv_heads alibi new_decoder_architecture multi_query "
-    "parallel_attn bias max_position_embeddings ffn_hidden_size activation n_embed"
+READ = (
+    "hidden_size num_hidden_layers num_attention_heads num_ln_in_parallel_attn layer_norm_epsilon initializer_range "
+    "hidden_dropout attention_dropout num_kv_heads alibi new_decoder_architecture multi_query parallel_attn bias "
+    "max_position_embeddings ffn_hidden_size activation"
 ).split()
+# The names of Falcon's own code, from before transformers had the family.
+OLDER = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads",
+         "n_embed": "hidden_size"}  # fmt: skip
 PREFIX = "transformer."
-IGNORED: list[str] = []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,9 @@ class FalconConfig(ModelConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
     """FalconConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, KNOWN, where)
+    if config["model_type"] != "falcon":
+        config = {**_released(config), **config}
+    hf = read_hf(config, "falcon", where, (*READ, *ROPE), older=OLDER)
     if hf.hidden_size % hf.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
@@ -80,6 +84,13 @@ def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
         bias=hf.bias,
         **token_ids(hf),
     )
+
+
+def _released(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config of Falcon's own code (RefinedWeb, RefinedWebModel) means beyond its keys: grouped key-value heads
+    come with the new decoder, and what is not said is off."""
+    grouped = config.get("n_head_kv") is not None
+    return {"new_decoder_architecture": grouped, "multi_query": False, "parallel_attn": grouped}
 
 
 def to_hf(cfg: FalconConfig) -> dict[str, Any]:

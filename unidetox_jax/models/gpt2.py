@@ -15,14 +15,12 @@ from unidetox_jax.models import keys
 from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
 
-# Options of the config that this file implements, or that do not touch the causal language model.
-KNOWN = (
-    "vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
-    "layer_norm_epsilon initializer_range summary_type summary_use_proj summary_activation summary_proj_to_labels "
-    "summary_first_dropout scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
+READ = (
+    "n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
+    "layer_norm_epsilon initializer_range scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
 ).split()
+OFF = ("add_cross_attention",)
 PREFIX = "transformer."
-IGNORED = [r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"]  # constant masks in older checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class GPT2Config(ModelConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> GPT2Config:
     """GPT2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, KNOWN, where)
+    hf = read_hf(config, "gpt2", where, READ, OFF)
     if hf.n_embd % hf.n_head:
         raise UserError(f"{where}: n_embd {hf.n_embd} is not a multiple of n_head {hf.n_head}")
     return GPT2Config(

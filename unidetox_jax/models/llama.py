@@ -6,15 +6,14 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from unidetox_jax.models import keys
-from unidetox_jax.models.config import ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, rms_norm
 
-KNOWN = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+READ = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps attention_bias attention_dropout mlp_bias head_dim"
 ).split()
 PREFIX = "model."
-IGNORED = [r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class LlamaConfig(ModelConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> LlamaConfig:
     """LlamaConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, KNOWN, where)
+    hf = read_hf(config, "llama", where, (*READ, *ROPE))
     return LlamaConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,

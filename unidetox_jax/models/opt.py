@@ -13,13 +13,14 @@ from unidetox_jax.models import keys
 from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
 
-KNOWN = (
-    "vocab_size hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before "
-    "_remove_final_layer_norm word_embed_proj_dim dropout attention_dropout num_attention_heads activation_function "
-    "init_std enable_bias layer_norm_elementwise_affine"
+READ = (
+    "hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before _remove_final_layer_norm "
+    "word_embed_proj_dim dropout attention_dropout num_attention_heads activation_function init_std enable_bias "
+    "layer_norm_elementwise_affine"
 ).split()
+OFF = ("layerdrop",)  # layers left out at random in training
+OLDER = {"d_model": "hidden_size"}
 PREFIX = "model."
-IGNORED: list[str] = []
 OFFSET = 2  # the position table's first two entries are never used
 NORM_EPSILON = 1e-5  # PyTorch's default, which OPT does not set
 
@@ -43,7 +44,7 @@ class OPTConfig(ModelConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> OPTConfig:
     """OPTConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, KNOWN, where)
+    hf = read_hf(config, "opt", where, READ, OFF, OLDER)
     if hf.hidden_size % hf.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,23 @@ from unidetox_jax.models.keys import Key
 from unidetox_jax.models.layers import ACTIVATIONS
 
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "opt": opt, "falcon": falcon, "llama": llama}
+
+OLDER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+# The classes that share a family's modelling code; LlamaMoeForCausalLM, say, has another's.
+CLASS_PREFIXES = {"GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama"}
+CLASSES = re.compile(
+    rf"(?:TF|Flax)?({'|'.join(CLASS_PREFIXES)})(?:Model|LMHeadModel|DoubleHeadsModel|ForCausalLM|"
+    r"ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)"
+)
+GPT2_OPTIONS = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"}
+NOT_GPT2 = {"afn", "dff", "rotary_dim"}  # GPT-1's, CTRL's and GPT-J's, which have the options above as well
+
+# Constants that checkpoints of one version or another hold, of no use in any family.
+CONSTANTS = (
+    r"(.*\.)?(inv_freq|cos_cached|sin_cached)",
+    r"(.*\.)?attn\.(bias|masked_bias)",
+    r"(.*\.)?version",
+)
 
 
 def family(cfg: ModelConfig) -> ModuleType:
@@ -41,15 +59,37 @@ def config_from_hf(source: Mapping[str, Any] | epath.PathLike, where: str = "") 
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
     where = where or "config.json"
-    kind = source.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not implemented (known: {', '.join(FAMILIES)})")
-    cfg = FAMILIES[kind].from_hf(dict(source), where)
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: found a {type(source).__name__}, expected Hugging Face's dictionary of options")
+    kind = _family_name(source, where)
+    cfg = FAMILIES[kind].from_hf({"model_type": kind, **source}, where)
     if cfg.activation not in ACTIVATIONS:
         raise UserError(f"{where}: activation {cfg.activation!r} is not implemented (known: {', '.join(ACTIVATIONS)})")
     if cfg.num_heads % cfg.num_kv_heads:
         raise UserError(f"{where}: {cfg.num_heads} heads are not a multiple of {cfg.num_kv_heads} key-value heads")
     return dataclasses.replace(cfg, dtype=default_dtype())
+
+
+def _family_name(config: Mapping[str, Any], where: str) -> str:
+    """The family of a config, checked against the model class that it names.
+
+    Configs of 2019, and some later ones, have no model_type: their class says it, or GPT-2's own options do.
+    """
+    named = config.get("architectures") or ()
+    of_class = {name: CLASS_PREFIXES[match[1]] for name in named if (match := CLASSES.fullmatch(name))}
+    kind = config.get("model_type")
+    if kind is None:
+        is_gpt2 = GPT2_OPTIONS <= config.keys() and not config.keys() & NOT_GPT2
+        kind = next(iter(of_class.values()), "gpt2" if is_gpt2 and not named else None)
+    family = OLDER_TYPES.get(kind, kind)
+    if family not in FAMILIES:
+        raise UserError(f"{where}: model_type {kind!r} is not implemented (known: {', '.join(FAMILIES)})")
+    for name in named:
+        if of_class.get(name) != family:
+            raise UserError(
+                f"{where}: architecture {name!r} is other code than transformers' {family}; not implemented"
+            )
+    return family
 
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -68,8 +108,7 @@ def key_table(cfg: ModelConfig) -> list[Key]:
 
 def ignored_keys(cfg: ModelConfig) -> list[str]:
     """Regular expressions of tensors that a checkpoint may hold and the model does not need."""
-    tied = [r"lm_head\.weight"] if cfg.tie_word_embeddings else []
-    return [*FAMILIES[cfg.family].IGNORED, *tied]
+    return [*CONSTANTS, *([r"lm_head\.weight"] if cfg.tie_word_embeddings else [])]
 
 
 def hf_prefix(cfg: ModelConfig) -> str:

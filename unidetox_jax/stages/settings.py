@@ -5,6 +5,7 @@ overrides its fields, and `parse` turns each part into the dataclass that the st
 """
 
 import dataclasses
+import os
 import typing
 from typing import Any
 
@@ -240,8 +241,10 @@ class Run:
     bench: BenchSettings
 
     def path(self, text: str) -> str:
-        """A path, data set or scorer of the configuration with `{workdir}` and `{data_dir}` filled in."""
-        return text.replace("{workdir}", str(self.workdir)).replace("{data_dir}", self.shared.data_dir)
+        """A path, data set or scorer of the configuration, with `{workdir}`, `{data_dir}` and a first `~` filled in."""
+        return os.path.expanduser(
+            text.replace("{workdir}", str(self.workdir)).replace("{data_dir}", self.shared.data_dir)
+        )
 
 
 def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -> Run:
