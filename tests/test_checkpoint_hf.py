@@ -241,7 +241,8 @@ def test_existing_directories(tmp_path, shared):
     model = checkpoint.load(shared / "models" / "stories260K")
     checkpoint.save_hf(tmp_path / "out", model, checkpoint.load_tokenizer(shared / "models" / "stories260K"))
     checkpoint.save(tmp_path / "out", model)  # a checkpoint gives way to a checkpoint, whole
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["generation_config.json", "model.json", "params"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["generation_config.json", "model.json", "params"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds 'thesis.tex', which no checkpoint does"):

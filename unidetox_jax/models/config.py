@@ -4,6 +4,7 @@ A family subclasses `ModelConfig` in its own file with what is only its own, and
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -182,16 +183,17 @@ def read_hf(
             hint = "; give the unquantized checkpoint" if name in QUANTIZED else ""
             raise UserError(f"{where}: {name} = {_short(config[name])} is not implemented for {family}{hint}")
     read = {*READ, *read}
-    older = {**cls.attribute_map, **(older or {})}
+    older = {"eos_token_ids": "eos_token_id", **cls.attribute_map, **(older or {})}
     kept, passed = {}, []
     for name, value in config.items():
         current = older.get(name, name)
-        if current not in read or (current != name and current in config):
+        unsaid = name == "eos_token_ids" and value == 0  # transformers 2.3 wrote so into every config
+        if unsaid or current not in read or (current != name and current in config):
             passed += [] if name in BOOKKEEPING or name in off else [name]
         elif value is not None or name.endswith("_token_id"):  # any other null is what its absence would be
             kept[current] = value
     if passed:
-        logging.info("%s: passed over, which %s does not read: %s", where, family, ", ".join(passed))
+        _say_once(f"{where}: passed over, which {family} does not read: {', '.join(passed)}")
     try:
         return cls(**kept)
     except Exception as error:  # transformers validates with several exception classes of its own
@@ -218,6 +220,12 @@ def token_ids_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The inverse of `token_ids`."""
     eos = [cfg.eos_token_id, *cfg.extra_eos_token_ids] if cfg.extra_eos_token_ids else cfg.eos_token_id
     return {"bos_token_id": cfg.bos_token_id, "eos_token_id": eos, "pad_token_id": cfg.pad_token_id}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Logs a line; a stage reads one config several times."""
+    logging.info("%s", line)
 
 
 def _short(value: Any) -> str:
