@@ -1,9 +1,7 @@
 """Scorers: the same numbers as their oracles, and a clear line for every way in which they can go wrong."""
 
 import collections
-import http.server
 import json
-import threading
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
-from unidetox_jax.evaluation.scorers import classifier, labelled, linear, perspective
+from unidetox_jax.evaluation.scorers import classifier, labelled, linear
 from unidetox_jax.stages import base, fit_scorer, settings
 
 WORDS = "the a of people are is kind dull brave rude and very not never they lamp in valley so old".split()
@@ -52,13 +50,12 @@ def test_lexicon_scores_the_built_in_world():
         ("linear", "expected linear:DIRECTORY"),
         ("lexicon:x", "takes no argument"),
         ("linear:/nowhere", "no such file"),
-        ("perspective", "PERSPECTIVE_API_KEY"),
+        ("perspective", "no such kind"),
         ("classifier:/nowhere.ckpt", "no such file"),
         ("classifier:/nowhere/at/all", "no such directory"),
     ],
 )
-def test_a_wrong_spec_is_one_clear_line(spec, words, monkeypatch):
-    monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
+def test_a_wrong_spec_is_one_clear_line(spec, words):
     with pytest.raises(UserError, match=words):
         scorers.get(spec)
 
@@ -303,130 +300,3 @@ def test_a_damaged_classifier_is_one_clear_line(tmp_path):
     torch.save({"config": Options()}, tmp_path / "bad.ckpt")  # wants to run code
     with pytest.raises(UserError, match="not readable as weights alone"):
         classifier.load(str(tmp_path / "bad.ckpt"))
-
-
-# ----------------------------------------------------------------------------------------------- perspective
-
-
-class Service(http.server.BaseHTTPRequestHandler):
-    """A stand-in for the API. A text's words say what happens to it."""
-
-    def do_POST(self):
-        state = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        state["bodies"].append(body)
-        state["keys"].append(self.headers["X-Goog-Api-Key"])
-        text = body["comment"]["text"]
-        state["tries"][text] += 1
-        if "french" in text:
-            return self.answer(400, {"error": {"message": "x", "details": [{"errorType": "LANGUAGE_NOT_SUPPORTED"}]}})
-        if "bad key" in text:
-            return self.answer(400, {"error": {"message": "x", "details": [{"reason": "API_KEY_INVALID"}]}})
-        if "gone" in text:
-            return self.answer(404, {})
-        if "busy" in text and state["tries"][text] < 3:
-            return self.answer(429, {"error": {"message": "quota"}}, {"Retry-After": "7"})
-        if "never" in text:
-            return self.answer(503, {})
-        if "empty answer" in text:
-            return self.answer(200, {"attributeScores": {}})
-        value = {"summaryScore": {"value": len(text) / 100}}
-        self.answer(200, {"attributeScores": {"TOXICITY": value}})
-
-    def answer(self, code, body, headers=()):
-        self.send_response(code)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def service(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    server.state = {"bodies": [], "keys": [], "tries": collections.Counter()}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("PERSPECTIVE_API_KEY", "s3cret")
-    monkeypatch.setenv("PERSPECTIVE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/analyze")
-    monkeypatch.setenv("PERSPECTIVE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PERSPECTIVE_RATE", "200")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    found = []
-    monkeypatch.setattr(perspective.Client, "pause", staticmethod(found.append))
-    return found
-
-
-def test_perspective_scores_reports_and_keeps(service, pauses, tmp_path, caplog):
-    texts = ["abc", "abc", "in french", "", "abcdef"]
-    found = scorers.get("perspective")(texts)
-    np.testing.assert_array_equal(found, [0.03, 0.03, np.nan, np.nan, 0.06])
-    assert "31 December 2026" in caplog.text
-    assert "2 of 5 texts have no score: " in caplog.text and "1 LANGUAGE_NOT_SUPPORTED" in caplog.text
-    assert all(body["doNotStore"] is True for body in service.state["bodies"])
-    assert set(service.state["keys"]) == {"s3cret"}
-    assert service.state["tries"] == {"abc": 1, "in french": 1, "abcdef": 1}
-    # another process: what has a score is not asked again; a line cut short by a crash harms nothing
-    cache = tmp_path / "cache/TOXICITY.jsonl"
-    cache.write_text(cache.read_text() + '{"text": "12')
-    np.testing.assert_array_equal(scorers.get("perspective")([*texts, "new"])[-2:], [0.06, 0.03])
-    assert service.state["tries"] == {"abc": 1, "in french": 2, "abcdef": 1, "new": 1}
-    assert len(perspective.Cache(cache.__class__(cache))) == 3
-    assert "abc" not in cache.read_text()
-    assert "s3cret" not in caplog.text + cache.read_text()
-
-
-def test_perspective_tries_again_and_waits_as_told(service, pauses):
-    np.testing.assert_array_equal(scorers.get("perspective")(["busy"]), [0.04])
-    assert service.state["tries"]["busy"] == 3 and pauses == [7.0, 7.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "words", "tries"),
-    [
-        ("never", "no score from .* in 6 attempts .503.*1 scores are kept in", 6),
-        ("empty answer", "an answer without a score for TOXICITY", 6),
-        ("gone", "answers 404", 1),
-        ("bad key", "the key is not accepted", 1),
-    ],
-)
-def test_perspective_stops_with_one_line(text, words, tries, service, pauses):
-    scorers.get("perspective")(["fine"])
-    with pytest.raises(UserError, match=words) as raised:
-        scorers.get("perspective")([text])
-    assert service.state["tries"][text] == tries and "s3cret" not in str(raised.value)
-    assert all(later >= earlier for earlier, later in zip(pauses, pauses[1:], strict=False))
-
-
-def test_perspective_unreachable_and_bad_rate(service, pauses, monkeypatch):
-    monkeypatch.setenv("PERSPECTIVE_ENDPOINT", "http://127.0.0.1:9/")  # nobody listens
-    with pytest.raises(UserError, match=r"no score from http://127.0.0.1:9/ in 6 attempts .*refused"):
-        scorers.get("perspective")(["abc"])
-    for rate in ("0", "fast", "-1", "nan"):
-        monkeypatch.setenv("PERSPECTIVE_RATE", rate)
-        with pytest.raises(UserError, match="PERSPECTIVE_RATE"):
-            scorers.get("perspective")
-
-
-def test_limiter_keeps_the_rate_over_threads():
-    limiter, starts = perspective.Limiter(0.05), []
-
-    def work():
-        limiter.wait()
-        starts.append(perspective.time.monotonic())
-
-    threads = [threading.Thread(target=work) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert np.diff(sorted(starts)).min() > 0.03 and max(starts) - min(starts) > 0.19
