@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
-from unidetox_jax.evaluation.scorers import classifier, labelled, linear
+from unidetox_jax.evaluation.scorers import classifier, linear
 from unidetox_jax.stages import base, fit_scorer, settings
 
 WORDS = "the a of people are is kind dull brave rude and very not never they lamp in valley so old".split()
@@ -157,9 +157,9 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"label_field": "lable"}, "no field 'lable'; did you mean 'label'"),
+        ({"label_field": "lable"}, "a.jsonl, line 1: no column 'lable'; found 'text', 'label'"),
         ({"positive": ("toxin",)}, "no row has label = 'toxin'; did you mean 'toxic'"),
-        ({"positive": ()}, "label = 'harmless', expected a number|label = 'toxic', expected a number"),
+        ({"positive": ()}, "line 1, label: found '(harmless|toxic)', expected a number"),
         ({"held_out": 1.0}, "held_out: found 1.0"),
     ],
 )
@@ -177,17 +177,37 @@ def test_fit_scorer_names_the_mistake(change, words, tmp_path):
         base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
 
 
-def test_labelled_reads_bytes_literals_and_names_bad_files(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("text,label\n\"b'caf\\xc3\\xa9 \\'s'\",5\nb'broken,1\nplain,3\n")
-    rows = labelled.rows(path)
-    assert labelled.texts(rows, "text", path) == ["café 's", "b'broken", "plain"]
-    assert labelled.positives(rows, "label", path, 3.0, ()) == [True, False, False]
-    (tmp_path / "b.jsonl").write_text('{"a": 1}\n[]\n')
-    (tmp_path / "c.csv").write_text("text,label\n")
-    for name, words in (("b.jsonl", "line 2 is list"), ("c.csv", "no rows"), ("d.csv", "no such file")):
-        with pytest.raises(UserError, match=words):
-            labelled.rows(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("a.csv", b"text,label\nrude, and dull,toxic\n", "a.csv, line 2: 3 fields, expected 2"),
+        ("a.csv", b'text,label\n"never closed,toxic\nkind,harmless\n', "a.csv, line 2: a quote is not closed"),
+        ("a.csv", b"text,label\ncaf\xe9,toxic\n", "a.csv, line 2: byte 0xe9 is not UTF-8"),
+        ("a.csv", b"text,label\n\"b'caf\\xe9'\",toxic\n", "a.csv, line 2: byte 0xe9 of b'caf.* is not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud83d", "label": "toxic"}\n', "a.jsonl, line 1: .* is half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a", "label": "toxic"}\n[]\n', "a.jsonl, line 2: found list, expected"),
+        ("a.csv", b"text,label\n", "a.csv: no rows"),
+        ("a.txt", b"text\n", "a.txt: found suffix '.txt', expected one of .csv"),
+        ("a.parquet", b"text\n", "a.parquet: not parquet"),
+    ],
+)
+def test_fit_scorer_reads_as_every_data_set_is_read(name, rows, words, tmp_path):
+    (tmp_path / name).write_bytes(rows)
+    with pytest.raises(UserError, match=words):
+        fit_scorer._read(str(tmp_path / name), "text", "label", 3.0, ("toxic",))
+
+
+def test_fit_scorer_keeps_texts_and_labels_whole(tmp_path):
+    path, long = tmp_path / "a.csv", "rude " * 60_000
+    path.write_text(f'\ufefftext,label\n"b\'caf\\xc3\\xa9 \\\'s\'",5\nb\'broken,1\n{long},3\n"a, ""b""\nc",4\n')
+    texts, toxic = fit_scorer._read(str(path), "text", "label", 3.0, ())
+    assert texts == ["café 's", "b'broken", long, 'a, "b"\nc'] and toxic.tolist() == [True, False, False, True]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": true}\n')
+    assert fit_scorer._read(str(path), "text", "label", 0.5, ())[1].tolist() == [False, True]
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": null}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 2, label: found nothing, expected a number"):
+        fit_scorer._read(str(path), "text", "label", 0.5, ())
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ class ReportSettings:
 class FitScorerSettings:
     """A linear toxicity scorer from labelled text."""
 
-    data: str = ""  # csv (with a header) or jsonl
+    data: str = ""  # csv (with a header), jsonl or parquet
     text_field: str = "text"
     label_field: str = "toxicity_human"
     above: float = 3.0  # toxic: the label is a number greater than this …
