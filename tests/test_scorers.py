@@ -10,6 +10,7 @@ import scipy.sparse
 import torch
 import transformers
 from ml_collections import ConfigDict
+from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -225,35 +226,41 @@ def test_linear_auc_on_toxigen(shared, tmp_path):
 
 
 def tokenizer_of(family: str):
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if family == "bert" else ["<s>", "<pad>", "</s>", "<unk>"]
+    bert_like = family in ("bert", "distilbert")
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if bert_like else ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: at for at, word in enumerate([*special, *WORDS])}
-    start, end = ("[CLS]", "[SEP]") if family == "bert" else ("<s>", "</s>")
+    start, end = ("[CLS]", "[SEP]") if bert_like else ("<s>", "</s>")
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=special[3]))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
         f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
     )
-    pad = special[0] if family == "bert" else special[1]
+    pad = special[0] if bert_like else special[1]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token=special[3], pad_token=pad)
 
 
-def torch_classifier(family: str, labels=LABELS):
+SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=48)
+ROBERTA = dict(SIZES, max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-5)
+OPTIONS = {
+    "bert": dict(SIZES, max_position_embeddings=40),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "distilbert": dict(dim=64, n_layers=2, n_heads=1, hidden_dim=48, max_position_embeddings=40),
+}
+
+
+def torch_classifier(family: str, labels=LABELS, **options):
     torch.manual_seed(0)
-    common = dict(
+    config = transformers.AutoConfig.for_model(
+        family,
         vocab_size=40,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        intermediate_size=48,
         id2label=dict(enumerate(labels)),
         label2id={label: at for at, label in enumerate(labels)},
         initializer_range=0.2,
+        **OPTIONS[family],
+        **options,
     )
-    if family == "bert":
-        config = transformers.BertConfig(**common, max_position_embeddings=40)
-        return transformers.BertForSequenceClassification(config).eval()
-    config = transformers.RobertaConfig(**common, max_position_embeddings=42, type_vocab_size=1, layer_norm_eps=1e-5)
-    return transformers.RobertaForSequenceClassification(config).eval()
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def torch_logits(model, tokenizer, texts: list[str]) -> np.ndarray:
@@ -263,20 +270,47 @@ def torch_logits(model, tokenizer, texts: list[str]) -> np.ndarray:
         return np.concatenate([model(ids).logits.numpy() for ids in encoded])
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def save(model, tokenizer, directory, form: str = "safetensors"):
+    """A classifier's directory; the weights in one of the forms that the world has them in."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    file, state = directory / "model.safetensors", model.state_dict()
+    if form == "bin":
+        torch.save(state, directory / "pytorch_model.bin")
+        file.unlink()
+    elif form == "gamma":  # as TensorFlow's BERT was converted, with the heads that it was trained by
+        older = {".weight": ".gamma", ".bias": ".beta"}
+        renamed = {
+            name.replace(new, older[new]) if f"LayerNorm{new}" in name else name: tensor
+            for name, tensor in state.items()
+            for new in (".weight", ".bias")
+            if name.endswith(new)
+        }
+        assert sum(name.endswith((".gamma", ".beta")) for name in renamed) == 10
+        save_file({**renamed, "cls.predictions.bias": torch.zeros(40)}, file)
+    elif form == "ckpt":  # as Detoxify releases them: a buffer as old files have, fewer classes than logits
+        buffer = {f"{model.base_model_prefix}.embeddings.position_ids": torch.arange(40)[None]}
+        architecture = {"model_type": "none", "model_name": type(model).__name__, "num_classes": len(LABELS)}
+        classes = {"classes": ["toxic", *LABELS[1:2]], "identity_classes": list(LABELS[2:])}
+        config = {"arch": {"args": architecture}, "dataset": {"args": classes}}
+        torch.save({"config": config, "state_dict": collections.OrderedDict(state | buffer)}, directory / "toxic.ckpt")
+        (directory / "config.json").unlink()
+        return directory / "toxic.ckpt"
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *((family, "safetensors") for family in OPTIONS),
+        *((family, "bin") for family in ("bert", "xlm-roberta")),
+        *((family, "ckpt") for family in ("bert", "roberta", "xlm-roberta")),
+        ("bert", "gamma"),
+    ],
+)
 def test_classifier_equals_pytorch(family, form, tmp_path):
     model, tokenizer = torch_classifier(family), tokenizer_of(family)
-    tokenizer.save_pretrained(tmp_path)
-    source = tmp_path
-    if form == "safetensors":
-        model.save_pretrained(tmp_path)
-    else:  # as Detoxify releases them; a buffer as old files have
-        source = tmp_path / "toxic.ckpt"
-        buffer = {f"{family}.embeddings.position_ids": torch.arange(40)[None]}
-        architecture = {"model_type": "none", "model_name": type(model).__name__, "num_classes": 3}
-        config = {"arch": {"args": architecture}, "dataset": {"args": {"classes": list(LABELS)}}}
-        torch.save({"config": config, "state_dict": collections.OrderedDict(model.state_dict() | buffer)}, source)
+    source = save(model, tokenizer, tmp_path, form)
     texts = [*sentences(21), "", "", "Rude LAMP of"]
     loaded = classifier.load(str(source))
     assert len(loaded.mesh.devices.flat) == len(jax.local_devices())
@@ -291,25 +325,56 @@ def test_classifier_equals_pytorch(family, form, tmp_path):
         scorers.get(f"classifier:{source}#insults")
 
 
-def test_two_labels_exclude_each_other(tmp_path):
-    model, tokenizer = torch_classifier("roberta", ("neutral", "toxic")), tokenizer_of("roberta")
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_computed_with_in_float32(dtype, tmp_path):
+    model, tokenizer = torch_classifier("roberta").to(dtype), tokenizer_of("roberta")
+    save(model, tokenizer, tmp_path)
+    texts = sentences(9)
+    expected = torch_logits(model.float(), tokenizer, texts)
+    np.testing.assert_allclose(classifier.load(str(tmp_path)).logits(texts), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "oracle"),
+    [
+        (("neutral", "toxic"), None, lambda logits: logits.softmax(1)),
+        (("neutral", "toxic"), "multi_label_classification", torch.sigmoid),
+        (("a", "toxic", "c"), "single_label_classification", lambda logits: logits.softmax(1)),
+        (("a", "toxic", "c"), "multi_label_classification", torch.sigmoid),
+        (("a", "toxic", "c"), None, torch.sigmoid),
+        (("toxic",), None, torch.sigmoid),
+        (("toxic",), "regression", lambda logits: logits),
+    ],
+)
+def test_labels_exclude_each_other_as_config_json_says(labels, problem_type, oracle, tmp_path):
+    model, tokenizer = torch_classifier("distilbert", labels, problem_type=problem_type), tokenizer_of("distilbert")
+    save(model, tokenizer, tmp_path)
     texts = sentences(5)
-    expected = torch.softmax(torch.tensor(torch_logits(model, tokenizer, texts)), dim=1)[:, 1]
-    np.testing.assert_allclose(scorers.get(f"classifier:{tmp_path}")(texts), expected, atol=1e-4)
+    expected = oracle(torch.tensor(torch_logits(model, tokenizer, texts)))
+    np.testing.assert_allclose(classifier.load(str(tmp_path)).probabilities(texts), expected, atol=1e-4)
+
+
+def test_the_tokens_of_a_vocabulary_file(tmp_path):
+    model = torch_classifier("bert", ("neutral", "toxic"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rude", "ru", "##de", "dull", "lamp", "##s"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        ids = torch.tensor([[2, 5, 9, 10, 1, 3]])
+        expected = model(ids).logits.softmax(1)[:, 1]
+    np.testing.assert_allclose(scorers.get(f"classifier:{tmp_path}")(["RUDE lamps, "]), expected, atol=1e-4)
 
 
 def test_a_damaged_classifier_is_one_clear_line(tmp_path):
     model, tokenizer = torch_classifier("bert"), tokenizer_of("bert")
     tokenizer.save_pretrained(tmp_path)
     model.bert.save_pretrained(tmp_path)  # no head
-    with pytest.raises(UserError, match="not a bert sequence classifier"):
+    with pytest.raises(UserError, match="model.safetensors: key .* is none of this bert model's"):
         classifier.load(str(tmp_path))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 49}))
-    with pytest.raises(UserError, match=r"has shape .*, config.json expects"):
+    with pytest.raises(UserError, match=r"has shape \(48, 64\), expected \(49, 64\)"):
         classifier.load(str(tmp_path))
     (tmp_path / "bad.ckpt").write_bytes(b"garbage")
     with pytest.raises(UserError, match="not readable as weights alone"):
@@ -319,4 +384,11 @@ def test_a_damaged_classifier_is_one_clear_line(tmp_path):
         classifier.load(str(tmp_path / "bad.ckpt"))
     torch.save({"config": Options()}, tmp_path / "bad.ckpt")  # wants to run code
     with pytest.raises(UserError, match="not readable as weights alone"):
+        classifier.load(str(tmp_path / "bad.ckpt"))
+    small = {"model_type": "albert-base-v2", "model_name": "AlbertForSequenceClassification"}
+    torch.save(
+        {"config": {"arch": {"args": small}, "dataset": {"args": {"classes": []}}}, "state_dict": {}},
+        tmp_path / "bad.ckpt",
+    )
+    with pytest.raises(UserError, match="a AlbertForSequenceClassification; did you mean"):
         classifier.load(str(tmp_path / "bad.ckpt"))

@@ -18,8 +18,8 @@ def get(spec: str) -> Scorer:
 
     Args:
       spec: `lexicon` (the built-in world's own), `linear:DIRECTORY` (made by `unidetox fit-scorer`),
-        or `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT or RoBERTa: a Hugging Face directory or id, or a Detoxify
-        `.ckpt`).
+        or `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT, RoBERTa, XLM-R or DistilBERT: a Hugging Face directory or id,
+        or a Detoxify `.ckpt`).
 
     Raises:
       UserError: no such scorer, nothing at its path, no such label.
