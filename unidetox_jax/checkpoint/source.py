@@ -13,6 +13,7 @@ CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
