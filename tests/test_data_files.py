@@ -1,5 +1,10 @@
 """Source files that are wrong: one line that names the file, the place, what was found and what was expected."""
 
+import io
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from unidetox_jax.data import corpora, files, mmlu, toxigen
@@ -16,8 +21,42 @@ def refused(rows, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        ("dghs/filtered_with_split.jsonl", 12_575),
+        ("dghs/db_dev.csv", 3_506),
+        ("dghs/db_test.csv", 3_571),
+        ("dghs/original_columns_500.csv", 500),
+        ("toxigen/annotated_test.csv", 940),
+        ("toxigen/annotated_train.csv", 8_960),
+        ("realtoxicityprompts/prompts_5000.jsonl", 5_000),
+        ("distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv", 640),
+        ("politics/allsides_1300.jsonl", 1_300),
+        ("labelled/davidson_tweets.csv", 24_783),
+    ],
+)
+def test_every_row_of_the_real_files_is_read(shared, file, count):
+    (source,) = files.read([shared / "data" / file])
+    assert sum(1 for _ in files.rows(source, ())) == count
+
+
+def test_every_line_and_question_of_the_real_files_is_read(shared):
+    for part, count in (("dev", 285), ("val", 1_542)):
+        questions = [row for one in files.read((shared / "data/mmlu" / part).iterdir()) for row in files.csv_lists(one)]
+        assert len(questions) == count and {len(fields) for _, fields in questions} == {6}
+    for name in ("valid.txt", "test.txt", "train_5k_lines.txt"):
+        (source,) = files.read([shared / "data/text" / name])
+        raw = source.data.split(b"\n")
+        assert [line.encode() for _, line in files.lines(source)] == [line for line in raw if line.strip()]
+
+
 def test_csv_without_the_needed_column():
-    refused(files.csv_rows(content("a,Text\n1,x\n"), ["text"]), "table.csv: no column 'text'; found 'a', 'Text'")
+    refused(
+        files.csv_rows(content("a,Text\n1,x\n"), ["text"]), "table.csv, line 1: no column 'text'; found 'a', 'Text'"
+    )
+    twice = content("text,label,text\none,1,two\n")
+    refused(files.csv_rows(twice, ["text"]), "table.csv, line 1: the column 'text' stands there 2 times")
 
 
 def test_csv_that_is_empty():
@@ -25,21 +64,31 @@ def test_csv_that_is_empty():
     assert list(files.csv_rows(content("text\n"), ["text"])) == []
 
 
-def test_csv_row_of_another_length():
-    data = 'text,label\n"two\nlines",1\nonly one\n'
-    refused(files.csv_rows(content(data), ["text"]), "table.csv, line 4: 1 fields, expected 2 as in the header")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('"two\nlines",1\nonly one\n', "line 4: 1 fields, expected 2 as in the header"),
+        ("rude, and dull,1\n", "line 2: 3 fields, expected 2 .*; a field with a comma in it stands in quotes"),
+        ('fine,1\n"open,1\nnext,0\nlast,1\n', "line 3: a quote is not closed"),
+        ('fine,1\n"a "b" c",1\n', "line 3: a quote is not closed, or not doubled"),
+        ('"a \\"b\\", c",1\n', "line 2: a quote is not closed, or not doubled"),
+    ],
+)
+def test_csv_rows_that_do_not_fit_are_refused_and_never_cut(rows, message):
+    refused(files.csv_rows(content("text,label\n" + rows), ["text"]), f"somewhere/table.csv, {message}")
 
 
 def test_csv_quotes_newlines_and_blank_lines():
-    data = 'text,n\r\n"a ""b"", c\nd",1\r\n\r\nplain,2\r\n'
+    data = '\ufefftext,n\r\n"a ""b"", c\nd",1\r\n\r\nplain,2\r\n'
     assert list(files.csv_rows(content(data), ["text"])) == [
-        {"text": 'a "b", c\nd', "n": "1"},
-        {"text": "plain", "n": "2"},
+        ("somewhere/table.csv, line 2", {"text": 'a "b", c\nd', "n": "1"}),
+        ("somewhere/table.csv, line 5", {"text": "plain", "n": "2"}),
     ]
 
 
 def test_a_field_longer_than_the_csv_module_allows():
-    assert len(next(files.csv_rows(content("text\n" + "x" * 300_000), ["text"]))["text"]) == 300_000
+    ((_, row),) = files.csv_rows(content("text\n" + "x" * 300_000), ["text"])
+    assert len(row["text"]) == 300_000
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.jsonl", "lines.txt"])
@@ -54,16 +103,27 @@ def test_jsonl_mistakes():
         files.json_rows(content('{"a": 1}\n\n[1]\n', "x.jsonl"), ["a"]), "line 3: found list, expected a JSON object"
     )
     refused(files.json_rows(content('{"a": 1}\n{"b": 1}\n', "x.jsonl"), ["a"]), "line 2: no column 'a'; found 'b'")
+    half = '{"a": "\\ud83d\\ude42"}\n{"a": {"b": ["x \\ud83d"]}}\n'
+    refused(files.json_rows(content(half, "x.jsonl"), ["a"]), r"x.jsonl, line 2: '\\ud83d' is half of a surrogate pair")
+    refused(
+        files.json_rows(content('{"a": ' + "1" * 5000 + "}", "x.jsonl"), ["a"]), "x.jsonl, line 1: JSON that cannot"
+    )
+    refused(files.json_rows(content("[" * 100_000, "x.jsonl"), ["a"]), "x.jsonl, line 1: JSON that cannot")
 
 
 def test_parquet_mistakes():
     refused(files.parquet_rows(content(b"not parquet", "x.parquet"), ["a"]), "x.parquet: not parquet")
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(np.array([0, 2], np.int32)), pyarrow.py_buffer(b"a\xe9")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"a": broken}), file := io.BytesIO())
+    refused(files.parquet_rows(content(file.getvalue(), "x.parquet"), ["a"]), "x.parquet: not parquet .*UTF8")
 
 
 def test_unknown_suffix():
     refused(
         lambda: files.rows(content("", "x.xls"), ["a"]),
-        "x.xls: found suffix '.xls', expected one of .csv, .jsonl, .parquet",
+        "x.xls: found suffix '.xls', expected one of .csv, .jsonl, .json, .parquet",
     )
 
 
@@ -105,18 +165,19 @@ def test_mmlu_mistakes(tmp_path):
 def test_toxigen_score_that_is_no_number(tmp_path):
     data = "text,target_group,toxicity_human,toxicity_ai,intent\na line,women,5,1,2\nanother,women,high,1,2\n"
     refused(
-        builder(toxigen.Toxigen, data, "annotated_test.csv", tmp_path).examples(), "row 2, toxicity_human: found 'high'"
+        builder(toxigen.Toxigen, data, "annotated_test.csv", tmp_path).examples(),
+        "line 3, toxicity_human: found 'high'",
     )
 
 
 def test_prompts_without_text(tmp_path):
     data = '{"prompt": {"toxicity": 0.1}, "continuation": {"text": "x"}}\n'
     rows = builder(corpora.RealToxicityPrompts, data, "prompts.jsonl", tmp_path).examples()
-    refused(rows, "prompts.jsonl, prompt: no column 'text'; found 'toxicity'")
+    refused(rows, "prompts.jsonl, line 1, prompt: no column 'text'; found 'toxicity'")
 
 
 def test_dghs_label_that_is_unknown(tmp_path):
     from unidetox_jax.data import dghs
 
     data = "text,label,target,split\na line,maybe,bla,train\n"
-    refused(builder(dghs.Dghs, data, "x.csv", tmp_path).examples(), "x.csv: found label 'maybe'")
+    refused(builder(dghs.Dghs, data, "x.csv", tmp_path).examples(), "x.csv, line 2: found label 'maybe'")

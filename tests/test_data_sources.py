@@ -139,6 +139,11 @@ def test_bytes_literals(written, meant):
     assert toxigen.clean(written) == meant
 
 
+def test_bytes_that_are_no_text_are_named():
+    with pytest.raises(UserError, match=r"x.csv, line 7: byte 0xff of b'caf.xff'… is not UTF-8"):
+        toxigen.clean(r"b'caf\xff'", "x.csv, line 7")
+
+
 def test_unknown_group_has_no_category():
     assert toxigen.category("the Ulmi") == ""
     assert toxigen.category("Women") == "gender_lgbtq"

@@ -29,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed/tokens/embedding"
 QUIET_BYTES = 1 << 28  # smaller models are done before a bar could be read
 FLOATS = ("float32", "bfloat16", "float16")
+OLDER_NAMES = {"gamma": "weight", "beta": "bias"}  # of a layer norm's parameters, in checkpoints that TensorFlow made
 
 
 class Target(NamedTuple):
@@ -132,7 +133,8 @@ def _names_in_file(weights: Weights, cfg: models.ModelConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     surplus = []
     for name in weights.specs:
-        candidates = (name, models.hf_prefix(cfg) + name)
+        current = re.sub(r"\bLayerNorm\.(gamma|beta)$", lambda found: f"LayerNorm.{OLDER_NAMES[found[1]]}", name)
+        candidates = (current, models.hf_prefix(cfg) + current)
         canonical = next((text for text in candidates if text in open_names), None)
         if canonical is not None:
             open_names.remove(canonical)

@@ -16,6 +16,7 @@ ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -15,7 +15,7 @@ from unidetox_jax.checkpoint.safetensors_file import is_remote
 from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find
 from unidetox_jax.errors import UserError
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
@@ -57,7 +57,7 @@ def _load(directory: epath.Path) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     settings = _json(directory / "tokenizer_config.json")
-    only_sentencepiece = not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    only_sentencepiece = not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
     if only_sentencepiece and "tokenizer_class" not in settings:
         tokenizer = LlamaTokenizer.from_pretrained(str(directory), add_bos_token=True)
     else:

@@ -35,7 +35,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     A subclass sets `name`, `fields` (name → TEXT, TEXTS, FLOAT, INT or BOOL) and `examples`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when the parsing of the same bytes changes
+    VERSION = tfds.core.Version("1.0.1")  # raise it when the parsing of the same bytes changes
     fields: Mapping[str, str] = {}
     default_split: ClassVar[str] = "train"
     split_aliases: ClassVar[Mapping[str, str]] = {}

@@ -32,8 +32,8 @@ class RealToxicityPrompts(builders.RecordBuilder, skip_registration=True):
 
     def examples(self):
         for content in self.contents:
-            for row in files.json_rows(content, ("prompt", "continuation")):
-                yield "train", _scored(row, content.name)
+            for where, row in files.json_rows(content, ("prompt", "continuation")):
+                yield "train", _scored(row, where)
 
 
 def _scored(row, where: str):
@@ -58,7 +58,7 @@ class Politics(builders.RecordBuilder, skip_registration=True):
     def examples(self):
         columns = {"text": "content", "label": "bias_text"}
         for content in self.contents:
-            for row in files.json_rows(content, ("content", "bias_text", "source")):
+            for _, row in files.json_rows(content, ("content", "bias_text", "source")):
                 yield "train", {name: files.text_of(row.get(columns.get(name, name))) for name in self.fields}
 
 
@@ -87,7 +87,7 @@ class Distilled(builders.RecordBuilder, skip_registration=True):
     def examples(self):
         for content in self.contents:
             column = "text" if content.stem.endswith(".jsonl") else "Text"
-            for row in files.rows(content, (column,)):
+            for _, row in files.rows(content, (column,)):
                 yield "train", {"text": files.text_of(row[column]), "ended": bool(row.get("ended", False))}
 
 
@@ -102,5 +102,5 @@ class Table(builders.RecordBuilder, skip_registration=True):
 
     def examples(self):
         for content in self.contents:
-            for row in files.rows(content, self.options.values()):
+            for _, row in files.rows(content, self.options.values()):
                 yield "train", {name: files.text_of(row[column]) for name, column in self.options.items()}

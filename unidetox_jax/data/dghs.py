@@ -38,12 +38,12 @@ class Dghs(builders.RecordBuilder, skip_registration=True):
 
 def _kept(content: files.Content):
     columns = ("text", "split") if content.stem.endswith(".jsonl") else ("text", "label", "target", "split")
-    for row in files.rows(content, columns):
+    for where, row in files.rows(content, columns):
         # A filtered jsonl has no label, and a target for some rows only: what it says must agree, what it omits may.
         label, target = row.get("label", "hate"), row.get("target")
         if label not in ("hate", "nothate"):
-            raise UserError(f"{content.name}: found label {label!r}, expected 'hate' or 'nothate'")
+            raise UserError(f"{where}: found label {label!r}, expected 'hate' or 'nothate'")
         if label != "hate" or ("target" in row and target not in TARGETS):
             continue
         split = row["split"] if row["split"] in SPLITS else "unknown"
-        yield split, {"text": row["text"], "target": target or "", "type": row.get("type") or ""}
+        yield split, {"text": files.text_of(row["text"]), "target": target or "", "type": row.get("type") or ""}

@@ -1,6 +1,7 @@
 """Source files, here or on the hub: csv, jsonl, parquet and plain text, read with errors that name the line.
 
-A file is read whole, once: its bytes are hashed (the prepared data set carries the hash) and then parsed.
+A file is read whole, once: its bytes are hashed (the prepared data set carries the hash) and then parsed. What cannot
+be read as it stands is refused: no row is dropped, filled up or cut.
 """
 
 import csv
@@ -16,6 +17,7 @@ from etils import epath
 from unidetox_jax.errors import UserError, suggest
 
 HUB = "hf://"  # hf://OWNER/NAME/PATH: one file of a data set on the hub
+Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages; its fields
 
 
 class Content(NamedTuple):
@@ -129,90 +131,112 @@ def decode(content: Content) -> str:
         ) from None
 
 
-def lines(content: Content) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of every line that is not blank; a line ends at a newline and nowhere else."""
+def lines(content: Content) -> Iterator[tuple[str, str]]:
+    """(file and line, text) of every line that is not blank; a line ends at a newline and nowhere else."""
     for number, line in enumerate(decode(content).split("\n"), 1):
         line = line.removesuffix("\r")
         if line.strip():
-            yield number, line
+            yield f"{content.name}, line {number}", line
 
 
-def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a csv file with a header, as dictionaries.
+def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
+    """Rows of a csv file with a header.
 
     Raises:
-      UserError: a needed column is absent (those found are listed), or a row has another number of fields.
+      UserError: a needed column is absent or there twice, or a row has another number of fields.
     """
     rows = csv_lists(content)
-    _, header = next(rows, (0, []))
+    where, header = next(rows, ("", []))
     if not header:
         raise UserError(f"{content.name}: empty; expected a csv file with a header")
-    require(content.name, columns, header)
-    for number, row in rows:
-        if len(row) != len(header):
-            found = f"{len(row)} fields, expected {len(header)} as in the header"
-            raise UserError(f"{content.name}, line {number}: {found}")
-        yield dict(zip(header, row, strict=True))
+    require(where, columns, header)
+    for where, fields in rows:
+        if len(fields) != len(header):
+            raise UserError(
+                f"{where}: {len(fields)} fields, expected {len(header)} as in the header; "
+                "a field with a comma in it stands in quotes"
+            )
+        yield where, dict(zip(header, fields, strict=True))
 
 
-def csv_lists(content: Content) -> Iterator[tuple[int, list[str]]]:
-    """(line number where it ends, fields) of every row of a csv file that is not blank."""
+def csv_lists(content: Content) -> Iterator[tuple[str, list[str]]]:
+    """(file and line where it begins, fields) of every row of a csv file that is not blank.
+
+    Not by pandas: it fills short rows up, and reads text as numbers. Raises UserError where quotes are misplaced.
+    """
     csv.field_size_limit(1 << 30)  # articles exceed the 128 kB that the module allows
-    reader = csv.reader(io.StringIO(decode(content), newline=""), strict=False)
+    reader = csv.reader(io.StringIO(decode(content), newline=""), strict=True)
+    number = 1
     try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
+        for fields in reader:
+            if fields:
+                yield f"{content.name}, line {number}", fields
+            number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{content.name}, line {reader.line_num}: not csv ({error})") from None
+        raise UserError(
+            f"{content.name}, line {number}: a quote is not closed, or not doubled within its field ({error})"
+        ) from None
 
 
-def json_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+def json_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Objects of a jsonl file, one a line.
 
     Raises:
-      UserError: a line is no JSON object or lacks a needed field (those found are listed).
+      UserError: a line is no JSON object, lacks a needed field, or holds half a character.
     """
     columns = tuple(columns)
-    for number, line in lines(content):
+    for where, line in lines(content):
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(f"{where}: {half!r} is half of a surrogate pair, expected both halves or none") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{content.name}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{where}: JSON that cannot be read ({error})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{content.name}, line {number}: found {type(row).__name__}, expected a JSON object")
-        require(f"{content.name}, line {number}", columns, row)
-        yield row
+            raise UserError(f"{where}: found {type(row).__name__}, expected a JSON object")
+        require(where, columns, row)
+        yield where, row
 
 
-def parquet_rows(content: Content, columns: Iterable[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Rows of a parquet file, the form in which the hub serves some data sets."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content.data))
+        table.validate(full=True)  # text that is no UTF-8, among others
     except pyarrow.ArrowException as error:
         raise UserError(f"{content.name}: not parquet ({' '.join(str(error).split())[:120]})") from None
     require(content.name, columns, table.column_names)
-    yield from table.to_pylist()
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{content.name}, row {number}", row
 
 
-def rows(content: Content, columns: Iterable[str]) -> Iterator[Mapping[str, Any]]:
-    """Rows of a csv, jsonl or parquet file, by its suffix."""
-    readers = {".csv": csv_rows, ".jsonl": json_rows, ".parquet": parquet_rows}
+READERS = {".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows, ".parquet": parquet_rows}
+
+
+def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
+    """Rows of a csv, jsonl or parquet file, by its suffix; all of them, as they are."""
     suffix = "." + content.stem.rsplit(".", 1)[-1].lower()
-    if suffix not in readers:
-        raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(readers)}")
-    return readers[suffix](content, columns)
+    if suffix not in READERS:
+        raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(READERS)}")
+    return READERS[suffix](content, columns)
 
 
 def require(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
-    """UserError unless every needed column is among those found."""
+    """UserError unless every needed column is among those found, once."""
     found = list(found)
     for column in columns:
         if column not in found:
             raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, found))}")
+        if found.count(column) > 1:
+            raise UserError(f"{where}: the column {column!r} stands there {found.count(column)} times; rename one")
 
 
 def text_of(value: Any) -> str:

@@ -39,10 +39,10 @@ def _csv(content: files.Content):
     if match is None:
         raise UserError(f"{content.name}: expected a name like anatomy_val.csv (SUBJECT_dev, _val or _test)")
     split = {"val": "validation"}.get(match["split"], match["split"])
-    for number, row in files.csv_lists(content):
+    for where, row in files.csv_lists(content):
         if len(row) != 6 or row[5].strip() not in tuple(LETTERS):
             raise UserError(
-                f"{content.name}, line {number}: expected question, four choices and a letter A to D; "
+                f"{where}: expected question, four choices and a letter A to D; "
                 f"found {len(row)} fields, the last {row[-1]!r}"
             )
         yield (
@@ -58,5 +58,5 @@ def _csv(content: files.Content):
 
 def _parquet(content: files.Content):
     split = content.stem.split("-", 1)[0]
-    for row in files.parquet_rows(content, ("question", "choices", "answer", "subject")):
+    for _, row in files.parquet_rows(content, ("question", "choices", "answer", "subject")):
         yield split, {name: row[name] for name in Mmlu.fields}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from unidetox_jax.data import builders, files
+from unidetox_jax.errors import UserError
 
 # Category → the published names of its groups, of both files. The first three are in-distribution for DGHS.
 CATEGORIES = {
@@ -92,27 +93,27 @@ def count_categories(records: Iterable[Mapping[str, str]]) -> dict[str, int]:
     return {name: counts[name] for name in (*CATEGORIES, "")}
 
 
-def clean(text: str) -> str:
-    """`b'…'` as the text that it stands for; anything else as it is."""
+def clean(text: str, where: str = "text") -> str:
+    """`b'…'` as the text that it stands for; anything else as it is. Raises UserError where its bytes are no UTF-8."""
     if len(text) < 3 or text[0] != "b" or text[1] not in "'\"" or text[-1] != text[1]:
         return text
     try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+        return ast.literal_eval(text).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte 0x{error.object[error.start]:02x} of {text[:20]}… is not UTF-8") from None
+    except (SyntaxError, ValueError, AttributeError):
         return text
-    return value.decode("utf-8", errors="replace")
 
 
 def _rows(content: files.Content):
     columns = ("text", "target_group", "toxicity_human", "toxicity_ai", "intent")
-    for number, row in enumerate(files.csv_rows(content, columns), 1):
-        where = f"{content.name}, row {number}"
+    for where, row in files.csv_rows(content, columns):
         scores = {
             name: files.number_of(row[name], f"{where}, {name}") for name in ("toxicity_human", "toxicity_ai", "intent")
         }
         group = row["target_group"]
         yield {
-            "text": clean(row["text"]),
+            "text": clean(row["text"], where),
             "target_group": group,
             "category": category(group),
             "label": row.get("label", ""),

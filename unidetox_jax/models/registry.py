@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import falcon, gpt2, llama, opt
+from unidetox_jax.models import encoder, falcon, gpt2, llama, opt
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.keys import Key
 from unidetox_jax.models.layers import ACTIVATIONS
@@ -36,8 +36,8 @@ CONSTANTS = (
 
 
 def family(cfg: ModelConfig) -> ModuleType:
-    """The family's file: from_hf, to_hf, Embed, Block, Final, key_table."""
-    return FAMILIES[cfg.family]
+    """The family's file: from_hf, to_hf, Embed, Block, Final, key_table; of a classifier, the encoder's."""
+    return encoder if cfg.family in encoder.KINDS else FAMILIES[cfg.family]
 
 
 def config_from_hf(source: Mapping[str, Any] | epath.PathLike, where: str = "") -> ModelConfig:
@@ -103,14 +103,15 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Which Hugging Face tensor is which of our leaves, for both directions of conversion."""
-    return FAMILIES[cfg.family].key_table(cfg)
+    return family(cfg).key_table(cfg)
 
 
 def ignored_keys(cfg: ModelConfig) -> list[str]:
     """Regular expressions of tensors that a checkpoint may hold and the model does not need."""
-    return [*CONSTANTS, *([r"lm_head\.weight"] if cfg.tie_word_embeddings else [])]
+    tied = [r"lm_head\.weight"] if cfg.tie_word_embeddings else []
+    return [*CONSTANTS, *getattr(family(cfg), "IGNORED", ()), *tied]
 
 
 def hf_prefix(cfg: ModelConfig) -> str:
     """The prefix of the *ForCausalLM names that a checkpoint of the bare model lacks."""
-    return FAMILIES[cfg.family].PREFIX
+    return family(cfg).PREFIX

@@ -1,8 +1,7 @@
-"""`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with an AUC on text that it has not
-seen.
+"""`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with an AUC on text that it has not seen.
 
-Reads any csv or jsonl; writes WORKDIR/scorer, which `linear:WORKDIR/scorer` names. A training text that also
-stands in the test file is left out of training (ToxiGen's two files share some), and the count is reported.
+Reads any csv, jsonl or parquet file; writes WORKDIR/scorer, which `linear:WORKDIR/scorer` names. A training text that
+also stands in the test file is left out of training (ToxiGen's two files share some), and the count is reported.
 """
 
 import dataclasses
@@ -13,8 +12,9 @@ from etils import epath
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.scorers import labelled, linear
+from unidetox_jax.data import files, toxigen
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import FitScorerSettings, Run
 
@@ -102,8 +102,22 @@ def describe(figures: dict) -> str:
 
 
 def _read(path: str, text: str, label: str, above: float, positive: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    rows = labelled.rows(path)
-    return labelled.texts(rows, text, path), np.array(labelled.positives(rows, label, path, above, positive))
+    """The texts, and whether each is toxic: its label is one of `positive` or, where that is empty, above `above`."""
+    (content,) = files.read([files.find(path, "")])
+    rows = list(files.rows(content, (text, label)))
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    texts = [toxigen.clean(files.text_of(row[text]), where) for where, row in rows]
+    if positive:
+        labels = [files.text_of(row[label]) for _, row in rows]
+        for value in positive:
+            if value not in labels:
+                raise UserError(f"{path}: no row has {label} = {value!r}{suggest(value, set(labels))}")
+        return texts, np.isin(labels, positive)
+    numbers = np.array([files.number_of(row[label], f"{where}, {label}") for where, row in rows])
+    if np.isnan(numbers).any():
+        raise UserError(f"{rows[np.isnan(numbers).argmax()][0]}, {label}: found nothing, expected a number")
+    return texts, numbers > above
 
 
 def _split(texts: list[str], toxic: np.ndarray, settings: FitScorerSettings) -> tuple:

@@ -125,7 +125,7 @@ class EvaluateSettings:
     top_p: float = 0.9  # after top-k; 1: off
     runs: int = 5
     seed: int = 42  # of the first run; the next has the next
-    scorer: str = "classifier:unitary/toxic-bert"  # or linear:DIRECTORY, lexicon, perspective
+    scorer: str = "classifier:unitary/toxic-bert"  # or linear:DIRECTORY, lexicon
     threshold: float = 0.5  # toxic is what scores above it
     id_categories: tuple[str, ...] = ("gender_lgbtq", "race_nationalities", "religion")  # the toxic model saw these
     ood_categories: tuple[str, ...] = ("disability",)
@@ -177,7 +177,7 @@ class ReportSettings:
 class FitScorerSettings:
     """A linear toxicity scorer from labelled text."""
 
-    data: str = ""  # csv (with a header) or jsonl
+    data: str = ""  # csv (with a header), jsonl or parquet
     text_field: str = "text"
     label_field: str = "toxicity_human"
     above: float = 3.0  # toxic: the label is a number greater than this …

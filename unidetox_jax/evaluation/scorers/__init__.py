@@ -1,9 +1,7 @@
 """Toxicity scorers, all of one kind: texts → float64 [N] in [0, 1].
 
 A scorer's module is imported when it is chosen. What every scorer must keep is checked here, once: one number
-per text, between 0 and 1. NaN is a mistake of the scorer's and stops the work, except from Perspective, where
-it stands
-for a text that the service would not score: that is the caller's to report, and never harmless.
+per text, between 0 and 1; anything else, NaN included, stops the work.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +18,8 @@ def get(spec: str) -> Scorer:
 
     Args:
       spec: `lexicon` (the built-in world's own), `linear:DIRECTORY` (made by `unidetox fit-scorer`),
-        `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT or RoBERTa: a Hugging Face directory or id, or a Detoxify
-        `.ckpt`), or `perspective[:ATTRIBUTE]`.
+        or `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT, RoBERTa, XLM-R or DistilBERT: a Hugging Face directory or id,
+        or a Detoxify `.ckpt`).
 
     Raises:
       UserError: no such scorer, nothing at its path, no such label.
@@ -34,10 +32,10 @@ def get(spec: str) -> Scorer:
         raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{wants}")
     if wants is None and argument:
         raise UserError(f"scorer {spec!r}: {kind} takes no argument, found {argument!r}")
-    return _checked(make(argument), spec, may_fail=kind == "perspective")
+    return _checked(make(argument), spec)
 
 
-def _checked(scorer: Scorer, spec: str, may_fail: bool) -> Scorer:
+def _checked(scorer: Scorer, spec: str) -> Scorer:
     def score(texts: Sequence[str]) -> np.ndarray:
         if isinstance(texts, str):
             raise TypeError("a scorer takes a list of texts, not one text")
@@ -48,8 +46,6 @@ def _checked(scorer: Scorer, spec: str, may_fail: bool) -> Scorer:
         if scores.shape != (len(texts),):
             raise UserError(f"scorer {spec!r}: gave an array of shape {scores.shape} for {len(texts)} texts")
         wrong = ~((scores >= 0) & (scores <= 1))  # true for NaN as well
-        if may_fail:
-            wrong &= ~np.isnan(scores)
         if wrong.any():
             at = int(np.argmax(wrong))
             raise UserError(
@@ -80,16 +76,9 @@ def _classifier(source: str) -> Scorer:
     return classifier.scorer(path, label)
 
 
-def _perspective(attribute: str) -> Scorer:
-    from unidetox_jax.evaluation.scorers import perspective
-
-    return perspective.scorer(attribute or "TOXICITY")
-
-
-# kind → (its maker, what stands after the colon: None nothing, "" something or nothing)
+# kind → (its maker, what stands after the colon: None nothing)
 _KINDS: dict[str, tuple[Callable[[str], Scorer], str | None]] = {
     "lexicon": (_lexicon, None),
     "linear": (_linear, "DIRECTORY"),
     "classifier": (_classifier, "PATH_OR_HUB_ID[#LABEL]"),
-    "perspective": (_perspective, ""),
 }

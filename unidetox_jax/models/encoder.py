@@ -1,0 +1,234 @@
+"""Sequence classifiers that score text: BERT, RoBERTa, XLM-R and DistilBERT, an encoder and a first-token head.
+
+One encoder of the shared parts: attention in both directions, layer norms after the residual sums, no dropout, since
+nothing is trained here. What differs between the four is `KINDS`: names of options and tensors, the head's activation,
+and positions, which RoBERTa counts from `pad_token_id + 1`, skipping padding, so that 514 of them serve 512 tokens.
+
+Axes: B batch, T time, D hidden, N labels.
+"""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.models import keys
+from unidetox_jax.models.attention import attention
+from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+class Kind(NamedTuple):
+    """One published encoder. `parts`: its names of a layer's PARTS; `head`: of the head's two linear layers."""
+
+    prefix: str
+    layers: str
+    parts: tuple[str, ...]
+    head: tuple[str, str]
+    head_activation: str = "tanh"
+    intermediate: tuple[str, str] = ("intermediate_size", "hidden_act")  # options: the feed-forward's width, activation
+    counts_tokens: bool = False  # positions count what is no padding, from pad_token_id + 1
+
+
+PARTS = ("query", "key", "value", "output", "attention_norm", "up", "down", "mlp_norm")
+_BERT = (
+    *(f"attention.self.{name}" for name in PARTS[:3]),
+    *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
+)
+_DISTILBERT = (
+    *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+    *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
+)
+_ROBERTA = Kind("roberta", "encoder.layer", _BERT, ("classifier.dense", "classifier.out_proj"), counts_tokens=True)
+KINDS = {
+    "bert": Kind("bert", "encoder.layer", _BERT, ("bert.pooler.dense", "classifier")),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "distilbert": Kind(
+        *("distilbert", "transformer.layer", _DISTILBERT, ("pre_classifier", "classifier"), "relu"),
+        ("hidden_dim", "activation"),
+    ),
+}
+PREFIX = ""
+# A buffer, the pooler of a RoBERTa that was one before it got its head, and heads for other tasks.
+IGNORED = (
+    r".*embeddings\.(position|token_type)_ids",
+    r"roberta\.pooler\..*",
+    r"(cls|lm_head|vocab_\w+|qa_outputs)\..*",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(ModelConfig):
+    """A sequence classifier. `labels`: names in the order of the logits. `problem_type`: SINGLE, MULTI, REGRESSION."""
+
+    family: str  # of KINDS
+    token_types: int  # 0: none
+    labels: tuple[str, ...]
+    problem_type: str
+
+    @property
+    def longest(self) -> int:
+        """The longest text in tokens, special tokens included."""
+        return self.max_position_embeddings - (self.pad_token_id + 1 if KINDS[self.family].counts_tokens else 0)
+
+
+def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
+    """The configuration from Hugging Face's `config.json`: its dictionary, the file, or its directory.
+
+    Where it does not say what the labels are to each other, two exclude each other, and more do not (which is logged).
+
+    Raises:
+      UserError: none of KINDS, or an option that this encoder does not have.
+    """
+    config, where = source, "config.json"
+    if not isinstance(source, dict):
+        path = epath.Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(f"{path}: no such file; expected Hugging Face's config.json")
+        config, where = json.loads(path.read_text()), str(path)
+    name = config.get("model_type")
+    if name not in KINDS:
+        raise UserError(f"{where}: a classifier of model_type {name!r} is not implemented (known: {', '.join(KINDS)})")
+    for option, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False), ("quantization_config", {})):
+        if config.get(option) not in (None, wanted):
+            raise UserError(f"{where}: {option} is {config[option]!r}, expected {wanted!r}")
+    try:
+        hf = CONFIG_MAPPING[name].from_dict(config)
+    except Exception as error:  # transformers validates with several exception classes of its own
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+    width, activation = (getattr(hf, option) for option in KINDS[name].intermediate)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{where}: activation {activation!r} is not implemented{suggest(str(activation), ACTIVATIONS)}")
+    if hf.hidden_size % hf.num_attention_heads:
+        raise UserError(f"{where}: a width of {hf.hidden_size} is no multiple of {hf.num_attention_heads} heads")
+    if hf.problem_type not in (None, SINGLE, MULTI, REGRESSION):
+        raise UserError(f"{where}: problem_type is {hf.problem_type!r}, expected {SINGLE}, {MULTI} or {REGRESSION}")
+    if not hf.problem_type and hf.num_labels > 2:
+        logging.warning("%s: no problem_type; its %d labels are taken not to exclude each other", where, hf.num_labels)
+    pad = CONFIG_MAPPING[name]().pad_token_id if hf.pad_token_id is None else hf.pad_token_id
+    if pad >= hf.vocab_size:
+        raise UserError(f"{where}: pad_token_id is {pad}, expected a token below vocab_size {hf.vocab_size}")
+    return EncoderConfig(
+        family=name,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_attention_heads,
+        head_size=hf.hidden_size // hf.num_attention_heads,
+        intermediate_size=width,
+        max_position_embeddings=hf.max_position_embeddings,
+        activation=activation,
+        norm_epsilon=getattr(hf, "layer_norm_eps", 1e-12),
+        tie_word_embeddings=False,
+        pad_token_id=pad,
+        token_types=getattr(hf, "type_vocab_size", 0),
+        labels=tuple(str(hf.id2label[index]) for index in sorted(hf.id2label)),
+        problem_type=hf.problem_type or (SINGLE if hf.num_labels == 2 else MULTI),
+    )
+
+
+class Embed(nn.Module):
+    """Token, segment (all of them 0) and position embeddings, summed and normalised: int32 [B,T] → [B,T,D]."""
+
+    cfg: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, deterministic: bool):
+        cfg = self.cfg
+        x = embedding(cfg, cfg.vocab_size, cfg.hidden_size, "tokens")(tokens)
+        if cfg.token_types:
+            x += embedding(cfg, cfg.token_types, cfg.hidden_size, "segments")(jnp.zeros_like(tokens))
+        x += embedding(cfg, cfg.max_position_embeddings, cfg.hidden_size, "positions")(positions)
+        return layer_norm(cfg, "norm")(x)
+
+
+class Block(nn.Module):
+    """One layer: [B,T,D] → ([B,T,D], state of attend)."""
+
+    cfg: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, attend, rotary, layer, deterministic: bool):
+        cfg = self.cfg
+        out, state = Attention(cfg, True, True, name="attention")(x, attend, None, cfg.head_size**-0.5, True)
+        x = layer_norm(cfg, "attention_norm")(x + out)
+        return layer_norm(cfg, "mlp_norm")(x + FeedForward(cfg, bias=True, name="mlp")(x)), state
+
+
+class Final(nn.Module):
+    """The head: the first token's state [B,…,D] → logits [B,…,N]."""
+
+    cfg: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        x = dense(self.cfg, self.cfg.hidden_size, "dense", bias=True)(x)
+        return dense(self.cfg, len(self.cfg.labels), "labels", bias=True)(
+            ACTIVATIONS[KINDS[self.cfg.family].head_activation](x)
+        )
+
+
+def forward(params: Any, tokens: jax.Array, cfg: EncoderConfig, mask: jax.Array) -> jax.Array:
+    """Logits of every label, float32 [B,N].
+
+    Args:
+      params: as `models.init` gives them.
+      tokens: int32 [B,T], padded on the right; T at most `cfg.longest`.
+      cfg: static under jit.
+      mask: [B,T], nonzero where a token is real.
+    """
+    cfg.check_length(tokens.shape[1])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if KINDS[cfg.family].counts_tokens:
+        real = (tokens != cfg.pad_token_id).astype(jnp.int32)
+        positions = jnp.cumsum(real, axis=1) * real + cfg.pad_token_id
+    seen = jnp.broadcast_to(mask.astype(bool)[:, None], (*tokens.shape, tokens.shape[1]))
+
+    def attend(query, key, value, dropout):
+        return attention(query, key, value, seen, precision=precision(cfg.dtype)), None
+
+    def layer(x, block):
+        return Block(cfg).apply({"params": block}, x, attend, None, 0, True)
+
+    x = Embed(cfg).apply({"params": params["embed"]}, tokens, positions, True)
+    x, _ = jax.lax.scan(layer, x, params["blocks"])
+    return Final(cfg).apply({"params": params["final"]}, x[:, 0]).astype(jnp.float32)
+
+
+def key_table(cfg: EncoderConfig) -> list[keys.Key]:
+    """Hugging Face's tensors and ours."""
+    kind, heads, size = KINDS[cfg.family], cfg.num_heads, cfg.head_size
+    embeddings = f"{kind.prefix}.embeddings"
+    names = {
+        ours: f"{kind.prefix}.{kind.layers}.{{layer}}.{theirs}" for ours, theirs in zip(PARTS, kind.parts, strict=True)
+    }
+    table = [
+        keys.same(f"{embeddings}.word_embeddings.weight", "embed/tokens/embedding"),
+        keys.same(f"{embeddings}.position_embeddings.weight", "embed/positions/embedding"),
+        *keys.norm(f"{embeddings}.LayerNorm", "embed/norm"),
+    ]
+    if cfg.token_types:
+        table.append(keys.same(f"{embeddings}.token_type_embeddings.weight", "embed/segments/embedding"))
+    for part in ("query", "key", "value"):
+        table.append(keys.heads_in(f"{names[part]}.weight", f"blocks/attention/{part}/kernel", heads, size))
+        table.append(keys.reshaped(f"{names[part]}.bias", f"blocks/attention/{part}/bias", (-1,), (heads, size)))
+    table.append(keys.heads_out(f"{names['output']}.weight", "blocks/attention/output/kernel", heads, size))
+    table.append(keys.same(f"{names['output']}.bias", "blocks/attention/output/bias"))
+    for part in ("attention_norm", "mlp_norm"):
+        table += keys.norm(names[part], f"blocks/{part}")
+    linear = {names["up"]: "blocks/mlp/up", names["down"]: "blocks/mlp/down"}
+    for theirs, ours in {**linear, kind.head[0]: "final/dense", kind.head[1]: "final/labels"}.items():
+        table += [keys.linear(f"{theirs}.weight", f"{ours}/kernel"), keys.same(f"{theirs}.bias", f"{ours}/bias")]
+    return table
