@@ -4,18 +4,20 @@ import csv
 import io
 import itertools
 import json
-import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from unidetox_jax import checkpoint
+from tests.eval_helpers import make_pair, make_tokenizer
+from unidetox_jax import checkpoint, data
 from unidetox_jax.data.tokens import decode, encode, prefix
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations, mmlu, perplexity
 
 PROBES = ["Hello", " Hello", "Once  upon\n  x", "", " ", "  naïve 😀 don't!\t<unk>", "a\u0301 x ▁ y\r\n"]
 
@@ -242,7 +244,6 @@ def test_added_tokens_of_a_sentencepiece_model(forms, pieces, tmp_path):
     assert ids(tokenizer) == pieces.encode(PROBES)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -251,11 +252,11 @@ def test_added_tokens_of_a_sentencepiece_model(forms, pieces, tmp_path):
         {"byte_fallback": True, "add_dummy_prefix": False, "user_defined_symbols": ["<turn>"], "pad_id": 3},
     ],
 )
-def test_sentencepiece_models_of_every_kind(kind, settings, shared, texts, tmp_path):
+def test_sentencepiece_models_trained_otherwise(settings, shared, texts, tmp_path):
     lines = (shared / "data/text/valid.txt").read_text(encoding="utf-8").splitlines()[:1500]
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=written, vocab_size=900, model_type=kind, minloglevel=2, **settings
+        sentence_iterator=iter(lines), model_writer=written, vocab_size=900, model_type="bpe", minloglevel=2, **settings
     )
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
     tokenizer = checkpoint.load_tokenizer(tmp_path)
@@ -275,6 +276,45 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(forms, shared, tmp
         assert ids(again, special=True) == ids(tokenizer, special=True)
         plain = [text for text in PROBES if "<unk>" not in text]
         assert ids(theirs, plain, special=True) == ids(tokenizer, plain, special=True)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_real_models(name, real_models, texts, tmp_path):
+    raw = Tokenizer.from_file(str(real_models / name / "tokenizer.json"))
+    tokenizer = checkpoint.load_tokenizer(real_models / name)
+    some = texts[::5] + PROBES
+    assert encode(tokenizer, some, end=True) == library(raw, some, special=True)
+    assert encode(tokenizer, some, begin=False) == library(raw, some)
+    config = json.loads((real_models / name / "config.json").read_text())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
+    tokenizer.save_pretrained(tmp_path)
+    assert encode(checkpoint.load_tokenizer(tmp_path), some) == encode(tokenizer, some)
+
+
+def test_what_a_tokenizer_appends_changes_no_figure():
+    """An end token between a context and its continuation would change them all."""
+    _, model = make_pair(context=256)
+    plain, ending = make_tokenizer(), make_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert ending("a cat").input_ids == [*plain("a cat").input_ids, 1]
+    question = {"question": "a cat?", "choices": ("sat", "ran", "a hill", "it"), "answer": 1, "subject": "cats"}
+
+    def figures(tokenizer):
+        values, _ = perplexity.conditional(model, tokenizer, ["the cat", "a"], [[" sat", " ran on"], ["", " dog"]])
+        yield np.nan_to_num(values).tolist()
+        yield perplexity.of_texts(model, tokenizer, ["the cat sat on a hill"], "here")
+        yield [mmlu.evaluate(model, tokenizer, [question], [question], form) for form in mmlu.SPLITS]
+        yield generations.generate(model, tokenizer, ["the cat"], samples=2, max_new_tokens=8).texts
+        yield data.tokenize(["a cat sat"], tokenizer, 16)[0].tolist()
+
+    assert list(figures(ending)) == list(figures(plain))
+    pytest.importorskip("lm_eval")
+    from unidetox_jax.evaluation import harness
+
+    pairs = [harness.HarnessLM(model, given)._encode_pair("the cat ", "sat") for given in (plain, ending)]
+    assert pairs[0] == pairs[1] and 1 not in pairs[1][0]
 
 
 def test_what_a_file_says_of_length_shortens_nothing(shared, tmp_path):

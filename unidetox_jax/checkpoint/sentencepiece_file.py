@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from unidetox_jax.errors import UserError
 
 SPACE = "▁"
-UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
+BPE = 2  # of sentencepiece's TrainerSpec.ModelType; its unigram models come out differently where scores tie
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # its SentencePiece.Type
 # What conversions have been wrong about: spaces anywhere, repeated signs, bytes, what normalisation changes.
 PROBES = (
@@ -42,8 +42,8 @@ def read(path: epath.Path, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, 
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
     except Exception as error:  # protobuf's and sentencepiece's have no common one
         raise UserError(f"{path}: not a model of sentencepiece ({' '.join(str(error).split())[:80]})") from None
-    if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
-        raise UserError(f"{path}: found a word or character model of sentencepiece; expected BPE or unigram")
+    if proto.trainer_spec.model_type != BPE:
+        raise UserError(f"{path}: a model of sentencepiece's that is not BPE; put a tokenizer.json beside it")
     tokenizer = Tokenizer(_model(proto, added, original.unk_id()))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
@@ -66,24 +66,17 @@ def read(path: epath.Path, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, 
     return tokenizer, {role: original.id_to_piece(index) for role, index in ids.items() if index >= 0}
 
 
-def _model(proto, added: Mapping[int, AddedToken], unknown: int) -> models.Model:
-    scores = {index: (piece.piece, piece.score) for index, piece in enumerate(proto.pieces)}
-    scores |= {index: (token.content, 0.0) for index, token in added.items()}
-    byte_fallback = proto.trainer_spec.byte_fallback
-    if proto.trainer_spec.model_type == UNIGRAM:
-        if sorted(scores) != list(range(len(scores))):
-            raise UserError(f"added tokens have the ids {sorted(added)}; expected ids that follow the vocabulary's")
-        return models.Unigram([scores[index] for index in range(len(scores))], unknown, byte_fallback)
-    vocabulary = {piece: index for index, (piece, _) in scores.items()}
-    merged = [index for index, piece in enumerate(proto.pieces) if piece.type == NORMAL and index not in added]
+def _model(proto, added: Mapping[int, AddedToken], unknown: int) -> models.BPE:
+    names = {index: piece.piece for index, piece in enumerate(proto.pieces)}
+    names |= {index: token.content for index, token in added.items()}
+    vocabulary = {name: index for index, name in names.items()}
+    normal = [piece for index, piece in enumerate(proto.pieces) if piece.type == NORMAL and index not in added]
     merges = []
-    for index in sorted(merged, key=lambda index: -scores[index][1]):  # stable: the order of ids among equal scores
-        piece = scores[index][0]
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    for piece in sorted(normal, key=lambda piece: -piece.score):  # stable: the order of ids among equal scores
+        pairs = [(piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))]
         merges += [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
-    return models.BPE(
-        vocabulary, merges, unk_token=scores[unknown][0], fuse_unk=True, byte_fallback=bool(byte_fallback)
-    )
+    fallback = bool(proto.trainer_spec.byte_fallback)
+    return models.BPE(vocabulary, merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=fallback)
 
 
 def _normalizer(spec) -> normalizers.Normalizer | None:

@@ -12,7 +12,9 @@ MODEL = "model.json"  # marks a directory that `checkpoint.save` wrote
 CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
+    "sentencepiece.bpe.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -3,6 +3,7 @@
     tokenizer.json              as the `tokenizers` library reads it, its special tokens included
     tokenizer.model             as sentencepiece reads it; begins with BOS unless `add_bos_token` is false
     vocab.json and merges.txt   byte-level BPE, as GPT-2's and OPT's; begins with BOS where `add_bos_token` is true
+    vocab.txt and the others    of BERT's relatives: as transformers reads them
 
 transformers rebuilds a tokenizer from its class instead, and its LLaMA class replaces the file's normaliser; so its
 plain class is put around the file's tokenizer, and nothing of the tokenizer is changed.
@@ -23,7 +24,9 @@ from unidetox_jax.checkpoint.safetensors_file import is_remote
 from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find
 from unidetox_jax.errors import UserError
 
-VOCABULARIES = WHOLE, SENTENCEPIECE, BYTE_LEVEL = "tokenizer.json", "tokenizer.model", "vocab.json"
+WHOLE, SENTENCEPIECE, BYTE_LEVEL = "tokenizer.json", "tokenizer.model", "vocab.json"
+ENCODERS = ("vocab.txt", "sentencepiece.bpe.model")
+VOCABULARIES = (WHOLE, SENTENCEPIECE, BYTE_LEVEL, *ENCODERS)
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 KEPT = ("model_max_length", "padding_side", "truncation_side", "chat_template")  # of tokenizer_config.json
 GPT2_END = "<|endoftext|>"
@@ -66,20 +69,20 @@ def copy_tokenizer(source: epath.Path, destination: epath.Path) -> None:
 
 
 def _load(directory: epath.Path, name: str) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    config = _json(directory / CONFIG) or _json(directory / MODEL).get("config", {})
+    form = next(name for name in VOCABULARIES if (directory / name).exists())
+    if form in ENCODERS or (form == BYTE_LEVEL and "roberta" in str(config.get("model_type"))):
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     settings = _json(directory / "tokenizer_config.json")
     named = _named(settings, _json(directory / "special_tokens_map.json"))
-    form = next(name for name in VOCABULARIES if (directory / name).exists())
     backend, own = _backend(directory, form, settings, named)
     backend.no_truncation()
     backend.no_padding()
-    config = _json(directory / CONFIG) or _json(directory / MODEL).get("config", {})
     special = _special_tokens(backend, named, own, config, name)
     if backend.num_special_tokens_to_add(is_pair=False) == 0:  # else the file says itself what stands around a text
-        usable = {role: token for role, token in special.items() if named.get(role, token) == token}
-        begin = usable.get("bos_token") if settings.get("add_bos_token", form == SENTENCEPIECE) else None
-        _surround(backend, begin, usable.get("eos_token") if settings.get("add_eos_token") else None)
+        _surround(backend, settings, named, special, form)
     template = directory / "chat_template.jinja"
     if template.exists():
         settings["chat_template"] = template.read_text()
@@ -164,8 +167,14 @@ def _special_tokens(
     return special
 
 
-def _surround(backend: Tokenizer, begin: str | None, end: str | None) -> None:
-    """Makes every text begin and end with these tokens."""
+def _surround(
+    backend: Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str], special: Mapping[str, str], form: str
+) -> None:
+    """BOS in front and EOS behind a text where the settings say so; where they say nothing, sentencepiece's BOS."""
+    if form != SENTENCEPIECE:  # one that is named and not there is none
+        special = {role: token for role, token in special.items() if named.get(role, token) == token}
+    begin = special.get("bos_token") if settings.get("add_bos_token", form == SENTENCEPIECE) else None
+    end = special.get("eos_token") if settings.get("add_eos_token") else None
     if begin or end:
         backend.post_processor = processors.TemplateProcessing(
             single=[token for token in (begin, "$A", end) if token],

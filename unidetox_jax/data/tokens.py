@@ -126,17 +126,17 @@ def tokenize(
     return tokens
 
 
-def encode(tokenizer, texts: Sequence[str], begin: bool = True) -> list[list[int]]:
-    """Token lists of texts, however long, with what the tokenizer puts in front of a text (`begin`) or without.
+def encode(tokenizer, texts: Sequence[str], begin: bool = True, end: bool = False) -> list[list[int]]:
+    """Token lists of texts, however long, with what the tokenizer puts in front of a text (`begin`) and behind it.
 
-    What it puts behind a text is left out: no end token stands between a context and what is to follow it. The Rust
-    library is asked itself, since what transformers puts around each of its answers takes longer than the answers.
+    Nothing stands behind one unless `end` asks for it, so that a text is not over where a continuation is to follow.
+    The Rust library is asked itself: what transformers puts around each of its answers takes longer than the answers.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    before = prefix(tokenizer) if begin else []
-    return [before + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    before = prefix(tokenizer) if begin and not end else []
+    return [before + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
 
 
 def decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
