@@ -28,6 +28,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.32",
+        "protobuf>=4",  # in which sentencepiece writes its models
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "sentencepiece>=0.2",  # LLaMA's tokenizer.model

@@ -26,6 +26,15 @@ def shared() -> pathlib.Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def real_models() -> pathlib.Path:
+    """SmolLM2-135M and Gemma 3 270M; a test that needs them is skipped where they are absent."""
+    path = pathlib.Path(os.environ.get("UNIDETOX_REAL_MODELS", ROOT.parent / "real_models"))
+    if not path.is_dir():
+        pytest.skip("real models are not here: UNIDETOX_REAL_MODELS names no folder")
+    return path
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
     """Hundreds of small programs: their compilation is all the time that these tests take."""

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unidetox_jax import data
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
 
@@ -97,7 +98,7 @@ def test_mistakes(texts, tokenizer, length, settings, message):
 def same_as_transformers(tokenizer, texts):
     for special in (True, False):
         expected = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
-        assert encode(tokenizer, texts, special) == expected
+        assert encode(tokenizer, texts, begin=special, end=special) == expected
     assert encode(tokenizer, []) == []
     decoded = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in expected]
     assert decode(tokenizer, expected) == decoded
@@ -109,6 +110,16 @@ def test_the_library_says_what_transformers_says(tokenizer):
     same_as_transformers(tokenizer, texts)
     tokenizer.backend_tokenizer.enable_truncation(4)
     same_as_transformers(tokenizer, texts)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "begun", "whole"),
+    [(ENDING, [1, 3, 4], [1, 3, 4, 2]), (OPT, [2, 3, 4], [2, 3, 4]), (PLAIN, [3, 4], [3, 4])],
+)
+def test_no_text_ends_where_another_is_to_follow(tokenizer, begun, whole):
+    assert encode(tokenizer, ["a b"]) == generations.tokenize_prompts(tokenizer, ["a b"]) == [begun]
+    assert encode(tokenizer, ["a b"], end=True) == [whole]
+    assert encode(tokenizer, ["a b"], begin=False) == [[3, 4]]
 
 
 def test_real_tokenizers_through_their_library(shared):

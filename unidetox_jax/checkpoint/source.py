@@ -15,6 +15,7 @@ GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer*",
+    "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",

@@ -83,7 +83,7 @@ def tokenize(
 
     Args:
       texts: what to tokenise.
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: one of `checkpoint.load_tokenizer`'s.
       max_length: most tokens of a text, special ones included; longer texts are cut.
       context: the model's context length, to check max_length against; None checks nothing.
       vocab_size: tokens in the model's embedding: one beyond it is an error, or, if it is the pad token, not used.
@@ -108,7 +108,7 @@ def tokenize(
     kept, rows, truncated = [], [], 0
     for start in range(0, len(texts), BATCH):
         chunk = list(texts[start : start + BATCH])
-        for index, ids in enumerate(encode(tokenizer, chunk, special=False), start):
+        for index, ids in enumerate(encode(tokenizer, chunk, begin=False), start):
             if not ids or not texts[index].strip():
                 continue
             whole = before + ids + (suffix if ended is None or ended[index] else [])
@@ -137,35 +137,29 @@ def tokenize(
     return tokens
 
 
-def encode(tokenizer, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-    """Token lists of texts, with the special tokens that the tokenizer adds, or without; however long they are.
+def encode(tokenizer, texts: Sequence[str], begin: bool = True, end: bool = False) -> list[list[int]]:
+    """Token lists of texts, however long, with what the tokenizer puts in front of a text (`begin`) and behind it.
 
-    Surprising: the Rust library behind most tokenizers is asked itself. What transformers puts around each of its
-    answers takes longer than the answers.
+    Nothing stands behind one unless `end` asks for it, so that a text is not over where a continuation is to follow.
+    The Rust library is asked itself: what transformers puts around each of its answers takes longer than the answers.
     """
-    texts = list(texts)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=special)]
+    before = prefix(tokenizer) if begin and not end else []
+    return [before + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
 
 
 def decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
     """Texts of token lists, without special tokens, exactly as the tokens spell them."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return backend.decode_batch(list(rows), skip_special_tokens=True)
+    return tokenizer.backend_tokenizer.decode_batch(list(rows), skip_special_tokens=True)
 
 
 def prefix(tokenizer, add_bos: bool | None = None) -> list[int]:
     """What stands before a text's own tokens: for add_bos None what the tokenizer itself puts there."""
     if add_bos is not None:
         return [_special(tokenizer, "bos_token_id")] if add_bos else []
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+    whole, bare = (tokenizer.backend_tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return whole[:start]

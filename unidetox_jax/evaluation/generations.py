@@ -41,7 +41,7 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -
       UserError: a prompt of no token of its own.
     """
     before = data_tokens.prefix(tokenizer) if bos else []
-    found = data_tokens.encode(tokenizer, prompts, special=False)
+    found = data_tokens.encode(tokenizer, prompts, begin=False)
     for index, own in enumerate(found):
         if not own:
             raise UserError(f"prompt {index} ({prompts[index]!r}) has no tokens under the model's tokenizer")

@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations
@@ -65,7 +66,7 @@ class HarnessLM(TemplateLM):
         """Tokens of a text, begun as the tokenizer begins one, unless the text has its BOS already."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return encode(self.tokenizer, [string], begin=add_special_tokens)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's template writes it."""
@@ -138,7 +139,7 @@ class HarnessLM(TemplateLM):
             eos_id=self._ends(tuple(stops)),
             label=None if quiet else "generation",
         )
-        texts = self.tokenizer.batch_decode([tokens for (tokens,) in new], skip_special_tokens=True)
+        texts = decode(self.tokenizer, [tokens for (tokens,) in new])
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
     @functools.cache  # noqa: B019 (as many entries as a task has stop lists)

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, models, text_statistics
+from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import generate, objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
@@ -183,7 +184,7 @@ def _row(row_id: int, result, index: int, prompt: list[int], tokenizer, settings
     return {
         "row": row_id,
         "seed": settings.seed,
-        "text": tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        "text": decode(tokenizer, [tokens])[0],
         "ended": bool(result.ended[index]),
         "log_probabilities": {
             name: round(float(value), 5)
@@ -276,7 +277,7 @@ def _prompt(tokenizer, settings: DistillSettings) -> list[int]:
     begin = tokenizer.eos_token_id if begin is None else begin
     if begin is None:
         raise UserError(f"config.distill.models: the tokenizer of {settings.models[0]!r} has neither BOS nor EOS")
-    prompt = [begin, *tokenizer.encode(settings.prompt, add_special_tokens=False)]
+    prompt = [begin, *encode(tokenizer, [settings.prompt], begin=False)[0]]
     if len(prompt) >= settings.max_length:
         raise UserError(
             f"config.distill.max_length: found {settings.max_length}, but the prompt alone has {len(prompt)} tokens "
