@@ -16,8 +16,8 @@ import report_helpers as made
 from matplotlib import image
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.reporting import findings, results, tables
-from unidetox_jax.reporting.results import Cell, Quantity
+from unidetox_jax.report import findings, results, tables
+from unidetox_jax.report.results import Cell, Quantity
 from unidetox_jax.stages import base, report
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
