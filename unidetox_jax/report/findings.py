@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unidetox_jax.report import results
-from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Row
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Quantity, Row
 from unidetox_jax.report.tables import percent, signed
 
 # Above these shares a reader has to be warned
@@ -17,14 +17,9 @@ DEGENERATE, DUPLICATES, TOXIC, REFUSED, UNMEASURED = 0.02, 0.05, 0.05, 0.01, 0.0
 COPIED_WORDS = 20  # in a row
 
 PROMPTS = {  # what the prompts of each measure of toxicity are about
-    "tp_id": ("Toxicity probability (ID)", "prompts about groups that the toxic model saw (in distribution)"),
-    "tp_ood": ("Toxicity probability (OOD)", "prompts about groups that it never saw (out of distribution)"),
-    "tp_all": ("Toxicity probability", "all prompts"),
-}
-COSTS = {  # of these the first has a card on the page
-    "perplexity": ("Perplexity", "The perplexity of what is written"),
-    "dist2": ("", "Diversity (Dist-2)"),
-    "text_perplexity": ("", "Perplexity on held-out text"),
+    "tp_id": "prompts about groups that the toxic model saw (in distribution)",
+    "tp_ood": "prompts about groups that it never saw (out of distribution)",
+    "tp_all": "all prompts",
 }
 INTERVALS = (
     "Intervals over prompts say what other prompts might have given in this run, not what other seeds of distillation "
@@ -42,19 +37,20 @@ class Finding:
     detail: str = ""
 
 
-def statements(rows: Sequence[Row], analysis: Mapping[str, Any] | None) -> list[Finding]:
+def statements(
+    rows: Sequence[Row], quantities: Sequence[Quantity], analysis: Mapping[str, Any] | None
+) -> list[Finding]:
     """The most important first; none where nothing was evaluated or analysed."""
     pairs = results.pairs([row.evaluation for row in rows], ORIGINAL, DETOXIFIED)
-    changes = results.pooled_change(pairs)
-    by_group = [key for key in ("tp_id", "tp_ood") if key in changes]
-    sentences = [_toxicity(rows, pairs, key, changes[key]) for key in by_group or PROMPTS if key in changes]
-    if pairs:
-        sentences += _costs(rows)
-    elif rows:
-        sentences.append(
-            Finding("No model was evaluated both before and after, so the method's effect is not known yet.")
-        )
-    sentences += _control(rows)
+    pooled = results.pooled_change(pairs)
+    sentences = [_primary(rows, quantity, pooled) for quantity in quantities if pairs and quantity.primary]
+    others = [_from_to(rows, quantity) for quantity in quantities if pairs and not quantity.primary]
+    sentences += [Finding(f"Beside these: {'; '.join(filter(None, others))}.")] if any(others) else []
+    if pairs and "perplexity" not in {quantity.key for quantity in quantities}:
+        sentences.append(Finding("Perplexity was not measured, so what it cost in fluency is not known."))
+    if rows and not pairs:
+        sentences.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
+    sentences = [*filter(None, sentences), *_control(rows)]
     if any("over prompts" in finding.sentence for finding in sentences):
         sentences.append(Finding(INTERVALS))
     if analysis and "distilled" in analysis["sets"]:
@@ -62,65 +58,55 @@ def statements(rows: Sequence[Row], analysis: Mapping[str, Any] | None) -> list[
     return sentences
 
 
-def _toxicity(rows: Sequence[Row], pairs, key: str, change: Mapping[str, float | None]) -> Finding:
-    label, about = PROMPTS[key]
-    metric, _, group = key.partition("_")
-    before, after = (
-        sum(pair[side].metrics["toxicity"][group][metric]["mean"] for pair in pairs) / len(pairs) for side in (0, 1)
-    )
+def _primary(rows: Sequence[Row], quantity: Quantity, pooled: Mapping[str, Mapping[str, Any]]) -> Finding | None:
+    """A sentence and a card on the mean of the detoxified models; None where the quantity has no change."""
+    before, after, changes = _before_after(rows, quantity.key)
+    if not changes:
+        return None
+    change = changes[0] if len(changes) == 1 else pooled.get(quantity.key, _no_interval(before, after))
+    shown = quantity.key in pooled or change["low"] is not None
+    subject = quantity.title
+    if quantity.key in PROMPTS:
+        subject = f"On {PROMPTS[quantity.key]}, the share of prompts with a toxic continuation"
     sentence = (
-        f"On {about}, the share of prompts with a toxic continuation {_direction(change)} from {before:.3f} to "
-        f"{after:.3f}{_models(pairs)}: {percent(change)} ({_interval(change)})."
+        f"{subject} {_direction(change) if shown else 'went'} from {before:.{quantity.digits}f} to "
+        f"{after:.{quantity.digits}f}{_models(changes)}: {percent(change)}{f' ({_interval(change)})' if shown else ''}."
     )
-    if len(pairs) > 1:
-        fell = sum(results.beyond_chance(change) < 0 for change in _changes(rows, key))
-        sentence += f" For {fell} of {len(pairs)} models the fall alone is beyond chance."
-    return Finding(sentence, label, percent(change), _interval(change) + _models(pairs))
+    if shown and len(changes) > 1:
+        fell = sum(results.beyond_chance(change) < 0 for change in changes)
+        sentence += f" For {fell} of {len(changes)} models the fall alone is beyond chance."
+    from_to = f"{before:.{quantity.digits}f} → {after:.{quantity.digits}f}{_models(changes)}"
+    return Finding(sentence, quantity.title, percent(change), _interval(change) if shown else from_to)
 
 
-def _costs(rows: Sequence[Row]) -> Iterator[Finding]:
-    """What detoxification cost in fluency, diversity and knowledge, as means over the models."""
-    for key, (label, name) in COSTS.items():
-        changes = _changes(rows, key)
-        numbers = [change["percent"] for change in changes]
-        if len(changes) == 1 and changes[0]["low"] is not None:
-            change = changes[0]
-            sentence = f"{name} {_direction(change)}: {percent(change)} ({_interval(change)})."
-            yield Finding(sentence, label, percent(change), _interval(change))
-        elif changes:
-            mean = f"{signed(sum(numbers) / len(numbers))}\u00a0%"
-            span = f"from {signed(min(numbers))}\u00a0% to {signed(max(numbers))}\u00a0%"
-            several = f"{_models(changes)} ({span})" if len(changes) > 1 else ""
-            yield Finding(f"{name} changed by {mean}{several}.", label, mean, several.removeprefix(", "))
-        elif key == "perplexity":
-            yield Finding("Perplexity was not measured, so what detoxification cost in fluency is not known.")
-    points = _mmlu_points(rows)
-    if points:
-        mean = signed(sum(points) / len(points))
-        sentence = f"Knowledge (MMLU) changed by {mean} points of accuracy{_models(points)}."
-        yield Finding(sentence, "Knowledge (MMLU)", mean, f"points of accuracy{_models(points)}")
+def _from_to(rows: Sequence[Row], quantity: Quantity) -> str:
+    before, after, changes = _before_after(rows, quantity.key)
+    if not changes:
+        return ""
+    change = percent(_no_interval(before, after))
+    return f"{quantity.title} {before:.{quantity.digits}f} → {after:.{quantity.digits}f} ({change})"
 
 
-def _changes(rows: Sequence[Row], key: str) -> list[Mapping[str, float | None]]:
-    """The changes of the detoxified models that have one."""
-    cells = [row.cells[key] for row in rows if row.form == DETOXIFIED and key in row.cells]
-    return [cell.change for cell in cells if cell.change]
+def _before_after(rows: Sequence[Row], key: str) -> tuple[float, float, list[Mapping[str, float | None]]]:
+    """The mean over the detoxified models that have a change, before and after, and their changes."""
+    originals = {row.name: row.cells for row in rows if row.form == ORIGINAL}
+    cells = [
+        (originals[row.name][key], row.cells[key]) for row in rows if row.form == DETOXIFIED and _changed(row, key)
+    ]
+    before, after = (sum(pair[side].mean for pair in cells) / max(1, len(cells)) for side in (0, 1))
+    return before, after, [cell.change for _, cell in cells]
+
+
+def _changed(row: Row, key: str) -> bool:
+    return key in row.cells and row.cells[key].change is not None
+
+
+def _no_interval(before: float, after: float) -> dict[str, float | None]:
+    return {"percent": 100 * (after / before - 1), "low": None, "high": None}
 
 
 def _models(several: Sequence[Any]) -> str:
     return f", mean of {len(several)} models" if len(several) > 1 else ""
-
-
-def _mmlu_points(rows: Sequence[Row]) -> list[float]:
-    """For each detoxified model the change of MMLU's accuracy in points, the mean over the forms that were asked."""
-    originals = {row.name: row.cells for row in rows if row.form == ORIGINAL}
-    points = []
-    for row in rows:
-        before = originals.get(row.name, {}) if row.form == DETOXIFIED else {}
-        keys = [key for key in row.cells if key.startswith("mmlu") and key in before]
-        if keys:
-            points.append(100 * sum(row.cells[key].mean - before[key].mean for key in keys) / len(keys))
-    return points
 
 
 def _control(rows: Sequence[Row]) -> Iterator[Finding]:
@@ -244,8 +230,8 @@ def _evaluation_warnings(rows: Sequence[Row]) -> Iterator[str]:
             worse.append(f"{model} {before:.1%} → {after:.1%}")
     if worse:
         yield (
-            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be toxic, "
-            "so part of the fall may be worth nothing."
+            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be "
+            "toxic, so part of the fall may be worth nothing."
         )
 
 

@@ -1,7 +1,7 @@
 """The report's plots, each a matplotlib figure that becomes a PNG file and an inline SVG.
 
-In the SVG every colour is a CSS variable of the page, so that plots follow its dark mode. Figures are drawn as wide as a
-phone's screen, so that their text stays readable there.
+In the SVG every colour is a CSS variable of the page, so that plots follow its dark mode. Figures are drawn as wide as
+a phone's screen, so that their text stays readable there.
 """
 
 import dataclasses
@@ -153,8 +153,8 @@ def categories(evaluations: Sequence[Evaluation]) -> Plot | None:
     columns = 1 if len(panels) <= 2 else 2
     figure = _intervals(panels, "TP, with its 95 % interval", columns, sharex=True, sharey=True)
     caption = (
-        "Probability of a toxic continuation for each category of prompts. Unseen: the toxic model's training text says "
-        "nothing of them."
+        "Probability of a toxic continuation for each category of prompts. Unseen: the toxic model's training text "
+        "says nothing of them."
     )
     return figure and Plot("categories", "By category", caption, figure)
 

@@ -1,4 +1,4 @@
-"""Tables: results.csv, the terminal's, the page's smaller ones as records (column → text), and how numbers are written."""
+"""Tables: results.csv, the terminal's, the page's smaller ones as records (column → text); how numbers are written."""
 
 import csv
 import datetime
@@ -148,17 +148,22 @@ def harness(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def costs(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Time and tokens of every stage.json record."""
-    return [
+    """Time and tokens of every stage.json record, and the time of all."""
+    records = [
         {
             "Stage": stage["stage"],
-            "Time": str(datetime.timedelta(seconds=round(stage["seconds"]))),
+            "Time": _duration(stage["seconds"]),
             "Tokens": f"{stage['figures']['tokens']:,}" if "tokens" in stage["figures"] else "–",
             "Device": stage["devices"],
             "Finished (UTC)": stage["finished"].replace("T", " ").removesuffix("+00:00"),
         }
         for stage in stages
     ]
+    return [*records, {"Stage": "in all", "Time": _duration(sum(stage["seconds"] for stage in stages))}]
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def value(cell: Cell, quantity: Quantity) -> str:

@@ -54,7 +54,7 @@ def write(run: Run, directory: epath.Path) -> None:
     rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
     analysis, distilled = _texts(run)
     stages = [base.read_json(path / base.COMPLETE) for path in finished(run)]
-    shown = [plots.trade_off(rows), plots.changes(rows, quantities), plots.categories(evaluations)]
+    shown = [plots.trade_off(rows), plots.categories(evaluations), plots.changes(rows, quantities)]
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     for plot in filter(None, (*shown, leaning, training)):
@@ -66,7 +66,7 @@ def write(run: Run, directory: epath.Path) -> None:
         title=run.shared.name,
         lead=_lead(run, evaluations),
         note=run.report.note,
-        findings=findings.statements(rows, analysis),
+        findings=findings.statements(rows, quantities, analysis),
         warnings=findings.warnings(rows, analysis, distilled),
         rows=rows,
         quantities=quantities,
@@ -88,10 +88,10 @@ def summary_table(run: Run) -> str:
     evaluations = load_evaluations(run)
     if not evaluations:
         return "no model has been evaluated"
-    rows = results.rows(evaluations)
+    rows, quantities = results.rows(evaluations), results.quantities(evaluations)
     analysis, distilled = _texts(run)
-    lines = [tables.to_text(rows, [quantity for quantity in results.quantities(evaluations) if quantity.primary]), ""]
-    lines += [f"- {finding.sentence}" for finding in findings.statements(rows, analysis)]
+    lines = [tables.to_text(rows, [quantity for quantity in quantities if quantity.primary]), ""]
+    lines += [f"- {finding.sentence}" for finding in findings.statements(rows, quantities, analysis)]
     lines += [f"! {text}" for text in findings.warnings(rows, analysis, distilled)]
     return "\n".join(lines)
 
@@ -131,25 +131,24 @@ def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
 
 
 def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row for each setting that differs from its stage's default, or that has none; the model apart, which is in the
-    task's name. Tasks of one stage (detoxify A, detoxify B) share a row where all have the same value."""
-    tasks_of: dict[str, list[str]] = {}
-    changed: dict[tuple[str, str, str], list[str]] = {}
+    """What was set other than its default, or has none; not the model, which the task's name says.
+
+    Tasks of one stage (detoxify A, detoxify B) share a row for what they share.
+    """
+    tasks: dict[str, list[str]] = {}
+    changed: dict[tuple[str, str], list[str]] = {}
     for record in records:
         stage = record["stage"].partition(" ")[0]
-        tasks_of.setdefault(stage, []).append(record["stage"])
+        tasks.setdefault(stage, []).append(record["stage"])
         for name, value in record["settings"].items():
-            if name != "model" and value not in ("", _default(stage, name)):
-                changed.setdefault((stage, name, _shown(value)), []).append(record["stage"])
-    return [
-        {
-            "Stage": stage if tasks == tasks_of[stage] else ", ".join(tasks),
-            "Setting": name,
-            "Here": value,
-            "Default": _shown(_default(stage, name)),
-        }
-        for (stage, name, value), tasks in sorted(changed.items(), key=lambda item: list(tasks_of).index(item[0][0]))
-    ]
+            default = _default(stage, name)
+            if name != "model" and value not in ("", default):
+                setting = f"{name}={_shown(value)}" + (f" ({_shown(default)})" if default != "" else "")
+                changed.setdefault((stage, setting), []).append(record["stage"])
+    settings_of: dict[str, list[str]] = {}
+    for (stage, setting), who in sorted(changed.items(), key=lambda item: list(tasks).index(item[0][0])):
+        settings_of.setdefault(stage if who == tasks[stage] else ", ".join(who), []).append(setting)
+    return [{"Stage": who, "Setting (default)": ", ".join(listed)} for who, listed in settings_of.items()]
 
 
 def _default(stage: str, name: str) -> Any:
@@ -186,8 +185,8 @@ def examples(run: Run, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]
 
 def _spread(categories: Sequence[str], count: int) -> list[int]:
     """Indices of `count` prompts at even steps through the prompts in order of their categories."""
-    order = np.argsort(categories, kind="stable")
-    return sorted(order[:: max(1, len(order) // count)][:count].tolist())
+    order, count = np.argsort(categories, kind="stable"), min(count, len(categories))
+    return sorted(order[np.arange(count) * len(order) // count].tolist())
 
 
 def _lines(path: epath.Path, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
