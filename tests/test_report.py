@@ -396,26 +396,26 @@ def chromium(tmp_path, *arguments):
     if not CHROMIUM:
         pytest.skip("no Chromium here (apt-get install chromium, or set CHROMIUM)")
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --allow-file-access-from-files"
+        "--headless --no-sandbox --disable-gpu --disable-quic --disable-sync --disable-background-networking "
+        "--disable-component-update --disable-dev-shm-usage --no-first-run --hide-scrollbars "
+        "--allow-file-access-from-files"
     ).split()
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
-def test_a_browser_shows_the_page_at_a_desktops_and_a_phones_width(whole, tmp_path):
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
+def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark(whole, tmp_path, width, dark):
+    shot = tmp_path / "shot.png"
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     address = f"file://{whole.workdir}/report/index.html"
-    dom = chromium(tmp_path, "--dump-dom", address)
-    assert dom.count("<svg") == 5
-    for name, width in (("desktop", 1280), ("phone", 390)):
-        shot = tmp_path / f"{name}.png"
-        chromium(tmp_path, f"--window-size={width},2400", f"--screenshot={shot}", address)
-        picture = image.imread(shot)[..., :3]
-        assert picture.shape[:2] == (2400, width)
-        assert picture.std() > 0.05
-        # Text, plots and frames all the way down, not a blank page under a title
-        bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
-        assert (bands > 0.01).all(), bands
+    chromium(tmp_path, *scheme, f"--window-size={width},2400", f"--screenshot={shot}", address)
+    picture = image.imread(shot)[..., :3]
+    assert picture.shape[:2] == (2400, width)
+    assert np.median(picture) < 0.2 if dark else np.median(picture) > 0.8
+    # Text, plots and frames all the way down, not a blank page under a title
+    bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
+    assert (bands > 0.01).all(), bands
 
 
 def test_nothing_overflows_and_the_results_fit_a_desktop(whole, tmp_path):
@@ -429,12 +429,3 @@ def test_nothing_overflows_and_the_results_fit_a_desktop(whole, tmp_path):
         assert not found["scrolls"] and found["wide"] == []
         assert (found["rows"], found["columns"], found["more_columns"]) == (6, 7, 12)
         assert found["plots"] == 4 and found["smallest_text"] >= 9  # the fifth, training, is folded
-
-
-def test_dark_mode_is_dark(whole, tmp_path):
-    shot = tmp_path / "dark.png"
-    address = f"file://{whole.workdir}/report/index.html"
-    chromium(
-        tmp_path, "--blink-settings=preferredColorScheme=0", "--window-size=1280,2400", f"--screenshot={shot}", address
-    )
-    assert np.median(image.imread(shot)[..., :3]) < 0.2

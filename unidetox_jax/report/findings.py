@@ -47,7 +47,7 @@ def statements(
     others = [_from_to(rows, quantity) for quantity in quantities if pairs and not quantity.primary]
     sentences += [Finding(f"Beside these: {'; '.join(filter(None, others))}.")] if any(others) else []
     if pairs and "perplexity" not in {quantity.key for quantity in quantities}:
-        sentences.append(Finding("Perplexity was not measured, so what it cost in fluency is not known."))
+        sentences.append(Finding("Perplexity was not measured, so what detoxification cost in fluency is not known."))
     if rows and not pairs:
         sentences.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
     sentences = [*filter(None, sentences), *_control(rows)]
