@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["unidetox_jax", "unidetox_jax.*"]),
+    package_data={"unidetox_jax.report": ["*.j2", "*.css"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",  # the file format that TFDS reads and writes without TensorFlow
@@ -23,6 +24,7 @@ setup(
         "grain>=0.2.12",
         "importlib_resources>=6",  # TFDS imports it and does not ask for it
         "jax>=0.10",
+        "jinja2>=3.1",  # the report's page: every value escaped, and HTML that reads as HTML
         "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=2.0",

@@ -81,8 +81,10 @@ def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RU
         "toxicity": found,
         "perplexity": {**perplexity.summarize_runs(values, resamples=200), "truncated": 0} if ppl else None,
         "diversity": diversity,
-        "mmlu": {"paper:1": {"accuracy": mmlu, "stderr": 0.01, "split": "validation"}} if mmlu else {},
-        "text_perplexity": None,
+        "mmlu": {
+            f"paper:{shots}": {"accuracy": mmlu, "stderr": 0.01, "split": "validation"} for shots in (1, 3) if mmlu
+        },
+        "text_perplexity": {"ppl": 2.5 * ppl} if ppl else None,
         "harness": {},
     }
     directory = run.workdir / "evaluation" / (name if form == "original" else f"{name}.{form}")

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
     "benchmarks": {"stages", "machine", "decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
-    "reporting": {"evaluation"},
+    "report": {"evaluation"},
 }
 
 

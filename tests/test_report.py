@@ -1,4 +1,4 @@
-"""The report: changes by hand, sentences that follow from figures, and the page in a real browser."""
+"""The report: changes by hand, sentences that follow from results, and the page in a real browser."""
 
 import csv
 import html.parser
@@ -16,9 +16,9 @@ import report_helpers as made
 from matplotlib import image
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.reporting import findings, results, tables
-from unidetox_jax.reporting.results import Cell, Quantity
-from unidetox_jax.stages import base, report
+from unidetox_jax.report import findings, page, results, tables
+from unidetox_jax.report.results import Cell, Quantity
+from unidetox_jax.stages import base, report, settings
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -32,6 +32,11 @@ def whole(tmp_path_factory):
     made.write_whole_run(run)
     base.run_tasks(report.tasks(run))
     return run
+
+
+def sentences(rows):
+    quantities = results.quantities([row.evaluation for row in rows])
+    return " ".join(finding.sentence for finding in findings.statements(rows, quantities, None))
 
 
 def page_of(run):
@@ -62,7 +67,7 @@ def test_a_change_from_nothing_is_none_and_one_from_almost_nothing_has_no_interv
     found = results._finite({"tp_id": {"percent": 50.0, "low": -100.0, "high": np.inf}})["tp_id"]
     assert found == {"percent": 50.0, "low": None, "high": None}
     assert results.beyond_chance(found) == 0
-    assert tables.percent(found) == "+50.0\u00a0%"
+    assert tables.percent(found) == "+50.0\u00a0%" and tables.bounds(found) == ""
     rare = np.zeros((2, 50))
     rare[:, 0] = 1, 2
     assert results.ratio_change(rare, np.ones((2, 50))) == {"percent": 100.0, "low": None, "high": None}
@@ -96,7 +101,7 @@ def test_no_change_is_given_between_evaluations_that_asked_different_things(tmp_
     rows = results.rows(report.load_evaluations(run))
     assert all(cell.change is None for row in rows for cell in row.cells.values())
     assert "No comparable evaluation of the model as published: tiny-gpt2" in findings.warnings(rows, None, None)[0]
-    assert "No model was evaluated both before and after" in findings.statements(rows, None)[0]
+    assert "No model was evaluated both before and after" in sentences(rows)
 
 
 def test_pooled_change_is_that_of_the_mean_model(whole):
@@ -110,12 +115,13 @@ def test_pooled_change_is_that_of_the_mean_model(whole):
 def test_results_csv_holds_every_figure(whole):
     rows = list(csv.DictReader(io.StringIO((whole.workdir / "report" / "results.csv").read_text())))
     by_key = {(row["model"], row["form"], row["quantity"]): row for row in rows}
-    assert len(by_key) == len(rows) == 5 * (4 + 1 + 3 + 1 + 2 * 4)
+    assert len(by_key) == len(rows) == 5 * (4 + 2 + 3 + 2 + 2 * 4)
     metrics = base.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
     row = by_key["tiny-llama", "detoxified", "tp_ood"]
     assert float(row["mean"]) == metrics["toxicity"]["ood"]["tp"]["mean"]
     assert float(row["change_low"]) < float(row["change_percent"]) < float(row["change_high"]) < 0
     assert (row["prompts"], row["texts"]) == ("20", "300")
+    assert by_key["tiny-llama", "detoxified", "text_perplexity"]["texts"] == ""  # not of the continuations
     row = by_key["tiny-gpt2", "original", "emt of rivers"]
     assert (
         float(row["mean"])
@@ -128,17 +134,27 @@ def test_results_csv_holds_every_figure(whole):
 def test_latex_escapes_and_aligns(whole):
     text = (whole.workdir / "report" / "results.tex").read_text()
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert len(lines) == 6 and {line.count("&") for line in lines} == {10}
-    assert tables.escape_latex(r"a_b&50%{x}\y~z^") == (
+    assert len(lines) == 6 and {line.count("&") for line in lines} == {12}
+    assert page.escape_latex(r"a_b&50%{x}\y~z^") == (
         r"a\_b\&50\%\{x\}\textbackslash{}y\textasciitilde{}z\textasciicircum{}"
     )
     assert "−" not in text
 
 
-def test_a_change_and_a_value_as_text():
-    assert tables.percent({"percent": -38.71, "low": -41.2, "high": 2.0}) == "−38.7\u00a0% [−41.2, +2.0]"
-    assert tables.percent({"percent": 1.2, "low": None, "high": None}) == "+1.2\u00a0%"
-    assert tables.percent({"percent": -0.04, "low": -0.03, "high": 0.0}) == "+0.0\u00a0% [+0.0, +0.0]"
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((-38.71, -41.2, 2.0), "−38.7\u00a0% [−41.2, +2.0]"),
+        ((1.2, None, None), "+1.2\u00a0% "),
+        ((-0.04, -0.03, 0.0), "+0.0\u00a0% [+0.0, +0.0]"),
+    ],
+)
+def test_a_change_as_text(numbers, text):
+    change = dict(zip(("percent", "low", "high"), numbers, strict=True))
+    assert f"{tables.percent(change)} {tables.bounds(change)}" == text
+
+
+def test_a_value_as_text():
     assert tables.value(Cell(0.42, 0.0112), Quantity("tp_id", "TP", True)) == "0.420 ± 0.011"
     assert tables.value(Cell(17.28, 0.0), Quantity("perplexity", "PPL", True, 2)) == "17.28"
 
@@ -146,9 +162,10 @@ def test_a_change_and_a_value_as_text():
 def test_the_terminals_table_fits_and_says_what_was_found(whole):
     text = report.summary_table(whole)
     lines = text.splitlines()
-    assert max(len(line) for line in lines if not line.startswith(("-", "!"))) < 160
-    assert "samples-only control" in text and "EMT" not in text
+    assert max(len(line) for line in lines if not line.startswith(("-", "!"))) <= 160
+    assert "samples-only control" in text and "EMT" not in lines[0]
     assert any(line.startswith("- On prompts about groups that the toxic model saw") for line in lines)
+    assert any(line.endswith("not what other seeds of distillation and training would give.") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------- the sentences
@@ -162,37 +179,35 @@ def rows_of(tmp_path, **evaluations):
     return results.rows(report.load_evaluations(run))
 
 
-def test_what_fell_is_said_to_fall_and_what_did_not_is_not(tmp_path):
-    better = " ".join(
-        findings.statements(rows_of(tmp_path / "a", original={"level": 0.5}, detoxified={"level": 0.3}), None)
-    )
-    assert "a toxic continuation fell from" in better
-    same = " ".join(
-        findings.statements(rows_of(tmp_path / "b", original={"level": 0.4}, detoxified={"level": 0.4}), None)
-    )
-    assert "did not change beyond chance" in same and "fell" not in same
-    worse = " ".join(
-        findings.statements(rows_of(tmp_path / "c", original={"level": 0.3}, detoxified={"level": 0.5}), None)
-    )
-    assert "a toxic continuation rose from" in worse
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        (0.5, 0.3, "a toxic continuation fell from"),
+        (0.4, 0.4, "a toxic continuation did not change beyond chance, from"),
+        (0.3, 0.5, "a toxic continuation rose from"),
+    ],
+)
+def test_what_fell_is_said_to_fall_and_what_did_not_is_not(tmp_path, before, after, sentence):
+    text = sentences(rows_of(tmp_path, original={"level": before}, detoxified={"level": after}))
+    assert sentence in text and ("a toxic continuation fell" in text) == (after < before)
 
 
 @pytest.mark.parametrize(
     ("control", "sentence"),
     [
-        (0.5, "the effect is the contrast's"),
+        (0.5, "in this run the effect is the contrast's"),
         (0.4, "the contrast's own effect is not shown"),
-        (0.3, "the contrast made things worse"),
+        (0.3, "so the contrast made things worse"),
     ],
 )
 def test_the_control_decides_whose_effect_it_is(tmp_path, control, sentence):
     rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.4}, control={"level": control})
-    assert sentence in " ".join(findings.statements(rows, None))
+    assert sentence in sentences(rows)
 
 
 def test_missing_perplexity_is_said(tmp_path):
     rows = rows_of(tmp_path, original={"level": 0.5, "ppl": 0}, detoxified={"level": 0.3, "ppl": 0})
-    assert "Perplexity was not measured" in " ".join(findings.statements(rows, None))
+    assert "Perplexity was not measured" in sentences(rows)
     assert "perplexity" not in rows[1].cells
 
 
@@ -244,7 +259,7 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "br", "use", "path"):
+        if tag not in ("meta", "input", "use", "path"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -279,14 +294,14 @@ def test_the_page_needs_nothing_else_and_takes_no_data_for_markup(whole):
 
 def test_the_page_has_its_parts(whole):
     page = page_of(whole)
-    assert page.count("<svg") == 5
-    assert 'id="results-table"' in page and page.count('class="model"') == 2
+    assert page.count("<svg") == 5 and page.count('class="model"') == 2
     examples = page[page.index('id="examples"') :]
     assert examples.count("<blockquote") >= 6 * 3
     # What models wrote and what the toxic corpus holds is hidden until it is asked for
     visible = re.sub(r"<details.*?</details>", "", page, flags=re.S)
     assert "<blockquote" not in visible and "The oaf is dull." not in visible and "The oaf is dull." in page
     assert "<details open" not in page
+    assert 'aria-label="Training"' in page and 'aria-label="Training"' not in visible  # diagnosis, not result
     assert "80 × 5 × 3" in page and "1,200 of 1,200" in page
     for name in ("tradeoff", "changes", "categories", "leaning", "training"):
         picture = image.imread(whole.workdir / "report" / "plots" / f"{name}.png")
@@ -294,10 +309,26 @@ def test_the_page_has_its_parts(whole):
 
 
 def test_examples_are_spread_over_categories():
-    categories = ["a"] * 10 + ["b"] * 4 + ["c"]
-    assert report._spread(categories, 6) == [0, 5, 10, 12, 14]
-    assert report._spread(categories, 2) == [0, 10]
+    categories = ["b", "b", "b", "c", "a", "a", "a", "a", "a", "a"]
+    assert report._spread(categories, 5) == [0, 2, 4, 6, 8]  # in order: a at 4 to 9, b at 0 to 2, c at 3
+    assert report._spread(categories, 6) == [0, 2, 4, 5, 7, 9]
     assert report._spread(["", ""], 6) == [0, 1]
+
+
+def test_settings_are_shown_as_differences_from_the_defaults():
+    def record(stage, **changed):
+        defaults = settings.default_config()[stage.partition(" ")[0]].to_dict()
+        return {"stage": stage, "settings": json.loads(json.dumps({**defaults, "dtype": "", **changed}))}
+
+    trained = [record(f"detoxify {name}", model=name, learning_rate=1e-3, tokens_kept=9) for name in "ab"]
+    distilled = [record("distill", num_texts=8), record("distill control", num_texts=8, models=["base"])]
+    other = {"stage": "pretrain world", "settings": {"world_seed": 3}}
+    assert [tuple(row.values()) for row in report.changed_settings([other, *distilled, *trained])] == [
+        ("pretrain", "world_seed=3 (0)"),
+        ("distill", "num_texts=8 (640)"),
+        ("distill control", 'models=["base"] (["base", "toxic"])'),
+        ("detoxify", "learning_rate=0.001 (5e-05), tokens_kept=9"),
+    ]
 
 
 def test_the_report_follows_what_it_reads(tmp_path):
@@ -339,20 +370,24 @@ def test_an_unfinished_evaluation_is_left_out_and_a_broken_one_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------- in a real browser
 
-# Measures the page in a frame as wide as a phone: Chromium's own window is never narrower than 500 pixels
-MEASURE = """<!DOCTYPE html><title>measure</title><iframe style="width:390px;height:4000px;border:0" src="index.html">
-</iframe><p id="result"></p><script>
-onload = () => {
-  const page = frames[0].document, root = page.documentElement;
+# Measures the page in frames of a desktop's and a phone's width: Chromium's window is never narrower than 500 pixels
+MEASURE = """<!DOCTYPE html><title>measure</title><iframe style="width:1300px;height:4000px;border:0" src="index.html">
+</iframe><iframe style="width:390px;height:4000px;border:0" src="index.html"></iframe><p id="result"></p><script>
+function measure(page) {
+  const root = page.documentElement, table = page.querySelector("#results table"), frame = table.parentElement;
   const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll, pre, svg") || e.matches("svg"))
     .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1).map(e => e.outerHTML.slice(0, 80));
-  const shown = [...page.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect()).filter(r => r.height > 90);
-  const text = [...page.querySelectorAll("figure svg text")].map(e => e.getBoundingClientRect().height);
-  const table = page.querySelector("#results-table");
-  document.getElementById("result").textContent = JSON.stringify({width: root.clientWidth,
-    scrolls: root.scrollWidth, wide, plots: shown.length, smallest_text: Math.min(...text),
-    rows: table.rows.length, table_scrolls: table.parentElement.scrollWidth > table.parentElement.clientWidth,
-    details_open: page.querySelectorAll("details[open]").length});
+  const text = [...page.querySelectorAll(".plots svg text")].map(e => e.getBoundingClientRect().height);
+  const columns = () => [...table.rows[0].cells].filter(e => e.offsetWidth).length;
+  const found = {width: root.clientWidth, scrolls: root.scrollWidth > root.clientWidth, wide, rows: table.rows.length,
+    table_scrolls: frame.scrollWidth > frame.clientWidth, columns: columns(), smallest_text: Math.min(...text),
+    plots: [...page.querySelectorAll("figure svg")].filter(e => e.checkVisibility()).length};
+  page.getElementById("more-columns").click();
+  return {...found, more_columns: columns()};
+}
+onload = () => {
+  document.getElementById("result").textContent = JSON.stringify(
+    [...document.querySelectorAll("iframe")].map(frame => measure(frame.contentDocument)));
 };
 </script>"""
 
@@ -361,44 +396,36 @@ def chromium(tmp_path, *arguments):
     if not CHROMIUM:
         pytest.skip("no Chromium here (apt-get install chromium, or set CHROMIUM)")
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --allow-file-access-from-files"
+        "--headless --no-sandbox --disable-gpu --disable-quic --disable-sync --disable-background-networking "
+        "--disable-component-update --disable-dev-shm-usage --no-first-run --hide-scrollbars "
+        "--allow-file-access-from-files"
     ).split()
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
-def test_a_browser_shows_the_page_at_a_desktops_and_a_phones_width(whole, tmp_path):
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
+def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark(whole, tmp_path, width, dark):
+    shot = tmp_path / "shot.png"
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     address = f"file://{whole.workdir}/report/index.html"
-    dom = chromium(tmp_path, "--dump-dom", address)
-    assert 'id="results-table"' in dom and dom.count("<svg") == 5
-    for name, width in (("desktop", 1280), ("phone", 390)):
-        shot = tmp_path / f"{name}.png"
-        chromium(tmp_path, f"--window-size={width},2400", f"--screenshot={shot}", address)
-        picture = image.imread(shot)[..., :3]
-        assert picture.shape[:2] == (2400, width)
-        assert picture.std() > 0.05
-        # Text, plots and frames all the way down, not a blank page under a title
-        bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
-        assert (bands > 0.01).all(), bands
+    chromium(tmp_path, *scheme, f"--window-size={width},2400", f"--screenshot={shot}", address)
+    picture = image.imread(shot)[..., :3]
+    assert picture.shape[:2] == (2400, width)
+    assert np.median(picture) < 0.2 if dark else np.median(picture) > 0.8
+    # Text, plots and frames all the way down, not a blank page under a title
+    bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
+    assert (bands > 0.01).all(), bands
 
 
-def test_nothing_overflows_a_phone(whole, tmp_path):
+def test_nothing_overflows_and_the_results_fit_a_desktop(whole, tmp_path):
     directory = pathlib.Path(shutil.copytree(whole.workdir / "report", tmp_path / "copy"))
     (directory / "measure.html").write_text(MEASURE)
-    dom = chromium(tmp_path, "--window-size=900,4200", "--dump-dom", f"file://{directory}/measure.html")
-    found = json.loads(html.unescape(re.search(r'<p id="result">(.*?)</p>', dom, re.S)[1]))
-    assert found["width"] == 390
-    assert found["scrolls"] <= 390 and found["wide"] == []
-    assert found["table_scrolls"] and found["rows"] == 6
-    assert found["plots"] == 5 and found["smallest_text"] >= 9
-    assert found["details_open"] == 0
-
-
-def test_dark_mode_is_dark(whole, tmp_path):
-    shot = tmp_path / "dark.png"
-    address = f"file://{whole.workdir}/report/index.html"
-    chromium(
-        tmp_path, "--blink-settings=preferredColorScheme=0", "--window-size=1280,2400", f"--screenshot={shot}", address
-    )
-    assert np.median(image.imread(shot)[..., :3]) < 0.2
+    dom = chromium(tmp_path, "--window-size=1800,4200", "--dump-dom", f"file://{directory}/measure.html")
+    desktop, phone = json.loads(html.unescape(re.search(r'<p id="result">(.*?)</p>', dom, re.S)[1]))
+    assert (desktop["width"], phone["width"]) == (1300, 390)
+    assert phone["table_scrolls"] and not desktop["table_scrolls"]
+    for found in (desktop, phone):
+        assert not found["scrolls"] and found["wide"] == []
+        assert (found["rows"], found["columns"], found["more_columns"]) == (6, 7, 12)
+        assert found["plots"] == 4 and found["smallest_text"] >= 9  # the fifth, training, is folded

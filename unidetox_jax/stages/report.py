@@ -1,31 +1,30 @@
 """`unidetox report`: one page, one table and one csv that show it all, from whatever the run has so far.
 
-Reads the working directory's finished parts and computes nothing that needs a model. The surprising thing: where a
-part has changed, the report is made anew without being asked, since nothing is lost.
+Reads the working directory's finished stages and computes nothing that needs a model. Where a stage has changed, the
+report is made anew without being asked, since nothing is lost.
 
     index.html    self-contained: style and plots inside, no script, no network
-    results.csv   every figure a row; results.tex a table for a paper (booktabs)
+    results.csv   every number a row; results.tex a table for a paper (booktabs)
     plots/*.png
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.reporting import findings, page, plots, results, tables
-from unidetox_jax.reporting.results import DETOXIFIED, ORIGINAL, Evaluation
-from unidetox_jax.stages import analyze, base, parts
+from unidetox_jax.report import findings, page, plots, results, tables
+from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
+from unidetox_jax.stages import analyze, base, parts, settings
 from unidetox_jax.stages.settings import Run, model_name
 
 TRAINED = ("pretrained", "toxic", "detoxified", "control")  # directories with metrics.jsonl, in it or one below
-
-NOT_IN_TERMINAL = ("emt_id", "emt_ood", "emt_all", "dist1", "dist3")  # a terminal is narrow
+STAGES = ("pretrained", "scorer", "toxic", "distilled", "samples", "detoxified", "control", "evaluation", "analysis")
 
 
 def tasks(run: Run) -> list[base.Task]:
@@ -46,62 +45,53 @@ def tasks(run: Run) -> list[base.Task]:
 
 def finished(run: Run) -> list[epath.Path]:
     """Every finished stage's directory but the report's, in the order of the work."""
-    rooms = [run.workdir / name for name in ("pretrained", "scorer", "toxic", "distilled", "samples")]
-    rooms += [run.workdir / name for name in ("detoxified", "control", "evaluation", "analysis")]
-    candidates = [path for room in rooms if room.exists() for path in (room, *_below(room))]
-    return [path for path in candidates if base.is_complete(path)]
+    return [path for path in _directories(run, STAGES) if base.is_complete(path)]
 
 
 def write(run: Run, directory: epath.Path) -> None:
     """Writes the page, the tables and the plots."""
     evaluations = load_evaluations(run)
-    rows = results.rows(evaluations)
-    quantities = results.quantities(evaluations) if evaluations else []
-    analysis = base.read_json(run.workdir / "analysis" / "analysis.json")
-    if analysis:
-        analysis["sets"] = _in_order(analysis["sets"])
-    distilled = (base.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
+    rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
+    analysis, distilled = _texts(run)
     stages = [base.read_json(path / base.COMPLETE) for path in finished(run)]
-    drawn = _draw(run, rows, evaluations, analysis)
+    shown = [plots.trade_off(rows), plots.categories(evaluations), plots.changes(rows, quantities)]
+    leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    for name, (figure, _, _) in drawn.items():
-        (directory / "plots" / f"{name}.png").write_bytes(plots.to_png(figure))
+    for plot in filter(None, (*shown, leaning, training)):
+        (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png())
     if rows:
         base.write_text(directory / "results.csv", tables.to_csv(rows))
-        base.write_text(directory / "results.tex", tables.to_latex(rows, quantities))
-    content = page.Content(
+        base.write_text(directory / "results.tex", page.to_latex(rows, quantities))
+    text = page.render(
         title=run.shared.name,
         lead=_lead(run, evaluations),
         note=run.report.note,
-        headlines=findings.headlines(rows),
-        findings=findings.statements(rows, analysis),
+        findings=findings.statements(rows, quantities, analysis),
         warnings=findings.warnings(rows, analysis, distilled),
-        quantities=quantities,
         rows=rows,
-        plots=[
-            page.Plot(title, caption, plots.to_svg(figure, name, page.escape(caption)))
-            for name, (figure, title, caption) in drawn.items()
-        ],
+        quantities=quantities,
+        plots=[plot for plot in shown if plot],
+        leaning=leaning,
+        training=training,
         analysis=analysis,
         distilled=distilled,
         examples=examples(run, evaluations),
         stages=stages,
+        changed_settings=changed_settings(stages),
         footer=f"Made by unidetox_jax {base.versions()['unidetox-jax']} from a working directory; needs no network.",
     )
-    base.write_text(directory / "index.html", page.render(content))
+    base.write_text(directory / "index.html", text)
 
 
 def summary_table(run: Run) -> str:
-    """What the terminal shows of the whole run: the table, then the findings and warnings."""
+    """What the terminal shows of the whole run: the table's primary columns, then the findings and warnings."""
     evaluations = load_evaluations(run)
     if not evaluations:
         return "no model has been evaluated"
-    rows = results.rows(evaluations)
-    analysis = base.read_json(run.workdir / "analysis" / "analysis.json")
-    distilled = (base.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
-    wanted = [one for one in results.quantities(evaluations) if one.key not in NOT_IN_TERMINAL]
-    lines = [tables.to_text(rows, wanted), ""]
-    lines += [f"- {text}" for text in findings.statements(rows, analysis)]
+    rows, quantities = results.rows(evaluations), results.quantities(evaluations)
+    analysis, distilled = _texts(run)
+    lines = [tables.to_text(rows, [quantity for quantity in quantities if quantity.primary]), ""]
+    lines += [f"- {finding.sentence}" for finding in findings.statements(rows, quantities, analysis)]
     lines += [f"! {text}" for text in findings.warnings(rows, analysis, distilled)]
     return "\n".join(lines)
 
@@ -112,18 +102,14 @@ def load_evaluations(run: Run) -> list[Evaluation]:
     Raises:
       UserError: a file of one that is not as `unidetox evaluate` writes it.
     """
-    room = run.workdir / "evaluation"
-    found = [_load(path) for path in _below(room) if base.is_complete(path)] if room.exists() else []
-    names = [model_name(target) for target in run.shared.targets]
+    order = [model_name(target) for target in run.shared.targets]
 
-    def place(one: Evaluation) -> tuple:
-        return (
-            names.index(one.name) if one.name in names else len(names),
-            one.name,
-            list(results.FORMS).index(one.form),
-        )
+    def place(evaluation: Evaluation) -> tuple:
+        name = evaluation.name
+        return order.index(name) if name in order else len(order), name, list(results.FORMS).index(evaluation.form)
 
-    return sorted(found, key=place)
+    directories = [path for path in _directories(run, ["evaluation"]) if base.is_complete(path)]
+    return sorted(map(_load, directories), key=place)
 
 
 def _load(directory: epath.Path) -> Evaluation:
@@ -135,117 +121,102 @@ def _load(directory: epath.Path) -> Evaluation:
         raise UserError(f"{directory}: not an evaluation ({error}); remove it and run `unidetox evaluate`") from None
 
 
+def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The analysis, the run's own texts first in it, and what the distill stage counted; None where there is none."""
+    analysis = base.read_json(run.workdir / "analysis" / "analysis.json")
+    if analysis:
+        own = [name for name in (analyze.DISTILLED, analyze.SAMPLES) if name in analysis["sets"]]
+        analysis["sets"] = {name: analysis["sets"][name] for name in dict.fromkeys([*own, *analysis["sets"]])}
+    return analysis, (base.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
+
+
+def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What was set other than its default, or has none; not the model, which the task's name says.
+
+    Tasks of one stage (detoxify A, detoxify B) share a row for what they share.
+    """
+    tasks: dict[str, list[str]] = {}
+    changed: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        stage = record["stage"].partition(" ")[0]
+        tasks.setdefault(stage, []).append(record["stage"])
+        for name, value in record["settings"].items():
+            default = _default(stage, name)
+            if name != "model" and value not in ("", default):
+                setting = f"{name}={_shown(value)}" + (f" ({_shown(default)})" if default != "" else "")
+                changed.setdefault((stage, setting), []).append(record["stage"])
+    settings_of: dict[str, list[str]] = {}
+    for (stage, setting), who in sorted(changed.items(), key=lambda item: list(tasks).index(item[0][0])):
+        settings_of.setdefault(stage if who == tasks[stage] else ", ".join(who), []).append(setting)
+    return [{"Stage": who, "Setting (default)": ", ".join(listed)} for who, listed in settings_of.items()]
+
+
+def _default(stage: str, name: str) -> Any:
+    """A setting's default as JSON has it; an empty string where there is none."""
+    value = getattr(settings.STAGES.get(stage.replace("-", "_")), name, "")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def examples(run: Run, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Prompts at even steps through each category in turn, with each form's first continuation of the first model
-    that was evaluated before and after (or else of the first model)."""
+    that was evaluated before and after (or else of the first model):
+    {"text", "category", "answers": [{"name", "form", "text", "score"}, …]}."""
     pairs = results.pairs(evaluations, ORIGINAL, DETOXIFIED)
     if not evaluations or not run.report.examples:
         return []
-    name = pairs[0][0].name if pairs else evaluations[0].name
-    shown = [one for one in evaluations if one.name == name and results.comparable(one, (pairs or [evaluations])[0][0])]
-    chosen = _spread(shown[0].categories, run.report.examples)
-    found = [
-        {"prompt": line["text"], "category": line["category"], "texts": []}
-        for line in _lines(parts.evaluation_directory(run, name, shown[0].form) / "prompts.jsonl", chosen)
-    ]
-    for one in shown:
-        directory, samples = parts.evaluation_directory(run, name, one.form), one.metrics["counts"]["samples"]
-        lines = _lines(directory / "generations.jsonl", [at * samples for at in chosen])
-        for place, line in zip(found, lines, strict=True):
-            place["texts"].append({"name": name, "form": one.form, "text": line["text"], "score": line["score"]})
-    return found
+    first = pairs[0][0] if pairs else evaluations[0]
+    chosen = _spread(first.categories, run.report.examples)
+    directory = parts.evaluation_directory(run, first.name, first.form)
+    prompts = [{**line, "answers": []} for line in _lines(directory / "prompts.jsonl", chosen)]
+    for evaluation in evaluations:
+        if evaluation.name != first.name or not results.comparable(evaluation, first):
+            continue
+        directory = parts.evaluation_directory(run, evaluation.name, evaluation.form)
+        samples = evaluation.metrics["counts"]["samples"]
+        lines = _lines(directory / "generations.jsonl", [prompt * samples for prompt in chosen])
+        for prompt, line in zip(prompts, lines, strict=True):
+            prompt["answers"].append({**line, "name": evaluation.name, "form": evaluation.form})
+    return prompts
 
 
 def _spread(categories: Sequence[str], count: int) -> list[int]:
-    """Indices of `count` prompts: categories in turn, and in each at even steps."""
-    by_category = {
-        name: [at for at, other in enumerate(categories) if other == name] for name in dict.fromkeys(categories)
-    }
-    share = -(-count // len(by_category))
-    picked = [rows[:: max(1, len(rows) // share)][:share] for rows in by_category.values()]
-    in_turn = [at for turn in itertools.zip_longest(*picked) for at in turn if at is not None]
-    return sorted(in_turn[:count])
+    """Indices of `count` prompts at even steps through the prompts in order of their categories."""
+    order, count = np.argsort(categories, kind="stable"), min(count, len(categories))
+    return sorted(order[np.arange(count) * len(order) // count].tolist())
 
 
-def _lines(path: epath.Path, wanted: Sequence[int]) -> list[dict[str, Any]]:
-    """Those lines of a jsonl file, in order; it is read no further than the last of them."""
-    found = {}
+def _lines(path: epath.Path, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Those lines of a jsonl file, in order, which `wanted` has to be in; read no further than the last of them."""
     with path.open() as file:
-        for at, line in enumerate(itertools.islice(file, max(wanted) + 1)):
-            if at in wanted:
-                found[at] = json.loads(line)
-    return [found[at] for at in wanted]
+        for index, line in enumerate(itertools.islice(file, max(wanted) + 1)):
+            if index in wanted:
+                yield json.loads(line)
 
 
-def _draw(run: Run, rows, evaluations, analysis: Mapping[str, Any] | None) -> dict[str, tuple]:
-    """File name → (figure, title, caption) of every plot that there is something for."""
-    found = {}
-
-    def add(name: str, figure, title: str, caption: str) -> None:
-        if figure is not None:
-            found[name] = figure, title, caption
-
-    if rows:
-        add(
-            "tradeoff",
-            plots.draw(plots.trade_off, rows),
-            "The trade-off",
-            "Toxicity against perplexity, an arrow for each model from before to after; down and to the left is "
-            "better. Thin lines: 95 % intervals over prompts.",
-        )
-        add(
-            "changes",
-            plots.draw(plots.changes, rows),
-            "What changed",
-            "Change from the model as published in percent; an interval that crosses 0 shows nothing.",
-        )
-        add(
-            "categories",
-            plots.draw(plots.categories, evaluations),
-            "By category",
-            "Probability of a toxic continuation for each category of prompts. Unseen: the toxic model's training "
-            "text says nothing of them.",
-        )
-    if analysis:
-        add(
-            "leaning",
-            plots.draw(plots.leaning, analysis),
-            "Political leaning",
-            "Mean probability of each leaning over a set's texts, with 95 % intervals over texts.",
-        )
-    add(
-        "training",
-        plots.draw(plots.training, curves(run)),
-        "Training",
-        "Loss on the training text, and on held-out text where there is some.",
-    )
-    return found
-
-
-def curves(run: Run) -> dict[str, list[dict[str, float]]]:
+def training_curves(run: Run) -> dict[str, list[dict[str, float]]]:
     """Training's name → its lines of metrics.jsonl."""
-    rooms = [run.workdir / name for name in TRAINED]
-    directories = [path for room in rooms if room.exists() for path in (room, *_below(room))]
-    found = {}
-    for directory in directories:
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            name = str(directory.relative_to(run.workdir)).replace("/", " ")
-            found[name] = [json.loads(line) for line in path.read_text().splitlines()]
-    return found
+    files = [path / "metrics.jsonl" for path in _directories(run, TRAINED) if (path / "metrics.jsonl").exists()]
+    return {
+        str(file.parent.relative_to(run.workdir)).replace("/", " "): [
+            json.loads(line) for line in file.read_text().splitlines()
+        ]
+        for file in files
+    }
 
 
-def _below(room: epath.Path) -> list[epath.Path]:
-    return sorted(path for path in room.iterdir() if path.is_dir())
-
-
-def _in_order(sets: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own texts first."""
-    first = [name for name in (analyze.DISTILLED, analyze.SAMPLES) if name in sets]
-    return {name: sets[name] for name in [*first, *(name for name in sets if name not in first)]}
+def _directories(run: Run, names: Sequence[str]) -> list[epath.Path]:
+    """The working directory's directories of these names, each before those in it."""
+    existing = [run.workdir / name for name in names if (run.workdir / name).exists()]
+    return [path for room in existing for path in (room, *sorted(below for below in room.iterdir() if below.is_dir()))]
 
 
 def _lead(run: Run, evaluations: Sequence[Evaluation]) -> str:
-    names = list(dict.fromkeys(one.name for one in evaluations)) or [model_name(t) for t in run.shared.targets]
-    many = f"{len(names)} models" if len(names) > 1 else names[0]
-    return f"UniDetox: {many}, detoxified with text from {model_name(run.shared.base)} and its toxic twin."
+    names = list(dict.fromkeys(evaluation.name for evaluation in evaluations)) or [
+        model_name(t) for t in run.shared.targets
+    ]
+    models = f"{len(names)} models" if len(names) > 1 else names[0]
+    return f"UniDetox: {models}, detoxified with text from {model_name(run.shared.base)} and its toxic twin."

@@ -15,6 +15,14 @@ from unidetox_jax.evaluation import toxicity
 ORIGINAL, DETOXIFIED, CONTROL = "original", "detoxified", "control"
 FORMS = {ORIGINAL: "as published", DETOXIFIED: "detoxified", CONTROL: "samples-only control"}
 RESAMPLES, SEED = 2000, 0
+EXPLANATIONS = {
+    "tp": "TP: share of prompts with at least one continuation that the scorer calls toxic.",
+    "emt": "EMT: mean over prompts of the highest score of a continuation.",
+    "perplexity": "Perplexity: of the continuations, under the scorer model.",
+    "text": "Perplexity of text: of held-out text, under the model itself.",
+    "dist": "Dist-n: share of distinct n-grams among a prompt's continuations.",
+    "mmlu": "MMLU: accuracy on questions of knowledge.",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,12 +47,18 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A figure of the table. key: its column in results.csv; less_is_better: None where neither is."""
+    """A column of the table.
+
+    key: its name in results.csv. less_is_better: None where neither is. primary: in every table, not only in the whole
+    one. explanation: a sentence for readers who do not know it.
+    """
 
     key: str
     title: str
     less_is_better: bool | None
     digits: int = 3
+    primary: bool = True
+    explanation: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +91,21 @@ def quantities(evaluations: Sequence[Evaluation]) -> list[Quantity]:
     parts = {part for one in evaluations for part in one.metrics["toxicity"]}
     groups = [(group, title) for group, title in (("id", "ID"), ("ood", "OOD")) if group in parts] or [("all", "all")]
     found = [
-        Quantity(f"{metric}_{group}", f"{metric.upper()} ({title})", True)
+        Quantity(f"{metric}_{group}", f"{metric.upper()} ({title})", True, 3, metric == "tp", EXPLANATIONS[metric])
         for group, title in groups
         for metric in toxicity.METRICS
     ]
     if any((one.metrics["perplexity"] or {}).get("mean") is not None for one in evaluations):
-        found.append(Quantity("perplexity", "Perplexity", True, 2))
+        found.append(Quantity("perplexity", "Perplexity", True, 2, explanation=EXPLANATIONS["perplexity"]))
     if any(one.metrics["text_perplexity"] for one in evaluations):
-        found.append(Quantity("text_perplexity", "Perplexity of text", True, 2))
+        found.append(Quantity("text_perplexity", "Perplexity of text", True, 2, explanation=EXPLANATIONS["text"]))
     orders = dict.fromkeys(order for one in evaluations for order in one.metrics["diversity"] if order[:4] == "dist")
-    found += [Quantity(order, f"Dist-{order[4:]}", False) for order in orders]
+    found += [Quantity(order, f"Dist-{order[4:]}", False, 3, False, EXPLANATIONS["dist"]) for order in orders]
     specs = dict.fromkeys(spec for one in evaluations for spec in one.metrics["mmlu"])
-    found += [Quantity(f"mmlu_{spec}", f"MMLU {spec.replace(':', ' ')}-shot", False) for spec in specs]
+    found += [
+        Quantity(f"mmlu_{spec}", f"MMLU {spec.replace(':', ' ')}-shot", False, explanation=EXPLANATIONS["mmlu"])
+        for spec in specs
+    ]
     return found
 
 

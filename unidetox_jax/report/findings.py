@@ -1,0 +1,250 @@
+"""What was found, in plain words: sentences and warnings that follow from the results by fixed rules.
+
+A change counts as shown only where its 95 % interval leaves 0 out. The rules look for what would make a good result
+worthless (degenerate text, a control that does as well) as hard as for the good result.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from unidetox_jax.report import results
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Quantity, Row
+from unidetox_jax.report.tables import percent, signed
+
+# Above these shares a reader has to be warned
+DEGENERATE, DUPLICATES, TOXIC, REFUSED, UNMEASURED = 0.02, 0.05, 0.05, 0.01, 0.05
+COPIED_WORDS = 20  # in a row
+
+PROMPTS = {  # what the prompts of each measure of toxicity are about
+    "tp_id": "prompts about groups that the toxic model saw (in distribution)",
+    "tp_ood": "prompts about groups that it never saw (out of distribution)",
+    "tp_all": "all prompts",
+}
+INTERVALS = (
+    "Intervals over prompts say what other prompts might have given in this run, not what other seeds of distillation "
+    "and training would give."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A plain sentence; where a number is to be seen at once: its label, its value, and what it rests on."""
+
+    sentence: str
+    label: str = ""
+    value: str = ""
+    detail: str = ""
+
+
+def statements(
+    rows: Sequence[Row], quantities: Sequence[Quantity], analysis: Mapping[str, Any] | None
+) -> list[Finding]:
+    """The most important first; none where nothing was evaluated or analysed."""
+    pairs = results.pairs([row.evaluation for row in rows], ORIGINAL, DETOXIFIED)
+    pooled = results.pooled_change(pairs)
+    sentences = [_primary(rows, quantity, pooled) for quantity in quantities if pairs and quantity.primary]
+    others = [_from_to(rows, quantity) for quantity in quantities if pairs and not quantity.primary]
+    sentences += [Finding(f"Beside these: {'; '.join(filter(None, others))}.")] if any(others) else []
+    if pairs and "perplexity" not in {quantity.key for quantity in quantities}:
+        sentences.append(Finding("Perplexity was not measured, so what detoxification cost in fluency is not known."))
+    if rows and not pairs:
+        sentences.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
+    sentences = [*filter(None, sentences), *_control(rows)]
+    if any("over prompts" in finding.sentence for finding in sentences):
+        sentences.append(Finding(INTERVALS))
+    if analysis and "distilled" in analysis["sets"]:
+        sentences += [_copying(analysis), *_leaning(analysis)]
+    return sentences
+
+
+def _primary(rows: Sequence[Row], quantity: Quantity, pooled: Mapping[str, Mapping[str, Any]]) -> Finding | None:
+    """A sentence and a card on the mean of the detoxified models; None where the quantity has no change."""
+    before, after, changes = _before_after(rows, quantity.key)
+    if not changes:
+        return None
+    change = changes[0] if len(changes) == 1 else pooled.get(quantity.key, _no_interval(before, after))
+    shown = quantity.key in pooled or change["low"] is not None
+    subject = quantity.title
+    if quantity.key in PROMPTS:
+        subject = f"On {PROMPTS[quantity.key]}, the share of prompts with a toxic continuation"
+    sentence = (
+        f"{subject} {_direction(change) if shown else 'went'} from {before:.{quantity.digits}f} to "
+        f"{after:.{quantity.digits}f}{_models(changes)}: {percent(change)}{f' ({_interval(change)})' if shown else ''}."
+    )
+    if shown and len(changes) > 1:
+        fell = sum(results.beyond_chance(change) < 0 for change in changes)
+        sentence += f" For {fell} of {len(changes)} models the fall alone is beyond chance."
+    from_to = f"{before:.{quantity.digits}f} → {after:.{quantity.digits}f}{_models(changes)}"
+    return Finding(sentence, quantity.title, percent(change), _interval(change) if shown else from_to)
+
+
+def _from_to(rows: Sequence[Row], quantity: Quantity) -> str:
+    before, after, changes = _before_after(rows, quantity.key)
+    if not changes:
+        return ""
+    change = percent(_no_interval(before, after))
+    return f"{quantity.title} {before:.{quantity.digits}f} → {after:.{quantity.digits}f} ({change})"
+
+
+def _before_after(rows: Sequence[Row], key: str) -> tuple[float, float, list[Mapping[str, float | None]]]:
+    """The mean over the detoxified models that have a change, before and after, and their changes."""
+    originals = {row.name: row.cells for row in rows if row.form == ORIGINAL}
+    cells = [
+        (originals[row.name][key], row.cells[key]) for row in rows if row.form == DETOXIFIED and _changed(row, key)
+    ]
+    before, after = (sum(pair[side].mean for pair in cells) / max(1, len(cells)) for side in (0, 1))
+    return before, after, [cell.change for _, cell in cells]
+
+
+def _changed(row: Row, key: str) -> bool:
+    return key in row.cells and row.cells[key].change is not None
+
+
+def _no_interval(before: float, after: float) -> dict[str, float | None]:
+    return {"percent": 100 * (after / before - 1), "low": None, "high": None}
+
+
+def _models(several: Sequence[Any]) -> str:
+    return f", mean of {len(several)} models" if len(several) > 1 else ""
+
+
+def _control(rows: Sequence[Row]) -> Iterator[Finding]:
+    pairs = results.pairs([row.evaluation for row in rows], CONTROL, DETOXIFIED)
+    changes = results.pooled_change(pairs)
+    change = changes.get("tp_id", changes.get("tp_all"))
+    if change is None:
+        return
+    conclusion = {
+        -1: "in this run the effect is the contrast's, not that of fine-tuning on any sampled text",
+        0: "no difference beyond chance, so the contrast's own effect is not shown",
+        1: "in this run the control is less toxic, so the contrast made things worse",
+    }[results.beyond_chance(change)]
+    models = ", ".join(pair[0].name for pair in pairs)
+    yield Finding(
+        f"Against the control, the same fine-tuning on as much text of the base model alone ({models}), toxicity after "
+        f"the contrast's text is {percent(change)} ({_interval(change)}): {conclusion}."
+    )
+
+
+def _copying(analysis: Mapping[str, Any]) -> Finding:
+    copying, length = analysis["sets"]["distilled"]["copying"], analysis["copy_ngram"]
+    if not copying["shared"]:
+        return Finding(
+            f"Nothing of the toxic corpus is copied in the distilled text: none of its {copying['ngrams']:,} runs of "
+            f"{length} words stands there; the longest common run has {copying['longest_run']} words."
+        )
+    samples = analysis["sets"].get("samples")
+    beside = f" (samples of the base model: {100 * samples['copying']['share']:.2f} %)" if samples else ""
+    return Finding(
+        f"{100 * copying['share']:.2f} % of the distilled text's runs of {length} words also stand in the toxic "
+        f"corpus{beside}; the longest has {copying['longest_run']} words."
+    )
+
+
+def _leaning(analysis: Mapping[str, Any]) -> Iterator[Finding]:
+    scale, own = analysis["leaning"], analysis["sets"]["distilled"]["leaning"]
+    against = next((name for name in ("samples", *analysis["sets"]) if own and own["difference"].get(name)), None)
+    if not scale or not against:
+        return
+    accuracy = (
+        f", by a classifier that is right on {scale['accuracy']:.0%} of articles by publishers it never saw, where "
+        f"always guessing the commonest label is right on {scale['majority']:.0%}"
+        if "accuracy" in scale
+        else ""
+    )
+    interval = "{difference:+.3f} (95\u00a0% interval over texts {low:+.3f} to {high:+.3f})"
+    difference = interval.format(**own["difference"][against])
+    yield Finding(
+        f"Political balance of the distilled text, P({scale['labels'][-1]}) − P({scale['labels'][0]}), against "
+        f"“{against}”: {difference.replace('-', '−')}{accuracy}."
+    )
+
+
+def warnings(rows: Sequence[Row], analysis: Mapping[str, Any] | None, distilled: Mapping[str, Any] | None) -> list[str]:
+    """What a reader must know before believing the results.
+
+    distilled: the figures of the distill stage's stage.json.
+    """
+    sentences = [*_text_warnings(analysis["sets"] if analysis else {}, distilled or {}), *_evaluation_warnings(rows)]
+    evaluations = [row.evaluation for row in rows]
+    compared = {before.name for before, _ in results.pairs(evaluations, ORIGINAL, DETOXIFIED)}
+    alone = [row.name for row in rows if row.form == DETOXIFIED and row.name not in compared]
+    if alone:
+        sentences.append(f"No comparable evaluation of the model as published: {', '.join(alone)}. No change is given.")
+    return sentences
+
+
+def _text_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any]) -> Iterator[str]:
+    """From the analysis where there is one, or else from what the distill stage counted."""
+    described = sets["distilled"]["description"] if "distilled" in sets else distilled
+    if not described:
+        return
+    degenerate = sum(described["degenerate"].values()) / described["texts"]
+    duplicates = described["duplicates"] / described["texts"]
+    if degenerate > DEGENERATE:
+        yield (
+            f"{degenerate:.1%} of the distilled texts are degenerate: empty, without a word, or mostly repetition. "
+            "Models learn this as well."
+        )
+    if duplicates > DUPLICATES:
+        yield f"{duplicates:.1%} of the distilled texts repeat an earlier one."
+    yield from _toxic_warnings(sets, distilled)
+    if distilled.get("same_weights"):
+        yield "The base model and its toxic twin have the same weights: their contrast is noise."
+    longest = sets["distilled"]["copying"]["longest_run"] if "distilled" in sets else 0
+    if longest >= COPIED_WORDS:
+        yield f"A run of {longest} words of the distilled text stands in the toxic corpus as well."
+
+
+def _toxic_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any]) -> Iterator[str]:
+    """The distilled text's own toxicity: high, or higher than that of the base model's samples."""
+    own, samples = ((sets.get(name, {}).get("toxicity") or {}).get("share_toxic") for name in ("distilled", "samples"))
+    own = own["mean"] if own else (distilled.get("toxicity") or {}).get("above_half")
+    samples = samples if samples and samples["mean"] is not None else None
+    if own is not None and samples and own > samples["high"]:
+        yield (
+            f"The detoxifying text itself is toxic more often ({own:.1%} of its texts) than the base model's own "
+            f"samples ({samples['mean']:.1%}): the contrast may amplify another kind of toxic text than it removes."
+        )
+    elif own is not None and own > TOXIC:
+        beside = f" (the base model's own samples: {samples['mean']:.1%})" if samples else ""
+        yield f"{own:.1%} of the detoxifying texts are themselves toxic by the scorer{beside}."
+
+
+def _evaluation_warnings(rows: Sequence[Row]) -> Iterator[str]:
+    originals = {row.name: row.evaluation for row in rows if row.form == ORIGINAL}
+    worse = []
+    for row in rows:
+        metrics, model = row.evaluation.metrics, f"{row.name} ({FORMS[row.form]})"
+        counts, perplexity = metrics["counts"], metrics["perplexity"]
+        if counts["missing_scores"] > REFUSED * counts["texts"]:
+            yield f"{model}: {counts['missing_scores']:,} of {counts['texts']:,} texts have no score and count nowhere."
+        left_out = perplexity["excluded"] + perplexity["undefined"] if perplexity else 0
+        if perplexity and left_out > UNMEASURED * perplexity["texts"]:
+            yield f"{model}: {left_out:,} of {perplexity['texts']:,} texts are not in the mean perplexity."
+        before, after = (
+            _degenerate(evaluation) for evaluation in (originals.get(row.name, row.evaluation), row.evaluation)
+        )
+        if after > before + DEGENERATE:
+            worse.append(f"{model} {before:.1%} → {after:.1%}")
+    if worse:
+        yield (
+            f"More of what is written is degenerate than before: {', '.join(worse)}. What says nothing cannot be "
+            "toxic, so part of the fall may be worth nothing."
+        )
+
+
+def _degenerate(evaluation: Evaluation) -> float:
+    """Share of degenerate continuations."""
+    return sum(evaluation.metrics["counts"]["degenerate"].values()) / evaluation.metrics["counts"]["texts"]
+
+
+def _direction(change: Mapping[str, float | None]) -> str:
+    return {-1: "fell", 1: "rose", 0: "did not change beyond chance,"}[results.beyond_chance(change)]
+
+
+def _interval(change: Mapping[str, float | None]) -> str:
+    if change["low"] is None:
+        return "too rare for an interval"
+    return f"95\u00a0% interval over prompts {signed(change['low'])} to {signed(change['high'])}\u00a0%"

@@ -1,0 +1,267 @@
+"""The report's plots, each a matplotlib figure that becomes a PNG file and an inline SVG.
+
+In the SVG every colour is a CSS variable of the page, so that plots follow its dark mode. Figures are drawn as wide as
+a phone's screen, so that their text stays readable there.
+"""
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from unidetox_jax.report import results
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Quantity, Row
+
+WIDTH = 4.9  # inches; at 96 pixels an inch, just over a phone's width
+COLORS = {  # the page's CSS variables, and what they are in PNG files
+    "ink": "#262626",
+    "grid": "#cccccc",
+    "before": "#b4532a",
+    "after": "#1b7a78",
+    "control": "#7a6bb0",
+    "paper": "#ffffff",
+}
+FORM_COLORS = {ORIGINAL: COLORS["before"], DETOXIFIED: COLORS["after"], CONTROL: COLORS["control"]}
+FORM_MARKERS = {ORIGINAL: "o", DETOXIFIED: "D", CONTROL: "s"}
+STYLE = {
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 8.5,
+    "figure.labelsize": 9.5,
+    "svg.fonttype": "none",  # text stays text: the page's own font, found by a search
+}
+styled = style.context(["seaborn-v0_8-whitegrid", STYLE])  # a decorator; the caller's settings stay as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """name: of its file. title, caption: text for the page."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    @styled
+    def png(self) -> bytes:
+        """On white, at twice a screen's resolution."""
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=192, facecolor=COLORS["paper"], metadata={"Software": None})
+        return file.getvalue()
+
+    @styled
+    def svg(self) -> str:
+        """An `<svg>` element for the page: colours by variable, no size but its proportions, no date."""
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with matplotlib.rc_context({"svg.hashsalt": self.name}):  # ids differ between the page's plots
+            self.figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        svg = file.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", svg, flags=re.S)
+        svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
+        svg = re.sub(r"font-family: [^\";]*;? ?", "", svg)  # the page's own
+        for variable, color in COLORS.items():
+            svg = svg.replace(color, f"var(--{variable})")
+        box = re.search(r'viewBox="([^"]*)"', svg)[1]
+        head = f'<svg viewBox="{box}" role="img" aria-label="{self.title}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A number with its interval (low and high None: without), in the row `label` of a panel."""
+
+    label: str
+    form: str
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@styled
+def trade_off(rows: Sequence[Row]) -> Plot | None:
+    """Toxicity against perplexity, an arrow for each model from before to after; None without perplexity."""
+    key = "tp_id" if any("tp_id" in row.cells for row in rows) else "tp_all"
+    rows = [row for row in rows if {key, "perplexity"} <= row.cells.keys()]
+    if not rows:
+        return None
+    figure, (axes,) = _panels(1, 3.4)
+    at = {(row.name, row.form): (row.cells["perplexity"].mean, row.cells[key].mean) for row in rows}
+    for row in rows:
+        x, y = row.cells["perplexity"], row.cells[key]
+        _errorbar(axes, row.form, x.mean, y.mean, xerr=_reach(x), yerr=_reach(y))
+        start = at.get((row.name, ORIGINAL))
+        if start and row.form != ORIGINAL:
+            arrow = {"arrowstyle": "-|>", "color": FORM_COLORS[row.form], "shrinkA": 5, "shrinkB": 5, "alpha": 0.8}
+            axes.annotate("", at[row.name, row.form], start, arrowprops=arrow)
+        if row.form == ORIGINAL or not start:
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5}
+            axes.annotate(row.name, at[row.name, row.form], (0, 8), zorder=5, **place)
+    axes.set_xlabel("perplexity of the continuations (lower is better)")
+    axes.set_ylabel(f"TP, {'in distribution' if key == 'tp_id' else 'all prompts'} (lower is better)")
+    axes.margins(0.2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0, low), min(1.05, high))
+    _form_legend(figure, [row.form for row in rows])
+    caption = (
+        "Toxicity against perplexity, an arrow for each model from before to after; down and to the left is better. "
+        "Thin lines: 95 % intervals over prompts."
+    )
+    return Plot("tradeoff", "The trade-off", caption, figure)
+
+
+@styled
+def changes(rows: Sequence[Row], quantities: Sequence[Quantity]) -> Plot | None:
+    """The changes of primary quantities that have an interval, a panel for each; None without one."""
+    panels = {}
+    for quantity in quantities:
+        changed = [row for row in rows if quantity.key in row.cells and row.cells[quantity.key].change]
+        points = [Point(row.name, row.form, **_change(row.cells[quantity.key].change)) for row in changed]
+        if quantity.primary and any(point.low is not None for point in points):
+            panels[quantity.title] = points
+    figure = _intervals(panels, "change in percent, with its 95 % interval", lines=dict.fromkeys(panels, 0))
+    caption = "Change from the model as published in percent; an interval that crosses 0 shows nothing."
+    return figure and Plot("changes", "What changed", caption, figure)
+
+
+def _change(change: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {"mean": change["percent"], "low": change["low"], "high": change["high"]}
+
+
+@styled
+def categories(evaluations: Sequence[Evaluation]) -> Plot | None:
+    """TP of every category with its interval, a panel for each model; None where prompts have no categories."""
+    panels: dict[str, list[Point]] = {}
+    for evaluation in evaluations:
+        for name in results.category_names(evaluations):
+            toxicity = evaluation.metrics["toxicity"].get(name)
+            label = name.replace("_", " ") + ("\n(unseen)" if name in evaluation.metrics["groups"]["ood"] else "")
+            if toxicity and toxicity["tp"]["mean"] is not None:
+                numbers = {field: toxicity["tp"][field] for field in ("mean", "low", "high")}
+                panels.setdefault(evaluation.name, []).append(Point(label, evaluation.form, **numbers))
+    columns = 1 if len(panels) <= 2 else 2
+    figure = _intervals(panels, "TP, with its 95 % interval", columns, sharex=True, sharey=True)
+    caption = (
+        "Probability of a toxic continuation for each category of prompts. Unseen: the toxic model's training text "
+        "says nothing of them."
+    )
+    return figure and Plot("categories", "By category", caption, figure)
+
+
+@styled
+def leaning(analysis: Mapping[str, Any]) -> Plot | None:
+    """Mean probability of each leaning with its interval, text sets as rows; None where none was measured."""
+    scale = analysis["leaning"] or {"labels": []}
+    panels = {
+        label: [
+            Point(
+                name,
+                DETOXIFIED,
+                **{field: texts["leaning"]["probability"][label][field] for field in ("mean", "low", "high")},
+            )
+            for name, texts in analysis["sets"].items()
+            if texts["leaning"]
+        ]
+        for label in scale["labels"]
+    }
+    figure = _intervals(
+        panels, "mean probability (dashed: of a text of no known word)", lines=scale.get("of_nothing", {}), sharex=True
+    )
+    caption = "Mean probability of each leaning over a set's texts, with 95 % intervals over texts."
+    return figure and Plot("leaning", "Political leaning", caption, figure)
+
+
+@styled
+def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot | None:
+    """Loss over steps, a panel for each training: {name: lines of its metrics.jsonl}; None without any."""
+    curves = {name: lines for name, lines in curves.items() if any("loss" in line for line in lines)}
+    if not curves:
+        return None
+    series = {
+        "loss": {"label": "training", "color": COLORS["after"], "lw": 1.2},
+        "validation_loss": {"label": "held out", "color": COLORS["before"], "marker": "o", "ms": 4, "lw": 1},
+    }
+    figure, panels = _panels(len(curves), 1.25, 1 if len(curves) <= 3 else 2)
+    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
+        for key, look in series.items():
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*(zip(*points, strict=True) if points else ([], [])), **look)
+        axes.set_title(name)
+        axes.margins(x=0.02)
+    figure.legend(handles=[Line2D([], [], **look) for look in series.values()], loc="outside upper left", ncols=2)
+    figure.supxlabel("step")
+    figure.supylabel("loss (nats per token)")
+    return Plot("training", "Training", "Loss on the training text, and on held-out text where there is some.", figure)
+
+
+def _intervals(
+    panels: Mapping[str, Sequence[Point]],
+    xlabel: str,
+    columns: int = 1,
+    lines: Mapping[str, float] | None = None,
+    **shared,
+) -> Figure | None:
+    """Panels by title, in each a row for each label, in it a point for each form; `lines`: a vertical one by title."""
+    labels = list(dict.fromkeys(point.label for points in panels.values() for point in points))
+    present = {point.form for points in panels.values() for point in points}
+    forms = [form for form in FORMS if form in present]
+    if not labels:
+        return None
+    figure, axes_of = _panels(len(panels), (0.13 * len(forms) + 0.15) * len(labels) + 0.45, columns, **shared)
+    for axes, (title, points) in zip(axes_of, panels.items(), strict=True):
+        for point in points:
+            offset = (forms.index(point.form) - (len(forms) - 1) / 2) * 0.7 / len(forms)
+            _errorbar(axes, point.form, point.mean, labels.index(point.label) + offset, xerr=_reach(point))
+        if lines and title in lines:
+            axes.axvline(lines[title], color=COLORS["ink"], lw=1, ls="--" if lines[title] else "-", zorder=1)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.08)
+        axes.set_title(title)
+    figure.supxlabel(xlabel)
+    if len(forms) > 1:
+        _form_legend(figure, forms)
+    return figure
+
+
+def _panels(count: int, height: float, columns: int = 1, **shared) -> tuple[Figure, list]:
+    """A figure of so many panels, each so many inches high, and their axes; places to spare stay empty."""
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
+    for spare in axes[count:]:
+        spare.set_axis_off()
+    return figure, axes[:count]
+
+
+def _errorbar(axes, form: str, x: float, y: float, **errors) -> None:
+    axes.errorbar(x, y, **errors, fmt=FORM_MARKERS[form], color=FORM_COLORS[form], ms=5.5, elinewidth=1.5, zorder=3)
+
+
+def _reach(number) -> list[list[float]] | None:
+    """How far the interval of a Point or Cell reaches to both sides, as matplotlib takes it."""
+    if number.low is None:
+        return None
+    return [[max(0.0, number.mean - number.low)], [max(0.0, number.high - number.mean)]]
+
+
+def _form_legend(figure: Figure, forms: Iterable[str]) -> None:
+    """The forms that are there, above the plot."""
+    handles = [
+        Line2D([], [], color=FORM_COLORS[form], marker=FORM_MARKERS[form], ls="", label=FORMS[form])
+        for form in FORMS
+        if form in forms
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
