@@ -17,6 +17,8 @@ from etils import epath
 
 from unidetox_jax import checkpoint, cli, models
 from unidetox_jax.data import toymodels
+from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding import warpers
 from unidetox_jax.stages import distill
 from unidetox_jax.stages.settings import DistillSettings
 
@@ -140,9 +142,9 @@ def test_killed_and_continued_is_the_same_to_the_byte(world, finished, workdir):
     (parts / ".000001.json.tmp").write_text('{"rows": [{"ro')  # killed while writing
     (parts / "000001.json").unlink(missing_ok=True)
     calls = []
-    real = distill.generate
+    real = sampling.generate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "generate", lambda *a, **k: calls.append(k["row_ids"][0]) or real(*a, **k))
+        patch.setattr(sampling, "generate", lambda *a, **k: calls.append(k["row_ids"][0]) or real(*a, **k))
         assert (parts / "000000.json").stat().mtime == first
         assert cli.main(command(world, workdir, *more)) == 0
     assert calls[0] == 4 and 0 not in calls
@@ -278,4 +280,4 @@ def test_defaults_are_the_papers():
     settings = DistillSettings()
     assert (settings.objective, settings.num_texts, settings.max_length) == ("contrastive(alpha=0.1)", 640, 256)
     assert (settings.top_k, settings.batch_size, settings.seed) == (50, 128, 1234)
-    assert [warper.k for warper in distill.warpers_of(settings) if hasattr(warper, "k")] == [50]
+    assert [warper.k for warper in warpers.choose(top_k=settings.top_k) if hasattr(warper, "k")] == [50]

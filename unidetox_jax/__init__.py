@@ -1,3 +1,16 @@
-"""UniDetox for JAX: contrastive decoding, dataset distillation and detoxification of any language model."""
+"""UniDetox for JAX: contrastive decoding, dataset distillation and detoxification of any language model.
+
+The steps of the method are functions of this package (`load`, `finetune`, `distill`, `generate`, `save`: see `method`),
+imported when they are first asked for.
+"""
 
 __version__ = "0.1.0"
+__all__ = ["LanguageModel", "distill", "finetune", "generate", "load", "save"]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        from unidetox_jax import method
+
+        return getattr(method, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,18 +16,20 @@
 
 A batch is {"tokens": int32, "loss_mask": bool} [R, T], and for layout "pack" "segment_ids": int32 as well: hand it to
 `training.loss` as it is. R is a multiple of `row_multiple`: the mesh's data axes times the accumulation.
-Distilled text knows where its model stopped: `data.tokenize(records.column("text"), …, ended=records.ended())`.
+Distilled text knows where its model stopped: `data.tokenize(records.texts, …, ended=records.texts.ended)`.
 """
 
 from unidetox_jax.data.batches import Batches, fill, one_pass
 from unidetox_jax.data.prefetch import Prefetch, place
 from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, is_spec, load, texts
+from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import Tokens, tokenize
 
 __all__ = [
     "Batches",
     "Prefetch",
     "Records",
+    "Texts",
     "Tokens",
     "default_cache_dir",
     "fill",

@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from unidetox_jax.data import builders, corpora, dghs, files, mmlu, toxigen
+from unidetox_jax.data.texts import Texts
 from unidetox_jax.errors import UserError, suggest
 
 
@@ -85,9 +86,19 @@ class Records(Sequence):
             raise UserError(f"{self.spec}: the records have no field {name!r}; found {', '.join(self.rows[0])}")
         return [row[name] for row in self.rows]
 
+    @property
+    def texts(self) -> Texts:
+        """The field `text` of every record, with what else is known of each.
+
+        Raises:
+          UserError: the records have no such field.
+        """
+        self.column("text")  # raises where there is none
+        return Texts(self.rows)
+
     def ended(self) -> list[bool] | None:
-        """Whether each text ended by itself, if the data set says so (`distilled`); None: take it that all did."""
-        return self.column("ended") if "ended" in self.rows[0] else None
+        """Whether each text ended by itself; None where the data set does not say: take it that all did."""
+        return self.texts.ended
 
 
 def load(

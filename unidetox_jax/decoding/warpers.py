@@ -130,6 +130,16 @@ def _number(name: str, value: Any, low: float, high: float, expected: str) -> fl
     return float(value)
 
 
+_OFF = {temperature: None, top_k: 0, top_p: 1.0, min_p: 0.0}
+
+
+def choose(**settings: float) -> tuple[Warper, ...]:
+    """The warpers of a sampler's usual settings (temperature, top_k, top_p, min_p; top_k 0, top_p 1 and min_p 0 stand
+    for none), in their order. Raises UserError for a value out of range."""
+    chosen = {make: settings[make.__name__] for make in _OFF if make.__name__ in settings}
+    return in_order([make(value) for make, value in chosen.items() if value != _OFF[make]])
+
+
 def in_order(warpers: Sequence[Warper]) -> tuple[Warper, ...]:
     """The warpers in the order in which they act, whatever order they were given in.
 

@@ -15,14 +15,13 @@ import jax
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, models, sharding, training
+from unidetox_jax import checkpoint, data, method, models
 from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import layout
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.stack import REMAT
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
-from unidetox_jax.training import loop
 
 WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
 EXPORT = "hf"
@@ -89,58 +88,34 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     """Trains, exports, and returns the figures of `stage.json`.
 
     Raises:
-      UserError, Preempted: as `training.fit`; a data set, model or number that is not as it must be.
+      UserError, Preempted: as `method.finetune`; a data set, model or number that is not as it must be.
     """
-    settings = job.settings
     mesh, source = parts.mesh_of(run), run.path(job.model)
     cfg = checkpoint.load_config(source)
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
-    tokenizer = checkpoint.load_tokenizer(source)
-    tokens = _tokens(run, job, job.data, cfg, tokenizer, settings.official)
-    # The loss on the text itself, whatever else is trained on
-    validation = _tokens(run, job, job.validation, cfg, tokenizer) if job.validation else None
-    steps = settings.steps or math.ceil(settings.epochs * len(tokens) / settings.batch_size)
-    batches = data.Batches(
-        tokens,
-        settings.batch_size,
-        seed=settings.seed,
-        layout=settings.layout,
-        row_multiple=sharding.batch_ways(mesh) * settings.accumulation,
-        max_shapes=loop.worthwhile_shapes(steps, most=8),
-    )
-    optimizer = training.Optimizer(
-        learning_rate=settings.learning_rate,
-        steps=steps,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        official=settings.official,
-    )
+    param_dtype = "bfloat16" if job.settings.official else "float32"
 
     def initial() -> Any:
         if not job.scratch:
-            return parts.load_model(run, job.model, mesh, optimizer.param_dtype).params
-        key = jax.random.key(zlib.crc32(f"{settings.seed}/{job.directory.name}".encode()))
-        return models.init(cfg, key, mesh, optimizer.param_dtype)
+            return parts.load_model(run, job.model, mesh, param_dtype).params
+        key = jax.random.key(zlib.crc32(f"{job.settings.seed}/{job.directory.name}".encode()))
+        return models.init(cfg, key, mesh, param_dtype)
 
-    params, figures = training.fit(
-        directory,
-        cfg,
-        initial,
-        batches,
-        training.Schedule(steps, settings.save_every, settings.keep, settings.evaluate_every, settings.log_every),
-        optimizer,
-        mesh,
-        validation=validation,
-        accumulation=settings.accumulation,
-        remat=settings.remat,
-        dropout_seed=settings.seed if settings.dropout else None,
+    def texts(spec: str) -> data.Texts:
+        return data.load(run.path(spec), data_dir=run.shared.data_dir).texts
+
+    trained = method.finetune(
+        method.LanguageModel(initial, cfg, checkpoint.load_tokenizer(source)),
+        texts(job.data),
+        job.settings,
+        validation=texts(job.validation) if job.validation else (),
+        directory=directory,
+        mesh=mesh,
         label=job.name,
     )
-    checkpoint.save_hf(directory / EXPORT, models.Model(params, cfg), tokenizer, settings.export_dtype or None)
-    figures |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
-    logging.info("%s: %s", job.name, describe(figures))
-    return figures
+    method.save(trained, directory / EXPORT, job.settings.export_dtype or None)
+    logging.info("%s: %s", job.name, describe(trained.history))
+    return dict(trained.history)
 
 
 def describe(figures: Mapping[str, Any]) -> str:
@@ -169,16 +144,3 @@ def _check(job: Job) -> None:
             raise UserError(f"{section}.{name}: no {value!r}{suggest(value, filter(None, known))}")
     if not settings.steps and not settings.epochs:
         raise UserError(f"{section}.steps: found 0, and {section}.epochs is 0 too; one of them says how long to train")
-
-
-def _tokens(run: Run, job: Job, spec: str, cfg: models.ModelConfig, tokenizer, official: bool = False) -> data.Tokens:
-    records = data.load(run.path(spec), data_dir=run.shared.data_dir)
-    return data.tokenize(
-        records.column("text"),
-        tokenizer,
-        job.settings.max_length,
-        context=cfg.max_position_embeddings,
-        vocab_size=cfg.vocab_size,
-        ended=records.ended(),
-        official=official,
-    )

@@ -5,6 +5,7 @@ way, and all are read before a checkpoint is written, so that no state that foll
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Schedule:
 
 
 def fit(
-    directory: epath.PathLike,
+    directory: epath.PathLike | None,
     cfg: models.ModelConfig,
     initial: Callable[[], Any],
     batches: data.Batches,
@@ -60,7 +61,7 @@ def fit(
     """Trains to `schedule.steps`, from the newest checkpoint in `directory` or from `initial()`.
 
     Args:
-      directory: gets checkpoints/, metrics.jsonl and tensorboard/.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/; None: nothing is kept.
       cfg: the model's configuration.
       initial: gives the parameters to begin with; not called where there is a checkpoint.
       batches: what to train on; `batches[step]` is the batch of the step after `step` finished ones.
@@ -79,7 +80,6 @@ def fit(
       UserError: a loss or gradient that is not finite (the checkpoints are those before it), another model's
         checkpoints, or a directory that cannot be written.
     """
-    directory = epath.Path(directory)
     train_step = make_train_step(
         cfg, optimizer, mesh, accumulation=accumulation, remat=remat, dropout_seed=dropout_seed
     )
@@ -87,7 +87,7 @@ def fit(
     placed = sharding.batch_sharding(mesh)
     with (
         preemption.noted() as asked_to_stop,
-        Checkpointer(directory / CHECKPOINTS, schedule.keep) as checkpoints,
+        _checkpointer(directory, schedule.keep) as checkpoints,
     ):
         start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
         log = metrics.Log(directory, start)
@@ -104,8 +104,8 @@ def fit(
                 report.began(step, figures)
                 last, stop = step == schedule.steps, asked_to_stop()
                 evaluation_due = evaluate and (step % schedule.evaluate_every == 0 or last)
-                save_due = step % schedule.save_every == 0 or last or stop
-                if evaluation_due or save_due:
+                save_due = checkpoints and (step % schedule.save_every == 0 or last or stop)
+                if evaluation_due or save_due or last:
                     report.settle()
                     log.line()
                 if evaluation_due:
@@ -121,11 +121,15 @@ def fit(
     return state.params, metrics.summary(log.lines)
 
 
+def _checkpointer(directory: epath.PathLike | None, keep: int):
+    return contextlib.nullcontext() if directory is None else Checkpointer(epath.Path(directory) / CHECKPOINTS, keep)
+
+
 def _begin(
-    checkpoints: Checkpointer, cfg, initial, optimizer: Optimizer, mesh: Mesh, steps: int, label: str
+    checkpoints: Checkpointer | None, cfg, initial, optimizer: Optimizer, mesh: Mesh, steps: int, label: str
 ) -> tuple[int, TrainState]:
     """(finished steps, state) to go on from."""
-    restored = checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh))
+    restored = checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh)) if checkpoints else None
     if restored is None:
         return 0, init_state(initial(), optimizer)
     step, state = restored
@@ -192,8 +196,7 @@ class _Report:
         self._bar.update(1)
 
     def _refuse(self, step: int, values: dict[str, float]) -> None:
-        self._checkpoints.wait()
-        saved = self._checkpoints.latest_step()
+        saved = self._checkpoints.latest_step() if self._checkpoints else None
         rows = self._batches.tokens.rows[self._batches.indices(step - 1)].tolist()
         named = ", ".join(map(str, rows[:ROWS_NAMED])) + (" …" if len(rows) > ROWS_NAMED else "")
         kept = "no checkpoint was written yet" if saved is None else f"the checkpoint of step {saved} is kept"

@@ -41,11 +41,11 @@ class Log:
     before, "validation_loss": where it was evaluated}. Every process keeps the lines, process 0 writes.
     """
 
-    def __init__(self, directory: epath.PathLike, step: int):
-        """Takes up the lines of an earlier sitting up to `step`, where training continues."""
-        self._path = epath.Path(directory) / FILE
-        self._writer = jax.process_index() == 0
-        self.lines = [line for line in read(self._path) if line["step"] <= step]
+    def __init__(self, directory: epath.PathLike | None, step: int):
+        """Takes up the lines of an earlier sitting up to `step`, where training continues; None: nothing is written."""
+        self._path = epath.Path(directory or "") / FILE
+        self._writer = directory is not None and jax.process_index() == 0
+        self.lines = [line for line in read(self._path) if line["step"] <= step] if directory is not None else []
         last = next((line for line in reversed(self.lines) if "tokens" in line), {})
         self._tokens, self._seconds = last.get("tokens", 0), last.get("seconds", 0.0)
         self._began = self._flushed = time.monotonic()

@@ -1,0 +1,183 @@
+"""Whole texts drawn from an objective, batch by batch: the distilled data set (Lu et al., ICLR 2025, section 3.2).
+
+A text depends on the seed and on its own number alone. Every batch has the same shape, so one program serves all, and
+whoever keeps finished batches (`keep`) goes on after a kill with the first one missing, to the same bytes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unidetox_jax import sharding, text_statistics
+from unidetox_jax.data.texts import Texts
+from unidetox_jax.data.tokens import decode
+from unidetox_jax.decoding.generate import generate
+from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.decoding.warpers import Warper
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import Model
+from unidetox_jax.progress import Progress
+
+Batch = dict[str, Any]  # {"made_on": the hardware in words, "rows": a dictionary a text}
+
+
+def anew(name: str, make: Callable[[], Batch]) -> Batch:
+    """Keeps nothing: the batch is made."""
+    return make()
+
+
+def sample_texts(
+    models: Sequence[Model],
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    objective: Objective,
+    warpers: Sequence[Warper] = (),
+    num_texts: int,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    cache: str = "own",
+    names: Sequence[str] = (),
+    keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
+    label: str | None = None,
+) -> Texts:
+    """`num_texts` continuations of one prompt. Every process calls it and gets all texts.
+
+    A text's row holds "row" (its number), "seed", "text", "ended" (by itself), "log_probabilities" (model's name → mean
+    over its new tokens, untruncated) and "tokens" (the prompt's first, the end token last).
+
+    Args:
+      models, objective, warpers, cache: as in `generate`.
+      prompt: token ids that every text begins with.
+      max_length: tokens of a text at most, the prompt's included.
+      names: the models' names in "log_probabilities"; empty: the objective's own names for them.
+      keep: called with a batch's name and what makes it; gives the batch.
+      label: shows progress under this name; None shows none.
+
+    Raises:
+      UserError: a prompt that leaves no room, a context that is too short, and as `generate`.
+    """
+    if len(prompt) >= max_length:
+        raise UserError(f"max_length: found {max_length}, but the prompt alone has {len(prompt)} tokens with BOS")
+    names = distinct_names(names or objective.arguments)
+    size = min(batch_size, num_texts)
+    hardware = _hardware(models[0])
+    batches = []
+    with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
+        for first in range(0, num_texts, size):
+
+            def make(first=first) -> Batch:
+                started = time.monotonic()
+                # The last batch is as large as the others, and what is not wanted of it is dropped.
+                row_ids = np.arange(first, first + size, dtype=np.int32)
+                result = generate(
+                    models,
+                    np.tile(np.asarray(prompt, np.int32), (size, 1)),
+                    objective=objective,
+                    warpers=warpers,
+                    max_new_tokens=max_length - len(prompt),
+                    seed=seed,
+                    row_ids=row_ids,
+                    cache=cache,
+                    log_probabilities=True,
+                )
+                wanted = range(min(size, num_texts - first))
+                rows = [_row(result, index, int(row_ids[index]), prompt, tokenizer, seed, names) for index in wanted]
+                rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
+                bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
+                return {"made_on": hardware, "rows": rows}
+
+            batches.append(keep(f"{first // size:06d}", make))
+            bar.update(len(batches[-1]["rows"]))
+    rows = tuple(row for batch in batches for row in batch["rows"])
+    return Texts(rows, tuple(sorted({batch["made_on"] for batch in batches})))
+
+
+def _row(result, index: int, row_id: int, prompt, tokenizer, seed: int, names: Sequence[str]) -> dict[str, Any]:
+    tokens = [*prompt, *result.tokens[index, : result.lengths[index]].tolist()]
+    values = zip(names, result.log_probabilities[:, index], strict=True)
+    return {  # in the order of a sorted JSON file, so that a kept row is this one to the byte
+        "ended": bool(result.ended[index]),
+        "log_probabilities": {name: round(float(value), 5) for name, value in sorted(values)},
+        "row": row_id,
+        "seed": seed,
+        "text": decode(tokenizer, [tokens])[0],
+        "tokens": tokens,
+    }
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Each name once: the second of two equal ones gets its place added."""
+    return [name if name not in names[:i] else f"{name}#{i + 1}" for i, name in enumerate(names)]
+
+
+def _hardware(model: Model) -> str:
+    mesh = sharding.mesh_of(model.params)
+    device = jax.devices()[0].device_kind
+    if mesh is None:
+        return f"1 x {device}, computed in {model.cfg.dtype}"
+    layout = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+    return f"{mesh.size} x {device}, mesh {layout}, computed in {model.cfg.dtype}"
+
+
+def first_token(tokenizer: Any, name: str) -> int:
+    """What a text begins with: BOS, or where there is none EOS; `name` says whose tokenizer it is in the error."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(f"the tokenizer of {name!r} has neither BOS nor EOS")
+
+
+def check_same_tokenizer(tokenizers: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises UserError where two tokenizers' tokens mean different things. Padding may differ: no text is padded."""
+    first, *others = tokenizers
+    vocabulary = first.get_vocab()
+    for name, other in zip(names[1:], others, strict=True):
+        theirs = other.get_vocab()
+        problem = f"{name} and {names[0]} have different tokenizers"
+        if len(theirs) != len(vocabulary):
+            raise UserError(f"{problem} ({len(theirs)} and {len(vocabulary)} tokens)")
+        if theirs != vocabulary:
+            token = min(token for token, index in vocabulary.items() if theirs.get(token) != index)
+            raise UserError(f"{problem} (token {token!r} is {theirs.get(token)} and {vocabulary[token]})")
+        for field in ("bos_token_id", "eos_token_id"):
+            if getattr(other, field) != getattr(first, field):
+                raise UserError(f"{problem} ({field} {getattr(other, field)} and {getattr(first, field)})")
+
+
+def same_weights(models: Sequence[Model], names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the first two models whose weights are equal; nothing where all differ."""
+
+    def equal(left: Any, right: Any) -> bool:
+        pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+        return left is right or all(bool(jnp.array_equal(a, b)) for a, b in pairs)
+
+    for later in range(len(models)):
+        for earlier in range(later):
+            same_shape = models[earlier].cfg == models[later].cfg
+            if same_shape and equal(models[earlier].params, models[later].params):
+                return names[earlier], names[later]
+    return ()
+
+
+def statistics(texts: Texts) -> dict[str, Any]:
+    """Counts of texts, tokens, ends, degenerate and repeated texts, and mean log-probabilities over texts."""
+    lengths = [len(row["tokens"]) for row in texts.rows]
+    names = texts.rows[0]["log_probabilities"]
+    return {
+        "texts": len(texts),
+        "tokens": sum(lengths),  # with BOS and the end
+        "mean_tokens": round(sum(lengths) / len(lengths), 2),
+        "ended": sum(texts.ended),
+        "degenerate": text_statistics.degenerate_counts(texts),
+        "duplicates": text_statistics.duplicates(texts),
+        "repeated_4grams": round(float(np.mean([text_statistics.repeated_share(text) for text in texts])), 4),
+        "log_probabilities": {
+            name: round(float(np.mean([row["log_probabilities"][name] for row in texts.rows])), 4) for name in names
+        },
+    }

@@ -1,0 +1,220 @@
+"""UniDetox on one page (Lu et al., ICLR 2025, section 3): functions for a notebook, which the stages call as well.
+
+import unidetox_jax as ud
+
+base = ud.load("gpt2")                                                     # params, cfg, tokenizer
+toxic = ud.finetune(base, toxic_texts, learning_rate=1e-5, steps=15_126)   # 1. the toxic twin
+texts = ud.distill(base, toxic, num_texts=640, alpha=0.1)                  # 2. text from the contrast
+clean = ud.finetune(ud.load("any/other-model"), texts, steps=3_000)        # 3. any model, any vocabulary
+
+ud.generate(clean, ["A prompt"], samples=3)
+ud.save(clean, "out")                                                      # for transformers' from_pretrained
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from unidetox_jax import checkpoint, data, models, sharding, training
+from unidetox_jax.data.texts import Texts
+from unidetox_jax.data.tokens import encode
+from unidetox_jax.decoding import objectives, warpers
+from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations
+from unidetox_jax.recipe import Recipe
+from unidetox_jax.training import loop
+
+
+class LanguageModel(NamedTuple):
+    """A model that reads and writes text.
+
+    params: nested dictionary of arrays; cfg: `models.ModelConfig`, frozen; tokenizer: of transformers; history: the
+    figures of the training that made it (steps, loss, tokens a second: `training.metrics.summary`), else empty.
+    """
+
+    params: Any
+    cfg: models.ModelConfig
+    tokenizer: Any
+    history: Mapping[str, Any] = {}
+
+    @property
+    def model(self) -> models.Model:
+        """Parameters and configuration: what the rest of the package takes."""
+        return models.Model(self.params, self.cfg)
+
+
+def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | None = None) -> LanguageModel:
+    """A model and its tokenizer, from a Hugging Face directory, a hub id, or a directory that this package wrote.
+
+    mesh: where its parameters live (`sharding.make_mesh`); None: the first device. param_dtype: None: as stored.
+    """
+    return LanguageModel(*checkpoint.load(source, mesh, param_dtype), checkpoint.load_tokenizer(source))
+
+
+def save(model: LanguageModel, directory: epath.PathLike, dtype: str | None = None) -> None:
+    """Writes the model as transformers' `from_pretrained` reads it, tokenizer included; whole or not at all."""
+    checkpoint.save_hf(directory, model.model, model.tokenizer, dtype)
+
+
+def finetune(
+    model: LanguageModel,
+    texts: Sequence[str],
+    recipe: Recipe | None = None,
+    *,
+    validation: Sequence[str] = (),
+    directory: epath.PathLike | None = None,
+    mesh: Mesh | None = None,
+    label: str = "finetune",
+    **changes: Any,
+) -> LanguageModel:
+    """Steps 1 and 3: fine-tunes on texts with the ordinary language-modelling loss; the given model stays as it is.
+
+    Args:
+      model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint.
+      texts: strings; those of `distill` and `data.load` know which ended by themselves, and get an end token.
+      recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`.
+      validation: texts whose loss is followed.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
+        nothing is kept.
+      mesh: where the training happens; None: where the parameters are.
+
+    Raises:
+      UserError: as `data.tokenize` and `training.fit`. Preempted: SIGTERM came, and the state is saved.
+    """
+    recipe = dataclasses.replace(recipe or Recipe(steps=3_000), **changes)
+    mesh = mesh or sharding.mesh_of(model.params) or sharding.single_device_mesh()
+    tokens = _tokenize(model, texts, recipe, recipe.official)
+    held_out = _tokenize(model, validation, recipe) if len(validation) else None
+    steps = recipe.steps or math.ceil(recipe.epochs * len(tokens) / recipe.batch_size)
+    batches = data.Batches(
+        tokens,
+        recipe.batch_size,
+        seed=recipe.seed,
+        layout=recipe.layout,
+        row_multiple=sharding.batch_ways(mesh) * recipe.accumulation,
+        max_shapes=loop.worthwhile_shapes(steps, most=8),
+    )
+    optimizer = training.Optimizer(
+        learning_rate=recipe.learning_rate,
+        steps=steps,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        official=recipe.official,
+    )
+    params, history = training.fit(
+        directory,
+        model.cfg,
+        model.params if callable(model.params) else lambda: jax.tree.map(jnp.copy, model.params),
+        batches,
+        training.Schedule(steps, recipe.save_every, recipe.keep, recipe.evaluate_every, recipe.log_every),
+        optimizer,
+        mesh,
+        validation=held_out,
+        accumulation=recipe.accumulation,
+        remat=recipe.remat,
+        dropout_seed=recipe.seed if recipe.dropout else None,
+        label=label,
+    )
+    history |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
+    return model._replace(params=params, history=history)
+
+
+def distill(
+    *language_models: LanguageModel,
+    objective: str = "contrastive",
+    num_texts: int = 640,
+    max_length: int = 256,
+    prompt: str = "",
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 1234,
+    batch_size: int = 128,
+    cache: str = "own",
+    names: Sequence[str] = (),
+    keep: Callable = sampling.anew,
+    label: str | None = "distill",
+    **settings: Any,
+) -> Texts:
+    """Step 2: texts from softmax(log p_base − log p_toxic) on the tokens with p_base ≥ α · max p_base (equation 3).
+
+    Args:
+      language_models: base and toxic twin, or whatever the objective asks for, in the order of its arguments.
+      objective, settings: a name of `decoding.objectives`, "name(setting=…)" or "package.module:function", and its
+        settings, such as alpha=0.1.
+      prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
+      keep: see `decoding.texts.sample_texts`, as for all else.
+
+    Raises:
+      UserError: models of different tokenizers, settings out of range, a context that is too short.
+    """
+    chosen = objectives.get(objective, **settings)
+    chosen.check_models(len(language_models))
+    names = sampling.distinct_names(names or chosen.arguments)
+    tokenizers = [one.tokenizer for one in language_models]
+    sampling.check_same_tokenizer(tokenizers, names)
+    for one, name in zip(language_models, names, strict=True):
+        if max_length > one.cfg.max_position_embeddings:
+            context = one.cfg.max_position_embeddings
+            raise UserError(f"max_length: {max_length} tokens, but the context of {name!r} is {context}")
+    begin = sampling.first_token(tokenizers[0], names[0])
+    return sampling.sample_texts(
+        [one.model for one in language_models],
+        tokenizers[0],
+        [begin, *encode(tokenizers[0], [prompt], begin=False)[0]],
+        objective=chosen,
+        warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        num_texts=num_texts,
+        max_length=max_length,
+        batch_size=batch_size,
+        seed=seed,
+        cache=cache,
+        names=names,
+        keep=keep,
+        label=label,
+    )
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 20,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 0.9,
+    seed: int = 42,
+) -> list[list[str]]:
+    """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3)."""
+    made = generations.generate(
+        model.model,
+        model.tokenizer,
+        prompts,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p),
+        seed=seed,
+    )
+    return made.texts
+
+
+def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, official: bool = False) -> data.Tokens:
+    return data.tokenize(
+        texts,
+        model.tokenizer,
+        recipe.max_length,
+        context=model.cfg.max_position_embeddings,
+        vocab_size=model.cfg.vocab_size,
+        ended=texts.ended if isinstance(texts, Texts) else None,
+        official=official,
+    )

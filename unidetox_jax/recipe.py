@@ -1,0 +1,30 @@
+"""How a model is fine-tuned, as one frozen value: what the stages' settings, a notebook and the training loop share."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """AdamW with a linear decay of the learning rate on shuffled texts; the defaults are the paper's (its section 4.1).
+
+    How often to save, evaluate and log changes what is seen of the work, not its result.
+    """
+
+    learning_rate: float = 5e-5  # linear to 0 after the warm-up
+    warmup_steps: int = 0
+    batch_size: int = 8  # texts a step, on all devices together
+    steps: int = 0  # optimizer steps; 0: as `epochs` say
+    epochs: float = 0.0
+    max_length: int = 256  # tokens of a text; longer ones are cut
+    seed: int = 123  # of the order and of dropout
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the global gradient norm; 0: off
+    dropout: bool = True  # as the model's config says
+    accumulation: int = 1  # parts that a step's batch is computed in
+    remat: str = "none"  # what the backward pass computes again: none, dots, full
+    layout: str = "pack"  # or pad; how a step's texts lie in rows
+    official: bool = False  # the released code: bf16 weights and moments, padding trained on, no end token
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept
+    evaluate_every: int = 500  # steps between evaluations, where there is validation data
+    log_every: int = 10  # steps between lines of metrics.jsonl
