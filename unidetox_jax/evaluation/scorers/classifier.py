@@ -56,7 +56,7 @@ class Classifier:
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Logits, float32 [N, labels]. A text that is too long is cut at the end, and their number is logged."""
         distinct = {text: at for at, text in enumerate(dict.fromkeys(texts))}
-        encoded = data_tokens.encode(self.tokenizer, list(distinct))
+        encoded = data_tokens.encode(self.tokenizer, list(distinct), end=True)
         self._report_cut(encoded)
         rows = [_cut(ids, self.cfg.longest) for ids in encoded]
         found = np.empty((len(rows), len(self.cfg.labels)), np.float32)
