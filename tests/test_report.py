@@ -138,7 +138,7 @@ def test_latex_escapes_and_aligns(whole):
     assert page.escape_latex(r"a_b&50%{x}\y~z^") == (
         r"a\_b\&50\%\{x\}\textbackslash{}y\textasciitilde{}z\textasciicircum{}"
     )
-    assert "−" not in text
+    assert "−" not in text and text.endswith("}\n")
 
 
 @pytest.mark.parametrize(
@@ -321,13 +321,15 @@ def test_settings_are_shown_as_differences_from_the_defaults():
         return {"stage": stage, "settings": json.loads(json.dumps({**defaults, "dtype": "", **changed}))}
 
     trained = [record(f"detoxify {name}", model=name, learning_rate=1e-3, tokens_kept=9) for name in "ab"]
+    control = {**trained[0], "stage": "control a"}  # has detoxify's settings
     distilled = [record("distill", num_texts=8), record("distill control", num_texts=8, models=["base"])]
     other = {"stage": "pretrain world", "settings": {"world_seed": 3}}
-    assert [tuple(row.values()) for row in report.changed_settings([other, *distilled, *trained])] == [
+    assert [tuple(row.values()) for row in report.changed_settings([other, *distilled, *trained, control])] == [
         ("pretrain", "world_seed=3 (0)"),
         ("distill", "num_texts=8 (640)"),
         ("distill control", 'models=["base"] (["base", "toxic"])'),
         ("detoxify", "learning_rate=0.001 (5e-05), tokens_kept=9"),
+        ("control", "learning_rate=0.001 (5e-05), tokens_kept=9"),
     ]
 
 

@@ -51,6 +51,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("unidetox_jax.report", "."),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )

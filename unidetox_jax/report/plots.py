@@ -247,7 +247,7 @@ def _panels(count: int, height: float, columns: int = 1, **shared) -> tuple[Figu
 
 
 def _errorbar(axes, form: str, x: float, y: float, **errors) -> None:
-    axes.errorbar(x, y, **errors, fmt=FORM_MARKERS[form], color=FORM_COLORS[form], ms=5.5, elinewidth=1.5, zorder=3)
+    axes.errorbar(x, y, **errors, fmt=FORM_MARKERS[form], color=FORM_COLORS[form], ms=5.5, elinewidth=1, zorder=3)
 
 
 def _reach(number) -> list[list[float]] | None:

@@ -153,7 +153,8 @@ def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str
 
 def _default(stage: str, name: str) -> Any:
     """A setting's default as JSON has it; an empty string where there is none."""
-    value = getattr(settings.STAGES.get(stage.replace("-", "_")), name, "")
+    section = "detoxify" if stage == "control" else stage.replace("-", "_")
+    value = getattr(settings.STAGES.get(section), name, "")
     return list(value) if isinstance(value, tuple) else value
 
 
