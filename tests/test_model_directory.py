@@ -212,10 +212,11 @@ def test_a_token_outside_the_embedding_is_an_error_that_names_it(padded):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_published_target_lacks_nothing_but_its_weights(target, shared, tmp_path, capfd):
-    """The paper's configuration with the published metadata, and tokens of GPT-2, goes as far as reading weights."""
+    """The paper's configuration with the published metadata, LLaMA-2's tokens or GPT-2's, comes to the weights."""
     directory = tmp_path / target
     directory.mkdir()
-    for path in (*(shared / "tokenizers" / "gpt2").iterdir(), *(shared / "hub" / TARGETS[target]).iterdir()):
+    tokenizer = shared / "tokenizers" / ("llama2" if target.startswith("Llama") else "gpt2")
+    for path in (*tokenizer.iterdir(), *(shared / "hub" / TARGETS[target]).iterdir()):
         (directory / path.name).write_bytes(path.read_bytes())
     options = (f"--config.base={directory}", f"--config.data_dir={shared / 'data'}", f"--workdir={tmp_path / 'work'}")
     assert cli.main(["toxify", f"--config={ROOT}/configs/unidetox_gpt2_xl.py", *options]) == 2
