@@ -84,9 +84,11 @@ def damage(source, kind):
         weights.write_bytes(weights.read_bytes()[:-100])
         return "truncated"
     if kind in ("unknown type", "unknown option"):
-        settings |= {"model_type": "mamba"} if kind == "unknown type" else {"sliding_window": 64}
+        settings |= (
+            {"model_type": "mamba"} if kind == "unknown type" else {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+        )
         config.write_text(json.dumps(settings))
-        return "'mamba'" if kind == "unknown type" else "'sliding_window'"
+        return "'mamba'" if kind == "unknown type" else "'yarn'"
     if kind == "wrong shape":
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
     elif kind == "missing key":

@@ -311,7 +311,7 @@ def test_a_tokenizer_of_another_vocabulary(run, world, tmp_path, capsys):
         mixed, checkpoint.load(world / "weights/llama"), checkpoint.load_tokenizer(world / "weights/opt")
     )
     assert run("toxify", tmp_path / "work", base=str(mixed)) == 2
-    assert re.search(r"its tokenizer gave token \d+, but the model's vocabulary has 512", complaint(capsys))
+    assert re.search(r"its tokenizer gave token \d+ \('.+'\), but the model's vocabulary has 512", complaint(capsys))
 
 
 def test_a_checkpoint_of_another_model_in_the_directory(finished, run, world, tmp_path, capsys):

@@ -45,10 +45,8 @@ def same(left, right):
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
-def first_token(model):
-    return decoding.generate([model], PROMPT, objective=objectives.get("base"), max_new_tokens=4, eos_id=()).tokens[
-        0, 0
-    ]
+def generated(model):
+    return decoding.generate([model], PROMPT, objective=objectives.get("base"), max_new_tokens=4, seed=1)
 
 
 # generation_config.json
@@ -78,9 +76,11 @@ def test_without_generation_config_none_is_written(there, tmp_path):
 
 @pytest.mark.parametrize("several", [True, False])
 def test_its_end_tokens_end_a_row(several, there):
-    token = int(first_token(checkpoint.load(there)))
+    without = generated(checkpoint.load(there))
+    token = int(without.tokens[0, 0])
+    assert without.lengths[0] > 1
     (there / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, token] if several else token}))
-    result = decoding.generate([checkpoint.load(there)], PROMPT, objective=objectives.get("base"), max_new_tokens=4)
+    result = generated(checkpoint.load(there))
     assert result.ended[0] and result.lengths[0] == 1 and result.tokens[0, 0] == token
 
 

@@ -283,7 +283,6 @@ def test_real_model_tells_the_same_greedy_story(shared):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "mish"}, "activation 'mish'"),
-        ({"attention_sinks": 4}, "option 'attention_sinks' = 4"),
         ({"num_key_value_heads": 3}, "not a multiple of 3"),
     ],
 )
