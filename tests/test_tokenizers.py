@@ -107,7 +107,7 @@ def test_no_class_name_changes_the_tokens(form, kind, forms, pieces, shared, tmp
     directory = copy(forms, form, tmp_path)
     write(directory, tokenizer_config={"tokenizer_class": kind, "legacy": False}, config={"model_type": "llama"})
     tokenizer = checkpoint.load_tokenizer(directory)
-    some = texts[:: 1 if kind == "LlamaTokenizer" else 50] + PROBES
+    some = texts[:: 1 if (form, kind) == ("llama2 json", "LlamaTokenizer") else 50] + PROBES
     if form.startswith("gpt2"):
         expected = library(Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json")), some)
     elif form == "llama2 model":
@@ -282,7 +282,7 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(forms, shared, tmp
 def test_real_models(name, real_models, texts, tmp_path):
     raw = Tokenizer.from_file(str(real_models / name / "tokenizer.json"))
     tokenizer = checkpoint.load_tokenizer(real_models / name)
-    some = texts[::5] + PROBES
+    some = texts[::20] + PROBES
     assert encode(tokenizer, some, end=True) == library(raw, some, special=True)
     assert encode(tokenizer, some, begin=False) == library(raw, some)
     config = json.loads((real_models / name / "config.json").read_text())
