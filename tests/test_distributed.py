@@ -134,7 +134,10 @@ def test_slurm_says_who_takes_part(monkeypatch):
     ("more", "devices"),
     [
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),  # --gpus-per-node=4: all tasks see all
-        ({"CUDA_VISIBLE_DEVICES": "0"}, None),  # --gpus-per-task=1 or --gpu-bind=single:1: each sees its own as number 0
+        (
+            {"CUDA_VISIBLE_DEVICES": "0"},
+            None,
+        ),  # --gpus-per-task=1 or --gpu-bind=single:1: each sees its own as number 0
         ({"SLURM_GPUS_PER_TASK": "1"}, None),
         ({"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),  # a task for each node
@@ -151,7 +154,7 @@ def test_a_task_of_slurm_takes_the_devices_that_are_its_own(monkeypatch, more, d
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_plain_pod_is_one_process_and_asks_nobody(monkeypatch, installed, recwarn):
-    """A pod that is no part of an indexed job, with the `kubernetes` package, whose first call fails there, or without."""
+    """Of no indexed job, with the `kubernetes` package, whose first call fails there, or without it."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     refusal = mock.Mock(side_effect=RuntimeError("Service host/port is not set."))
