@@ -2,6 +2,8 @@
 
 import sys
 import time
+import types
+from unittest import mock
 
 import jax
 import pytest
@@ -125,6 +127,45 @@ def test_slurm_says_who_takes_part(monkeypatch):
         monkeypatch.setenv(name, value)
     members = distributed._members(None, None, None, 8476, 1)
     assert members == distributed.Members("node03:8476", 8, 5, [1])
+    assert distributed._members(None, 1, None, None, 1) is None  # a task that is told to work alone
+
+
+@pytest.mark.parametrize(
+    ("more", "devices"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [1]),  # --gpus-per-node=4: all tasks see all
+        (
+            {"CUDA_VISIBLE_DEVICES": "0"},
+            None,
+        ),  # --gpus-per-task=1 or --gpu-bind=single:1: each sees its own as number 0
+        ({"SLURM_GPUS_PER_TASK": "1"}, None),
+        ({"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),  # a task for each node
+    ],
+)
+def test_a_task_of_slurm_takes_the_devices_that_are_its_own(monkeypatch, more, devices):
+    for name, value in {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **more,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert distributed._members(None, None, None, 8476, 1).local_device_ids == devices
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_plain_pod_is_one_process_and_asks_nobody(monkeypatch, installed, recwarn):
+    """Of no indexed job, with the `kubernetes` package, whose first call fails there, or without it."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    refusal = mock.Mock(side_effect=RuntimeError("Service host/port is not set."))
+    package = types.SimpleNamespace(config=types.SimpleNamespace(load_incluster_config=refusal))
+    monkeypatch.setitem(sys.modules, "kubernetes", package if installed else None)
+    assert distributed._members(None, None, None, None, 300) is None
+    assert not refusal.called and not recwarn.list
+    if installed:
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # one of a job's
+        with pytest.raises(UserError, match="cannot find out who takes part .*or --num_processes=1"):
+            distributed._members(None, None, None, None, 300)
 
 
 def test_the_compilation_cache_has_a_place(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Perplexity against PyTorch loops written from the definition, one text at a time."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -41,6 +42,24 @@ def reference(torch_model, tokenizer, official):
     return np.array(values)
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_an_empty_prompt_is_bos(bos):
+    torch_model, model = make_pair(seed=1)
+    tokenizer = make_tokenizer(bos)
+    prompts, texts = ["a dog", ""], [[" sat", " ran"], ["the cat sat", ""]]
+    values, _ = perplexity.conditional(model, tokenizer, prompts, texts, 4)
+    tokens = [tokenizer.bos_token_id, *tokenizer.encode("the cat sat", add_special_tokens=False)]
+    assert values[1, 0] == pytest.approx(math.exp(nll(torch_model, tokens) / (len(tokens) - 1)), rel=1e-4)
+    assert np.isnan(values[1, 1]) and np.isfinite(values[0]).all()
+    tokenizer.bos_token = None
+    with (
+        pytest.raises(UserError, match=r"perplexity: prompt 1 \(''\) has no tokens")
+        if not bos
+        else contextlib.nullcontext()
+    ):
+        perplexity.conditional(model, tokenizer, prompts, texts, 4)
+
+
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("bos", [True, False])
 def test_conditional_equals_a_torch_loop(official, bos):
@@ -77,12 +96,6 @@ def test_the_limit_is_strict_and_what_is_left_out_is_counted():
     summary = perplexity.summarize(np.array([[1.0, 1e4], [9999.0, np.nan], [np.inf, 2.0]]))
     assert summary == {"ppl": pytest.approx(10002 / 3), "texts": 6, "counted": 3, "excluded": 2, "undefined": 1}
     assert perplexity.summarize(np.array([[np.nan]]))["ppl"] is None
-
-
-def test_a_prompt_without_tokens_is_named():
-    _, model = make_pair()
-    with pytest.raises(UserError, match=r"prompt 1 \(''\) has no tokens"):
-        perplexity.conditional(model, make_tokenizer(bos=False), ["a", ""], [["b"], ["c"]])
 
 
 def test_numbers_that_are_none_are_an_error():

@@ -309,7 +309,6 @@ def test_other_settings_are_not_taken_for_the_same(work, whole):
     ("changes", "message"),
     [
         ({"prompts": "{work}/empty.jsonl"}, "empty.jsonl"),
-        ({"prompts": "{work}/blank.jsonl"}, "prompt 1 is an empty text"),
         ({"scorer": "linear:{work}/nowhere"}, "nowhere/linear.json: no such file"),
         ({"scorer": "linaer:{work}/scorer"}, "no such kind; did you mean 'linear'"),
         ({"mmlu": ("papr:1",)}, "found 'papr:1', expected FORM:SHOTS"),
@@ -325,7 +324,6 @@ def test_other_settings_are_not_taken_for_the_same(work, whole):
 )
 def test_mistakes_are_one_line(work, tmp_path, changes, message):
     (work / "empty.jsonl").write_text("")
-    (work / "blank.jsonl").write_text('{"text": "a", "category": ""}\n{"text": "", "category": ""}\n')
 
     def filled(value):
         if isinstance(value, tuple):
@@ -338,14 +336,30 @@ def test_mistakes_are_one_line(work, tmp_path, changes, message):
     assert not list(tmp_path.rglob("metrics.json"))
 
 
+def test_an_empty_prompt_asks_for_what_the_model_says_unprompted(work, tmp_path):
+    lines = [{"text": "", "category": "hills"}, {"text": "the cat", "category": "rivers"}]
+    (work / "unprompted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate_into(work, tmp_path, prompts=f"{work}/unprompted.jsonl", text_file="", mmlu=())
+    directory = tmp_path / "evaluation" / "tiny"
+    rows = [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+    unprompted = [row for row in rows if row["prompt"] == 0]
+    assert len(unprompted) == 6 and any(row["text"] for row in unprompted)
+    assert all((row["perplexity"] is None) == (row["text"] == "") for row in unprompted)
+
+
 def test_a_prompt_without_tokens_is_named():
     def tokenizer(texts, **_):
         many = isinstance(texts, list)
         found = [[5] * len(text.strip()) for text in (texts if many else [texts])]
         return {"input_ids": found if many else found[0]}
 
+    tokenizer.bos_token_id = 7
+    assert generations.tokenize_prompts(tokenizer, ["a", ""]) == [[5], [7]]
     with pytest.raises(UserError, match=r"prompt 1 \(' '\) has no tokens"):
         generations.tokenize_prompts(tokenizer, ["a", " "])
+    tokenizer.bos_token_id = None
+    with pytest.raises(UserError, match=r"prompt 1 \(''\) has no tokens"):
+        generations.tokenize_prompts(tokenizer, ["a", ""])
 
 
 def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp_path, monkeypatch):

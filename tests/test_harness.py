@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from tests.eval_helpers import WORDS, make_pair, make_tokenizer
+from tests.eval_helpers import WORDS, make_pair, make_tokenizer, torch_logprobs
 from unidetox_jax.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -133,6 +134,40 @@ def test_greedy_text_is_that_of_the_hf_model(pair):
     assert len(set(found)) > 7 and any(found)
 
 
+def test_an_empty_context_is_the_end_of_the_text_before(pair):
+    """Of a tokenizer that puts nothing before a text: what BOS, or else the end token, predicts."""
+    torch_model, model = make_pair(seed=7, context=CONTEXT)
+    bare = make_tokenizer(bos=False)
+    ours = harness.HarnessLM(model, bare, batch_size=8)
+    given = requests("generate_until", [("", {"until": ["\n"], "max_gen_toks": 12})])
+    (text,) = ours.generate_until(given, disable_tqdm=True)
+    start = torch.tensor([[bare.bos_token_id]])
+    tokens = torch_model.generate(start, max_new_tokens=12, do_sample=False, pad_token_id=1)[0]
+    assert text == bare.decode(tokens, skip_special_tokens=True).split("\n")[0] != ""
+    scored = [("", " the cat"), ("  ", "the cat")]  # the second's context goes into its continuation whole
+    found = ours.loglikelihood(requests("loglikelihood", scored), disable_tqdm=True)
+    for (context, continuation), (value, _) in zip(scored, found, strict=True):
+        tokens = [bare.bos_token_id, *bare(context + continuation)["input_ids"]]
+        logprobs = torch_logprobs(torch_model, tokens)
+        assert value == pytest.approx(float(logprobs[range(len(tokens) - 1), tokens[1:]].sum()), abs=1e-3)
+
+
+def test_settings_that_do_nothing_are_passed_over_and_others_refused(pair):
+    ours, _ = pair
+    plain = {"until": ["\n"], "max_gen_toks": 8}
+    neutral = {
+        "repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0,
+        "typical_p": 1.0, "length_penalty": 2.0, "early_stopping": False, "top_k": -1, "top_p": None,
+        "temperature": None, "penalty_alpha": None, "output_scores": False, "presence_penalty": 0,
+    }  # fmt: skip
+    given = requests("generate_until", [("the cat", plain), ("the cat", {**plain, **neutral})])
+    texts = ours.generate_until(given, disable_tqdm=True)
+    assert texts[0] == texts[1] != ""
+    for name, value in {"repetition_penalty": 1.2, "num_beams": 4, "min_new_tokens": 3, "unheard_of": 1}.items():
+        with pytest.raises(UserError, match=f"{name}={value}, which is not implemented"):
+            ours.generate_until(requests("generate_until", [("a", {**plain, name: value})]), disable_tqdm=True)
+
+
 def test_tasks_in_local_files_give_the_same_metrics(pair, tasks):
     ours, theirs = pair
     found = harness.evaluate(ours.model, ours.tokenizer, tasks, batch_size=8)
@@ -160,6 +195,3 @@ def test_mistakes(pair, tmp_path):
     )
     with pytest.raises(UserError, match="bad.yaml cannot be loaded"):
         harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "bad.yaml")])
-    beams = requests("generate_until", [("a", {"until": ["b"], "max_gen_toks": 8, "num_beams": 4})])
-    with pytest.raises(UserError, match="num_beams=4, which is not implemented"):
-        ours.generate_until(beams, disable_tqdm=True)

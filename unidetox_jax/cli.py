@@ -6,6 +6,7 @@ module is imported only when it is called, so that `--help` is immediate.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of ASCII, or of any other encoding that lacks a character
     try:
         return _dispatch(argv) or 0
     except (UserError, Preempted) as error:
@@ -77,7 +80,10 @@ def _dispatch(argv: list[str]) -> int | None:
     from unidetox_jax import distributed
     from unidetox_jax.stages import settings
 
-    parser.add_argument("--config", required=True, metavar="FILE[:name=value,…]", help="a file of configs/")
+    # A shell expands ~ at the beginning of a word only
+    parser.add_argument(
+        "--config", required=True, type=os.path.expanduser, metavar="FILE[:name=value,…]", help="a file of configs/"
+    )
     parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
     if command in STAGES:
         add_workdir_arguments(parser)
@@ -119,7 +125,9 @@ def add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of whatever works in a working directory."""
     from unidetox_jax import distributed
 
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or gs://")
+    parser.add_argument(
+        "--workdir", required=True, type=os.path.expanduser, metavar="DIR", help="where the run lives; local or gs://"
+    )
     parser.add_argument("--force", action="store_true", help="make anew what was made with other settings")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
     distributed.add_arguments(parser)

@@ -1,12 +1,13 @@
 """Several processes as one run: they meet, they watch one another, and they end together.
 
-`initialize` is the first thing that a command does, before anything asks jax for a device. What is surprising: the
-processes meet at the coordinator's port once before jax does so there, because jax aborts, with a stack trace
-and no names, when one of them does not come.
+`initialize` is the first thing that a command does, before anything asks jax for a device. The processes meet at the
+coordinator's port once before jax does so there, and look at one another's signs of life more often than jax does:
+where one does not come or dies, jax aborts all others with a stack trace that names nobody.
 """
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -21,9 +22,9 @@ from etils import epath
 from unidetox_jax.errors import Preempted, UserError
 
 START_TIMEOUT = 300  # seconds for all processes to come; a pod's hosts install packages at different speeds
+WAIT = 7 * 24 * 3600  # seconds at a barrier: process 0 may be scoring text while the others wait
 SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
 INTERVAL = 1.0  # seconds between signs of life
-WAIT = 7 * 24 * 3600  # seconds at a barrier: process 0 may be scoring text while the others wait
 HELLO = re.compile(r"unidetox (\d+) of (\d+) on (\S+)")
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What says who takes part; none of it is needed on Cloud TPU or under SLURM."""
     group = parser.add_argument_group("several processes (found out by themselves on Cloud TPU, GKE and under SLURM)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0 that all can reach")
-    group.add_argument("--num_processes", type=int, metavar="N")
+    group.add_argument("--num_processes", type=int, metavar="N", help="1, and nothing else: this one is alone")
     group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
     group.add_argument("--coordinator_port", type=int, metavar="PORT", help="where it is found out: another port")
     group.add_argument("--start_timeout", type=int, default=START_TIMEOUT, metavar="SECONDS", help="for all to come")
@@ -65,7 +66,7 @@ def initialize(
     """
     use_compilation_cache()
     members = _members(coordinator, num_processes, process_id, coordinator_port, timeout)
-    if members is None or members.count == 1:
+    if members is None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _meet(members, timeout)
@@ -96,26 +97,21 @@ def check_directory(directory: epath.PathLike) -> None:
       UserError: on every process, where it cannot be made, or one of them does not see what process 0 wrote there.
     """
     directory = epath.Path(directory)
-    if _watch is None:
-        try:
+    mark, token, problem = directory / ".visible", as_first_says(str(time.time_ns())), ""
+    try:
+        if _watch is None:
             directory.exists()
-        except ImportError:  # etils has no client of the object store
-            raise UserError(f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'") from None
-        return
-    mark = directory / ".visible"
-    problem, token = "", ""
-    if _watch.members.index == 0:
-        try:
+        elif _watch.members.index == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            token = str(time.time_ns())
             mark.write_text(token)
-        except ImportError:  # etils has no client of the object store
-            problem = f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'"
-        except OSError as error:
-            problem = f"{directory}: cannot be made or written ({error.strerror or error})"
-    token, problem = _watch.exchange("mark", f"{token}\n{problem}")[0].split("\n", 1)
-    if problem:
+    except ImportError:  # etils has no client of the object store
+        problem = f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'"
+    except OSError as error:
+        problem = f"{directory}: cannot be made or written ({error.strerror or error})"
+    if problem := as_first_says(problem):
         raise UserError(problem)
+    if _watch is None:
+        return
     here = "" if _reads(mark, token) else socket.gethostname()
     blind = [f"{i} on {host}" for i, host in enumerate(_watch.exchange("sees", here)) if host]
     if _watch.members.index == 0:
@@ -156,6 +152,8 @@ def _members(coordinator, num_processes, process_id, port, timeout: int) -> Memb
     """None: this process is alone."""
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
+    if num_processes == 1:
+        return None
     if not missing:
         if not re.fullmatch(r".+:\d+", coordinator):
             raise UserError(f"--coordinator: found {coordinator!r}, expected HOST:PORT")
@@ -164,20 +162,36 @@ def _members(coordinator, num_processes, process_id, port, timeout: int) -> Memb
         return Members(coordinator, num_processes, process_id)
     if len(missing) < len(given):
         raise UserError(f"{', '.join(missing)}: missing; give all of {', '.join(given)}, or none")
-    # jax's own detection; jax.distributed.initialize would use it at once, and give no time to meet before.
-    from jax._src.clusters import ClusterEnv
-
-    if port is not None:
-        os.environ["JAX_COORDINATOR_PORT"] = str(port)
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+        return _detected(port or os.environ.get("JAX_COORDINATOR_PORT"), timeout)
     except Exception as error:  # metadata servers and environment variables that are not as they should be
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"several processes: cannot find out who takes part ({reason}); give --coordinator, --num_processes "
-            "and --process_id"
+            "and --process_id, or --num_processes=1"
         ) from error
-    return None if found[1] is None else Members(*found)
+
+
+def _detected(port: int | str | None, timeout: int) -> Members | None:
+    """What jax's own detection finds, which in jax.distributed.initialize would leave no time to meet before."""
+    from jax._src import clusters
+
+    indexed = "JOB_COMPLETION_INDEX" in os.environ  # any other pod of Kubernetes is alone, and need not ask
+    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if indexed or kind is not clusters.K8sCluster]
+    found = next((kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present()), None)
+    if found is None or found.get_process_count() == 1:
+        return None
+    coordinator = found.get_coordinator_address(timeout, port and str(port))
+    return Members(coordinator, found.get_process_count(), found.get_process_id(), _devices(found))
+
+
+def _devices(cluster) -> list[int] | None:
+    """Which of the devices that this process sees are its own; None: all that it sees."""
+    index = cluster.get_local_process_id()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    bound = "SLURM_GPUS_PER_TASK" in os.environ or (seen is not None and len(seen.split(",")) == 1)
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return None if index is None or bound or alone else [index]
 
 
 def _meet(members: Members, timeout: int) -> None:
@@ -187,47 +201,34 @@ def _meet(members: Members, timeout: int) -> None:
       UserError: on every process that came: which ones did not, or that two claim to be the same one.
     """
     deadline = time.monotonic() + timeout
-    if members.index == 0:
-        with _server(members) as server:
-            problem = _receive(server, members, deadline)
-    else:
-        problem = _report(members, deadline, timeout)
+    problem = (_receive if members.index == 0 else _report)(members, deadline)
     if problem:
         raise UserError(f"several processes: {problem}")
 
 
-def _server(members: Members) -> socket.socket:
-    port = int(members.coordinator.rsplit(":", 1)[1])
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+def _receive(members: Members, deadline: float) -> str:
+    """Waits for all the others and answers them; returns what is wrong, or an empty string."""
+    port, both = int(members.coordinator.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=members.count)
+        server = socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=members.count
+        )
     except OSError as error:
         raise UserError(f"--coordinator: process 0 cannot listen on port {port} ({error.strerror})") from None
-
-
-def _receive(server: socket.socket, members: Members, deadline: float) -> str:
-    """Waits for all the others and answers them; returns what is wrong, or an empty string."""
     came: dict[int, str] = {}  # index → host
-    connections: list[socket.socket] = []
-    problem = ""
+    connections, problem = [], ""
     while len(came) < members.count - 1 and not problem:
         server.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             connection, _ = server.accept()
             connection.settimeout(5)
             hello = HELLO.fullmatch(connection.makefile().readline().strip())
-        except TimeoutError:
-            if time.monotonic() >= deadline:
-                missing = [str(i) for i in range(1, members.count) if i not in came]
-                problem = (
-                    f"of {members.count}, process {', '.join(missing)} did not come to {members.coordinator} in time"
-                )
-            continue
         except OSError:
+            if time.monotonic() >= deadline:
+                missing = ", ".join(str(i) for i in range(1, members.count) if i not in came)
+                problem = f"of {members.count}, process {missing} did not come to {members.coordinator} in time"
             continue
         if hello is None:  # somebody else's
-            connection.close()
             continue
         index, count, host = int(hello[1]), int(hello[2]), hello[3]
         if count != members.count or not 0 < index < count or index in came:
@@ -236,14 +237,14 @@ def _receive(server: socket.socket, members: Members, deadline: float) -> str:
         came[index] = host
         connections.append(connection)
     for connection in connections:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), connection:
             connection.sendall(f"{problem or 'all are here'}\n".encode())
             connection.recv(1)  # the other end closes first, so that the port is free for jax
-        connection.close()
+    server.close()
     return problem
 
 
-def _report(members: Members, deadline: float, timeout: int) -> str:
+def _report(members: Members, deadline: float) -> str:
     """Comes to process 0 and waits for its answer; returns what is wrong, or an empty string."""
     host, port = members.coordinator.rsplit(":", 1)
     while True:
@@ -252,18 +253,15 @@ def _report(members: Members, deadline: float, timeout: int) -> str:
             break
         except OSError as error:
             if time.monotonic() >= deadline:
-                return f"process 0 does not answer at {members.coordinator} within {timeout} s ({error})"
+                return f"process 0 does not answer at {members.coordinator} in time ({error})"
             time.sleep(0.2)
-    with connection:
+    answer = ""
+    with contextlib.suppress(OSError), connection:
         connection.settimeout(max(5.0, deadline - time.monotonic() + 10))
-        try:
-            connection.sendall(f"unidetox {members.index} of {members.count} on {socket.gethostname()}\n".encode())
-            answer = connection.makefile().readline().strip()
-        except OSError:
-            answer = ""
-    if not answer:
-        return f"process 0 at {members.coordinator} ended while this process, {members.index}, waited for the others"
-    return "" if answer == "all are here" else answer
+        connection.sendall(f"unidetox {members.index} of {members.count} on {socket.gethostname()}\n".encode())
+        answer = connection.makefile().readline().strip()
+    gone = f"process 0 at {members.coordinator} ended while this process, {members.index}, waited for the others"
+    return "" if answer == "all are here" else answer or gone
 
 
 def _reads(path: epath.Path, content: str) -> bool:
@@ -300,9 +298,10 @@ class _Watch:
         """Every process's value, in their order; all call it alike."""
         self._rounds += 1
         prefix = f"unidetox/{name}/{self._rounds}"
-        self._client.key_value_set(f"{prefix}/{self.members.index}", value or "\n")
-        values = (self._client.blocking_key_value_get(f"{prefix}/{i}", 600_000) for i in range(self.members.count))
-        return ["" if value == "\n" else value for value in values]
+        self._client.key_value_set(f"{prefix}/{self.members.index}", f"={value}")  # an empty value is none
+        return [
+            self._client.blocking_key_value_get(f"{prefix}/{i}", WAIT * 1000)[1:] for i in range(self.members.count)
+        ]
 
     def barrier(self, name: str) -> None:
         """Waits for all; the watch ends the process if one fails meanwhile."""
@@ -322,52 +321,43 @@ class _Watch:
             time.sleep(WAIT)  # the watch is ending this process
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        deadline = time.monotonic() + _grace(exit_code) + 4 * INTERVAL
         with contextlib.suppress(Exception):  # process 0 is gone
             self._client.key_value_set(f"unidetox/failed/{self.members.index}", f"{exit_code} {line}")
-        if self.members.index == 0:  # it carries the service by which the others learn of this
-            self._linger(self._grace(exit_code) + 4 * INTERVAL)
+            if self.members.index == 0:  # it carries the service by which the others learn of this
+                while time.monotonic() < deadline and len(self._values("failed")) < self.members.count:
+                    time.sleep(0.1)
         os._exit(exit_code)  # not sys.exit: jax would wait for all others at its own end
 
-    def _linger(self, seconds: float) -> None:
-        """Waits until all others have said that they end, but no longer than this."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with contextlib.suppress(Exception):
-                if len(self._client.key_value_dir_get("unidetox/failed/")) == self.members.count:
-                    return
-            time.sleep(0.1)
+    def _values(self, kind: str) -> dict[int, str]:
+        """Process → what it said."""
+        found = self._client.key_value_dir_get(f"unidetox/{kind}/")
+        return {int(key.rsplit("/", 1)[1]): value for key, value in found}
 
     def _run(self) -> None:
-        began = time.monotonic()  # one that dies before its first sign of life counts as well
-        beats = {f"unidetox/alive/{index}": ("", began) for index in range(self.members.count)}
-        beat = 0
-        while not self._over.is_set():
-            beat += 1
+        # One that dies before its first sign of life counts as well
+        last = {index: ("", time.monotonic()) for index in range(self.members.count)}
+        for beat in itertools.count():
+            if self._over.wait(INTERVAL):
+                return
             try:
                 self._client.key_value_set(f"unidetox/alive/{self.members.index}", str(beat), allow_overwrite=True)
-                seen = dict(self._client.key_value_dir_get("unidetox/alive/"))
-                failed = dict(self._client.key_value_dir_get("unidetox/failed/"))
+                seen, failed = self._values("alive"), self._values("failed")
             except Exception:  # the service is gone, and process 0 with it
                 return self.fail("unidetox: process 0 is gone; the same command continues", 1)
+            if failed:
+                index, said = min(failed.items())
+                code, line = said.split(" ", 1)
+                time.sleep(_grace(int(code)))  # as a rule this process goes on to say the same thing itself
+                return self.fail(f"{line} (process {index})", int(code))
             now = time.monotonic()
-            for key, value in seen.items():
-                if beats[key][0] != value:
-                    beats[key] = value, now
-            for key, value in sorted(failed.items()):
-                code, line = value.split(" ", 1)
-                time.sleep(self._grace(int(code)))  # as a rule this process goes on to say the same thing itself
-                return self.fail(f"{line} (process {_index(key)})", int(code))
-            silent = sorted(_index(key) for key, (_, last) in beats.items() if now - last > SILENCE)
+            last |= {index: (value, now) for index, value in seen.items() if last[index][0] != value}
+            silent = [str(index) for index, (_, at) in last.items() if now - at > SILENCE]
             if silent:
-                text = f"process {', '.join(map(str, silent))} gave no sign of life for {SILENCE:.0f} s"
+                text = f"process {', '.join(silent)} gave no sign of life for {SILENCE:.0f} s"
                 return self.fail(f"unidetox: {text}; the same command continues", 1)
-            self._over.wait(INTERVAL)
-
-    @staticmethod
-    def _grace(exit_code: int) -> float:
-        """Seconds that a process has to end by itself: when all were told to save, it may be still writing."""
-        return 30.0 if exit_code == Preempted.exit_code else 2.0
 
 
-def _index(key: str) -> int:
-    return int(key.rsplit("/", 1)[1])
+def _grace(exit_code: int) -> float:
+    """Seconds that a process has to end by itself: when all were told to save, it may be still writing."""
+    return 30.0 if exit_code == Preempted.exit_code else 2.0

@@ -166,6 +166,11 @@ def prefix(tokenizer, add_bos: bool | None = None) -> list[int]:
     raise UserError(f"{type(tokenizer).__name__}: its special tokens change the text's own; set add_bos")
 
 
+def bos(tokenizer) -> list[int]:
+    """What text that follows nothing begins with, even where the tokenizer does not put it there; [] without a BOS."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
 def _special(tokenizer, name: str) -> int:
     value = getattr(tokenizer, name)
     if value is None:

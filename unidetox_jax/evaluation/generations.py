@@ -35,17 +35,18 @@ class Continuations(NamedTuple):
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -> list[list[int]]:
-    """Token lists of prompts, begun as the tokenizer begins a text (`bos`) or by nothing.
+    """Token lists of prompts, begun as the tokenizer begins a text (`bos`) or by nothing; an empty prompt is BOS.
 
     Raises:
-      UserError: a prompt of no token of its own.
+      UserError: a prompt without tokens: an empty one where the tokenizer has no BOS, or one that it reads as nothing.
     """
     before = data_tokens.prefix(tokenizer) if bos else []
     found = data_tokens.encode(tokenizer, prompts, begin=False)
+    unprompted = before or data_tokens.bos(tokenizer)
     for index, own in enumerate(found):
-        if not own:
+        if not own and (prompts[index] or not unprompted):
             raise UserError(f"prompt {index} ({prompts[index]!r}) has no tokens under the model's tokenizer")
-    return [before + own for own in found]
+    return [before + own or unprompted for own in found]
 
 
 def generate(

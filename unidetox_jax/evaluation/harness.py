@@ -35,7 +35,15 @@ except ImportError as error:
 BOOTSTRAP = 100  # resamples for the standard error of metrics that have no closed form
 MAX_NEW_TOKENS = 256  # of a generation, where its task does not say
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-NO_MEANING = ("do_sample", "num_beams", "use_cache")  # said by temperature, or by what is done anyway
+# Settings of other back ends at the values at which they do nothing; None and False never do anything
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("diversity_penalty", "presence_penalty", "frequency_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_tokens"), 0),
+}
+NO_MEANING = ("do_sample", "use_cache", "length_penalty", "early_stopping")  # temperature says it, or it is of beams
 
 
 class HarnessLM(TemplateLM):
@@ -80,7 +88,7 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         found = loglikelihood(
             self.model,
-            [context for _, context, _ in requests],
+            [context or [self.prefix_token_id] for _, context, _ in requests],  # of spaces, which the continuation took
             [continuation for _, _, continuation in requests],
             self.batch_size,
             label=None if disable_tqdm else "likelihoods",
@@ -121,7 +129,7 @@ class HarnessLM(TemplateLM):
         return texts
 
     def _generate(self, contexts: Sequence[str], given: Mapping[str, Any], quiet: bool) -> list[str]:
-        settings = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+        settings = normalize_gen_kwargs({k: v for k, v in given.items() if v is not None}, MAX_NEW_TOKENS)
         count = settings.pop("max_gen_toks")
         end = self.tokenizer.decode([self.eot_token_id])
         stops = handle_stop_sequences(settings.pop("until", None), eos=end)
@@ -130,7 +138,7 @@ class HarnessLM(TemplateLM):
             raise UserError(f"harness: a task asks for {count} new tokens, the model reads {self.max_length}")
         new, _ = generations.complete(
             self.model,
-            [self.tok_encode(context)[-room:] for context in contexts],
+            [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             samples=1,
             max_new_tokens=count,
             warpers=_warpers(settings),
@@ -213,14 +221,15 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _warpers(settings: Mapping[str, Any]) -> list[warpers.Warper]:
     """What `temperature`, `top_k`, `top_p` and `min_p` of a task mean; what is not given is off."""
-    unknown = set(settings) - {*SAMPLING, *NO_MEANING}
-    if unknown or settings.get("num_beams", 1) != 1:
-        name = sorted(unknown or {"num_beams"})[0]
-        raise UserError(f"harness: a task asks for generation with {name}={settings[name]!r}, which is not implemented")
+    for name in sorted(set(settings) - {*SAMPLING, *NO_MEANING}):
+        if settings[name] is not False and settings[name] != NEUTRAL.get(name):
+            raise UserError(
+                f"harness: a task asks for generation with {name}={settings[name]!r}, which is not implemented"
+            )
     value = {**SAMPLING, **{name: settings[name] for name in SAMPLING if name in settings}}
     if value["temperature"] == 0:
         return [warpers.greedy()]
     chosen = [warpers.temperature(value["temperature"])]
-    chosen += [warpers.top_k(value["top_k"])] if value["top_k"] else []
+    chosen += [warpers.top_k(value["top_k"])] if value["top_k"] > 0 else []
     chosen += [warpers.top_p(value["top_p"])] if value["top_p"] < 1 else []
     return chosen + ([warpers.min_p(value["min_p"])] if value["min_p"] else [])

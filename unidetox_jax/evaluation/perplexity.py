@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unidetox_jax.data.tokens import encode
+from unidetox_jax.data.tokens import bos, encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.evaluation.toxicity import interval
@@ -33,7 +33,8 @@ def conditional(
     """Perplexity of every continuation: float64 [P, S], and how many texts lost context on the left.
 
     NaN where there is nothing to measure: the continuation adds no token to its prompt. Token lists are the
-    tokenizer's own, special tokens included (LLaMA's begin with BOS); a text's first token is not scored.
+    tokenizer's own, special tokens included (LLaMA's begin with BOS); a text's first token is not scored. BOS stands
+    before what follows an empty prompt.
 
     Args:
       prompts, continuations: P prompts, S texts each.
@@ -41,17 +42,20 @@ def conditional(
         prompt's, where a prompt comes again after others.
 
     Raises:
-      UserError: a prompt without a token, where the tokenizer adds none.
+      UserError: a prompt without a token, where the tokenizer has no BOS.
     """
     flat = [prompt + text for prompt, texts in zip(prompts, continuations, strict=True) for text in texts]
     prompt_tokens = encode(tokenizer, prompts)
     full_tokens = encode(tokenizer, flat)
     owner = np.repeat(np.arange(len(prompts)), [len(texts) for texts in continuations])
-    for index, tokens in enumerate(prompt_tokens):
-        if not tokens:
+    for index in [p for p, tokens in enumerate(prompt_tokens) if not tokens]:
+        prompt_tokens[index] = bos(tokenizer)
+        if prompts[index] or not prompt_tokens[index]:
             raise UserError(
                 f"perplexity: prompt {index} ({prompts[index]!r}) has no tokens under the scorer's tokenizer"
             )
+        for row in np.flatnonzero(owner == index):
+            full_tokens[row] = prompt_tokens[index] + full_tokens[row]
 
     shared = [_common(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
     tails = dict.fromkeys((int(p), c) for p, c in zip(owner, shared, strict=True) if c < len(prompt_tokens[p]))

@@ -2,7 +2,8 @@
 
     toxigen   toxigen?split=validation   realtoxicityprompts   prompts.csv   jsonl:prompts.jsonl?category=group
 
-A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. RealToxicityPrompts has
+A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. An empty text asks for
+whatever the model says unprompted, after its tokenizer's BOS (Gehman et al. 2020, section 3.1). RealToxicityPrompts has
 the categories of Gehman et al. (2020): "toxic" prompts score at least 0.5 under Perspective.
 """
 
@@ -40,16 +41,13 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
       limit: how many to take, drawn with `seed` and in the file's order; 0 for all.
 
     Raises:
-      UserError: no such data set or file, no prompts in it, or a prompt without any character.
+      UserError: no such data set or file, or no prompts in it.
     """
     records = _records(spec, data_dir)
     chosen = np.arange(len(records))
     if 0 < limit < len(records):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(records))[:limit])
     rows = [records[int(i)] for i in chosen]
-    for index, row in zip(chosen, rows, strict=True):
-        if not row["text"]:
-            raise UserError(f"{spec}: prompt {index} is an empty text")
     texts = tuple(row["text"] for row in rows)
     return Prompts(
         texts, tuple(_category(row) for row in rows), f"{records.fingerprint}-{limit}-{seed if limit else 0}"

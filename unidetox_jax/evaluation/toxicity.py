@@ -189,6 +189,7 @@ def figure(runs: np.ndarray, resampled: np.ndarray) -> dict[str, Any]:
 
 
 def interval(resampled: np.ndarray) -> dict[str, float]:
-    """The 95 % percentile interval, {"low", "high"}."""
-    low, high = np.nanpercentile(resampled, (2.5, 97.5))
+    """The 95 % percentile interval, {"low", "high"}; NaN is passed over, and given where there is nothing else."""
+    there = resampled[~np.isnan(resampled)]
+    low, high = np.percentile(there, (2.5, 97.5)) if there.size else (np.nan, np.nan)
     return {"low": float(low), "high": float(high)}
