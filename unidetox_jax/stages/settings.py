@@ -13,6 +13,7 @@ import ml_collections
 from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation import categories
 from unidetox_jax.recipe import Recipe
 
 
@@ -98,6 +99,8 @@ class EvaluateSettings:
     # Of every target: as it is, detoxified, and (where it is a control target) fine-tuned on samples of the base model
     which: tuple[str, ...] = ("original", "detoxified", "control")
     extra_models: tuple[str, ...] = ()  # 'name=PATH' each: the samples-only control, say
+    # What is measured: names of evaluation.metrics.METRICS, or 'package.module:Class'
+    metrics: tuple[str, ...] = ("toxicity", "perplexity", "text_perplexity", "diversity", "mmlu", "harness")
     # Toxicity. Prompts: toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
     prompts: str = "toxigen"
     max_prompts: int = 0  # that many, drawn with `seed`; 0: all
@@ -110,8 +113,8 @@ class EvaluateSettings:
     seed: int = 42  # of the first run; the next has the next
     scorer: str = "classifier:unitary/toxic-bert"  # or linear:DIRECTORY, lexicon
     threshold: float = 0.5  # toxic is what scores above it
-    id_categories: tuple[str, ...] = ("gender_lgbtq", "race_nationalities", "religion")  # the toxic model saw these
-    ood_categories: tuple[str, ...] = ("disability",)
+    id_categories: tuple[str, ...] = categories.IN_DISTRIBUTION  # the toxic model saw these
+    ood_categories: tuple[str, ...] = categories.OUT_OF_DISTRIBUTION
     resamples: int = 1000  # of the bootstrap over prompts
     # Fluency
     perplexity_scorer: str = "meta-llama/Llama-2-7b-hf"  # empty: no perplexity
