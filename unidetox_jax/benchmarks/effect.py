@@ -16,8 +16,8 @@ from etils import epath
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap, categories, metrics
-from unidetox_jax.reporting import results
-from unidetox_jax.reporting.results import CONTROL, DETOXIFIED, ORIGINAL, Evaluation
+from unidetox_jax.report import results
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, ORIGINAL, Evaluation
 
 RESAMPLES = 10_000
 

@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness as a metric; the harness itself, an extra, is imported when there are tasks to run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
@@ -9,15 +9,12 @@ from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subj
 class HarnessTasks(Metric):
     """The tasks of config.evaluate.harness, with the harness's own metrics. They stand beside the table, not in it."""
 
-    def reads(self, settings: Any) -> dict[str, Sequence[str]]:
-        return {"harness": settings.harness}
+    field = "harness"
 
     def model(self, settings: Any, subject: str) -> str:
-        return subject if settings.harness else ""
+        return subject
 
     def compute(self, subject: Subject) -> Result:
-        if not subject.settings.harness:
-            return Result({})
         return Result(subject.keep("harness.json", lambda: self._measure(subject)))
 
     def _measure(self, subject: Subject) -> dict[str, dict[str, float]]:

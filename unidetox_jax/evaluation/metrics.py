@@ -144,12 +144,19 @@ class Subject:
 
 
 class Metric:
-    """A metric: `compute` and `cells` are what it must have."""
+    """A metric: `compute` and `cells` are what it must have.
+
+    field: of config.evaluate, says what it reads beside the model and the prompts; where that is empty it is off.
+    nothing: its summary then.
+    """
+
+    field: str = ""
+    nothing: Any = {}  # never changed
 
     def reads(self, settings: Any) -> dict[str, str | Sequence[str]]:
-        """What it reads beside the model and the prompts: name → paths, data sets or a scorer, as configured; the
-        result is made anew where they change. Raises UserError for settings that are wrong."""
-        return {}
+        """Name → path, data set or scorer, or several, whose change makes the result another. Raises UserError for
+        settings that are wrong."""
+        return {self.field: getattr(settings, self.field)} if self.field else {}
 
     def model(self, settings: Any, subject: str) -> str:
         """Which model must be loaded: `subject` (the source of the evaluated one), another source, or "" for none.
@@ -222,12 +229,13 @@ def measure(
       first: whether this is the process that computes what needs no model.
 
     Returns:
-      name → result; without those that another process computes.
+      name → result; without those that are off or that another process computes.
     """
     metrics = {name: get(name) for name in names}
+    metrics = {name: one for name, one in metrics.items() if not one.field or getattr(subject.settings, one.field)}
     needed = {name: subject.path(metric.model(subject.settings, source)) for name, metric in metrics.items()}
     results = {}
-    for name in sorted(names, key=lambda name: needed[name] != source):
+    for name in sorted(metrics, key=lambda name: needed[name] != source):
         models.drop(but=needed[name])
         if needed[name] or first:
             load = functools.partial(models, needed[name])
@@ -243,4 +251,7 @@ def measured(metrics: Mapping[str, Any]) -> list[str]:
 
 def cells(metrics: Mapping[str, Any]) -> dict[Quantity, Cell]:
     """Every number of a metrics.json, in the table's order."""
-    return {quantity: cell for name in measured(metrics) for quantity, cell in get(name).cells(metrics[name]).items()}
+    shown: dict[Quantity, Cell] = {}
+    for name in measured(metrics):
+        shown |= {quantity: cell for quantity, cell in get(name).cells(metrics[name]).items() if cell.mean is not None}
+    return shown

@@ -9,7 +9,6 @@ the shared beginning would add the same to all four.
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,18 +28,10 @@ SPLITS = {"paper": "validation", "standard": "test"}
 Question = Mapping[str, Any]  # question: str, choices: four str, answer: index, subject: str, as data's mmlu records
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One evaluation of config.evaluate.mmlu: `FORM:SHOTS[:SPLIT]`."""
-
-    text: str
-    form: str
-    shots: int
-    split: str
-
-
 class Mmlu(Metric):
     """Accuracy on MMLU, once for each of config.evaluate.mmlu."""
+
+    field = "mmlu"
 
     def reads(self, settings: Any) -> dict[str, str]:
         for text in settings.mmlu:
@@ -48,14 +39,13 @@ class Mmlu(Metric):
         return {"mmlu": "mmlu" if settings.mmlu else ""}
 
     def model(self, settings: Any, subject: str) -> str:
-        return subject if settings.mmlu else ""
+        return subject
 
     def compute(self, subject: Subject) -> Result:
-        found = {}
-        for wanted in map(variant, subject.settings.mmlu):
-            name = f"mmlu.{wanted.text.replace(':', '-')}.json"
-            found[wanted.text] = subject.keep(name, functools.partial(_measure, subject, wanted))
-        return Result(found)
+        def kept(text: str) -> dict[str, Any]:
+            return subject.keep(f"mmlu.{text.replace(':', '-')}.json", functools.partial(_measure, subject, text))
+
+        return Result({text: kept(text) for text in subject.settings.mmlu})
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
         return {
@@ -73,8 +63,8 @@ class Mmlu(Metric):
         }
 
 
-def variant(text: str) -> Variant:
-    """`FORM:SHOTS[:SPLIT]`, taken apart. Raises UserError where it is something else."""
+def variant(text: str) -> tuple[str, int, str]:
+    """Form, shots and split of `FORM:SHOTS[:SPLIT]`. Raises UserError where it is something else."""
     form, _, rest = text.partition(":")
     shots, _, split = rest.partition(":")
     if form not in SPLITS or not shots.isdecimal():
@@ -82,15 +72,17 @@ def variant(text: str) -> Variant:
             f"config.evaluate.mmlu: found {text!r}, expected FORM:SHOTS or FORM:SHOTS:SPLIT, "
             f"FORM one of {', '.join(SPLITS)}"
         )
-    return Variant(text, form, int(shots), split or SPLITS[form])
+    return form, int(shots), split or SPLITS[form]
 
 
-def _measure(subject: Subject, wanted: Variant) -> dict[str, Any]:
-    questions = data.load("mmlu", wanted.split, subject.data_dir)
-    shots = data.load("mmlu", "dev", subject.data_dir)
-    size, label = subject.settings.score_batch_size, f"mmlu {wanted.text}"
-    measured = evaluate(*subject.load(), questions, shots, wanted.form, wanted.shots, size, label=label)
-    return {**measured, "split": wanted.split}
+def _measure(subject: Subject, text: str) -> dict[str, Any]:
+    form, shots, split = variant(text)
+    questions, examples = (data.load("mmlu", name, subject.data_dir) for name in (split, "dev"))
+    size = subject.settings.score_batch_size
+    return {
+        **evaluate(*subject.load(), questions, examples, form, shots, size, label=f"mmlu {text}"),
+        "split": split,
+    }
 
 
 def evaluate(

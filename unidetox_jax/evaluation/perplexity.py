@@ -26,16 +26,14 @@ LIMIT = 1e4  # continuations of at least this perplexity are left out of the mea
 class Perplexity(Metric):
     """Perplexity of the continuations under config.evaluate.perplexity_scorer."""
 
-    def reads(self, settings: Any) -> dict[str, str]:
-        return {"perplexity_scorer": settings.perplexity_scorer}
+    field = "perplexity_scorer"
+    nothing = None
 
     def model(self, settings: Any, subject: str) -> str:
         return settings.perplexity_scorer
 
     def compute(self, subject: Subject) -> Result:
         settings = subject.settings
-        if not settings.perplexity_scorer:
-            return Result(None)
         measured = np.stack(
             [
                 subject.keep(f"run{index}.perplexities.npy", functools.partial(_measure, subject, index))
@@ -52,8 +50,6 @@ class Perplexity(Metric):
         )
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
-        if summary["mean"] is None:
-            return {}
         quantity = Quantity(
             "perplexity",
             "Perplexity",

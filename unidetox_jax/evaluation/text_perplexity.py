@@ -19,15 +19,13 @@ LONGEST_WINDOW = 2048  # tokens, unless asked for: what a longer context adds is
 class TextPerplexity(Metric):
     """Perplexity of config.evaluate.text_file."""
 
-    def reads(self, settings: Any) -> dict[str, str]:
-        return {"text_file": settings.text_file}
+    field = "text_file"
+    nothing = None
 
     def model(self, settings: Any, subject: str) -> str:
-        return subject if settings.text_file else ""
+        return subject
 
     def compute(self, subject: Subject) -> Result:
-        if not subject.settings.text_file:
-            return Result(None)
         return Result(subject.keep("text.json", lambda: self._measure(subject)))
 
     def _measure(self, subject: Subject) -> dict[str, Any]:
@@ -44,7 +42,7 @@ class TextPerplexity(Metric):
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
         explanation = "Perplexity of text: of held-out text, under the model itself."
         quantity = Quantity("text_perplexity", "Perplexity of text", True, 2, explanation=explanation)
-        return {quantity: Cell(summary["ppl"], texts=summary["texts"])}
+        return {quantity: Cell(summary["ppl"])}
 
 
 def of_file(

@@ -24,8 +24,7 @@ EXPLANATIONS = {
 class Toxicity(Metric):
     """TP and EMT by the configured scorer."""
 
-    def reads(self, settings: Any) -> dict[str, str]:
-        return {"scorer": settings.scorer}
+    field = "scorer"
 
     def compute(self, subject: Subject) -> Result:
         settings = subject.settings

@@ -77,7 +77,10 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     for one in evaluations:
         before = originals.get(one.name) if one.form != ORIGINAL else None
         cells = {}
+        counts = {name: one.metrics["counts"][name] for name in ("prompts", "texts")}
         for quantity, cell in cells_of(one.metrics).items():
+            if quantity.per_prompt and cell.prompts is None:
+                cell = dataclasses.replace(cell, **counts)
             if before is not None and quantity.in_table and comparable(before, one):
                 cell = dataclasses.replace(cell, change=change(before, one, quantity))
             cells[quantity.key] = cell
@@ -152,4 +155,4 @@ def pairs(evaluations: Sequence[Evaluation], one: str, other: str) -> list[tuple
 def category_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """The categories that have prompts, in distribution first."""
     names = [name for one in evaluations for name in one.metrics["counts"]["categories"]]
-    return categories.in_order(names, evaluations[0].metrics["groups"])
+    return categories.in_order(names, evaluations[0].metrics["groups"]) if evaluations else []

@@ -31,7 +31,7 @@ def write(directory: epath.Path, subject: Subject, model: Mapping[str, str], res
     settings, asked = subject.settings, subject.prompts
     per_text = _merged({name: result.per_text for name, result in results.items()})
     metrics = {
-        **dict.fromkeys(KNOWN, {}),
+        **{name: get(name).nothing for name in KNOWN},
         **{name: result.summary for name, result in results.items()},
         "model": dict(model),
         "scorer": settings.scorer,
