@@ -17,11 +17,13 @@ import torch
 import transformers
 from etils import epath
 
+import unidetox_jax
 from tests.eval_helpers import WORDS, make_pair, make_tokenizer
-from unidetox_jax import cli, decoding
+from unidetox_jax import cli, decoding, sharding
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, scorers
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
 from unidetox_jax.stages import base, evaluate, kept, settings
@@ -239,6 +241,19 @@ def test_every_number_says_what_it_rests_on(work, whole):
     assert metrics["model"] == {"name": "tiny", "form": "original", "source": f"{work}/models/tiny"}
     assert [json.loads(line)["text"] for line in (whole / "prompts.jsonl").read_text().splitlines()] == PROMPTS
     assert not (whole / "parts").exists()
+
+
+def test_the_library_measures_what_the_stage_does(work, whole):
+    settings = make_run(work, work).evaluate
+    protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Protocol)}
+    names = ("toxicity", "perplexity", "diversity")
+    model = unidetox_jax.load(work / "models" / "tiny", sharding.make_mesh("data:-1"))
+    measured = unidetox_jax.evaluate(model, PROMPTS, categories=CATEGORIES, **{**protocol, "metrics": names})
+    metrics, _ = read(whole)
+    assert list(measured) == list(names)
+    for name in ("toxicity", "diversity"):
+        assert measured[name] == metrics[name]
+    np.testing.assert_allclose(measured["perplexity"]["runs"], metrics["perplexity"]["runs"], rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- resumption

@@ -19,6 +19,7 @@ from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
@@ -89,12 +90,12 @@ def generate(
     return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
 
 
-def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings: Any, keep: Callable) -> list:
+def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings: Protocol, keep: Callable) -> list:
     """The `Continuations` of each run of an evaluation.
 
     Args:
       load: gives the model and its tokenizer, where a run is missing.
-      settings: config.evaluate. keep: (name, make) → what make() gives, or gave before an interruption.
+      keep: (name, make) → what make() gives, or gave before an interruption.
     """
 
     def make(index: int) -> list[dict[str, Any]]:

@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unidetox_jax import extensions
+from unidetox_jax.decoding.texts import anew
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.generations import Continuations
 from unidetox_jax.evaluation.prompts import Prompts
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import Scorer
 from unidetox_jax.models import Model
 
@@ -118,7 +120,7 @@ class Subject:
     """What a metric is computed from.
 
     Attributes:
-      settings: config.evaluate (`stages.settings.EvaluateSettings`).
+      settings: `Protocol`, which is config.evaluate as well.
       runs: the continuations of each run.
       path: fills in the places of a path or data set of the settings.
       data_dir: where named data sets lie.
@@ -128,14 +130,14 @@ class Subject:
         .npy, else what JSON has.
     """
 
-    settings: Any
+    settings: Protocol
     prompts: Prompts
     runs: Sequence[Continuations]
     path: Callable[[str], str] = str
     data_dir: str = ""
     score: Scorer | None = None
     load: Callable[[], tuple[Model, Any]] | None = None
-    keep: Callable[[str, Callable[[], Any]], Any] = lambda name, make: make()
+    keep: Callable[[str, Callable[[], Any]], Any] = anew
 
     def estimate(self, values: np.ndarray) -> dict[str, Any]:
         """Of values [R, P]: mean, sd and values of the runs, 95 % interval over prompts, as metrics.json has them."""
@@ -219,7 +221,7 @@ class OneModel:
 
 
 def measure(
-    names: Sequence[str], subject: Subject, source: str, models: OneModel, keep: Callable, first: bool = True
+    names: Sequence[str], subject: Subject, source: str, models: OneModel, keep: Callable = anew, first: bool = True
 ) -> dict[str, Result]:
     """The metrics of one model, those first that read it.
 
