@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from unidetox_jax.analysis import bootstrap, copying, description, keywords, leaning
+from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
 from unidetox_jax.stages import analyze, base, settings
 
@@ -27,25 +27,6 @@ def articles():
             filler = " ".join(f"word{i}" for i in generator.integers(0, 40, 20))
             rows.append((f"{WORDS[label]} {filler}", label, sources[number % len(sources)]))
     return [list(column) for column in zip(*rows, strict=True)]
-
-
-def test_bootstrap_interval_holds_the_mean_and_knows_nothing_of_missing_values():
-    values = np.array([0.0, 1.0, np.nan, 1.0, 0.0])
-    found = bootstrap.mean(values, 2000, 0)
-    assert found["mean"] == 0.5 and found["texts"] == 4
-    assert found["low"] < 0.5 < found["high"]
-    assert bootstrap.mean(np.full(5, np.nan), 10, 0)["mean"] is None
-    # 1.96 standard errors of a mean of 400 fair coins
-    wide = bootstrap.mean(np.tile([0.0, 1.0], 200), 4000, 1)
-    assert wide["high"] - wide["low"] == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
-
-
-def test_bootstrap_difference():
-    one, other = np.array([1.0, 1.0, 1.0]), np.array([0.0, 1.0])
-    found = bootstrap.difference(one, other, 500, 0)
-    assert found["difference"] == 0.5
-    assert (found["low"], found["high"]) == (0.0, 1.0)
-    assert bootstrap.difference(one, np.array([np.nan]), 10, 0) is None
 
 
 def test_description_by_hand():

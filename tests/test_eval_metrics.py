@@ -88,13 +88,6 @@ def test_intervals_are_those_of_a_bootstrap_over_prompts_within_categories(score
     assert summary != toxicity.summarize_runs(scores, CATEGORIES, resamples=4000, seed=1)
 
 
-def test_a_change_is_paired(scores):
-    before = toxicity.per_prompt(scores)
-    after = {name: 0.5 * value for name, value in before.items()}  # every prompt halved: no spread at all
-    found = toxicity.change(before, after, CATEGORIES)["id"]["emt"]
-    assert found["percent"] == pytest.approx(-50) and found["low"] == pytest.approx(-50) == found["high"]
-
-
 def test_prompts_without_a_category_count_in_all_only():
     summary = toxicity.summarize_runs(np.full((1, 2, 3), 0.7), ["", ""])
     assert set(summary) == {"all"} and summary["all"]["tp"]["mean"] == 1.0

@@ -9,7 +9,7 @@ import torch
 
 from tests.eval_helpers import make_pair, make_tokenizer, torch_logprobs
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import perplexity
+from unidetox_jax.evaluation import perplexity, text_perplexity
 
 PROMPTS = ["the cat sat on", "a dog", "it was very small and then", "the cat sat on"]
 CONTINUATIONS = [
@@ -122,7 +122,7 @@ def test_a_file_by_sliding_windows(tmp_path):
         scored = torch_logprobs(torch_model, tokens[begin:end])[-(end - at) :]
         total -= sum(float(row[token]) for row, token in zip(scored, tokens[at:end], strict=True))
         at = end
-    found = perplexity.of_file(model, tokenizer, path, stride=8)
+    found = text_perplexity.of_file(model, tokenizer, path, stride=8)
     assert found["ppl"] == pytest.approx(math.exp(total / (len(tokens) - 1)), rel=1e-4)
     assert found["tokens"] == len(tokens) - 1 and found["bytes"] == len(text)
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text), rel=1e-4)
@@ -131,20 +131,20 @@ def test_a_file_by_sliding_windows(tmp_path):
 def test_bad_files_are_named(tmp_path):
     _, model = make_pair()
     with pytest.raises(UserError, match="no such file"):
-        perplexity.of_file(model, make_tokenizer(), tmp_path / "none.txt")
+        text_perplexity.of_file(model, make_tokenizer(), tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="empty.txt: no text with at least 2 tokens"):
-        perplexity.of_file(model, make_tokenizer(), tmp_path / "empty.txt")
+        text_perplexity.of_file(model, make_tokenizer(), tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 society")
     with pytest.raises(UserError, match="latin.txt: not UTF-8"):
-        perplexity.of_file(model, make_tokenizer(), tmp_path / "latin.txt")
+        text_perplexity.of_file(model, make_tokenizer(), tmp_path / "latin.txt")
 
 
 def test_texts_are_streams_of_their_own():
     torch_model, model = make_pair()
     tokenizer = make_tokenizer()
     texts = ["the cat sat on the mat", "a bird ran", ""]
-    found = perplexity.of_texts(model, tokenizer, texts, "here")
+    found = text_perplexity.of_texts(model, tokenizer, texts, "here")
     tokens = [tokenizer(text)["input_ids"] for text in texts]
     nll = 0.0
     for row in tokens[:2]:

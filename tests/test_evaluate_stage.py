@@ -15,12 +15,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from etils import epath
 
+import unidetox_jax
 from tests.eval_helpers import WORDS, make_pair, make_tokenizer
-from unidetox_jax import cli, decoding
+from unidetox_jax import cli, decoding, sharding
+from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, scorers
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import linear
+from unidetox_jax.report import results, tables
 from unidetox_jax.stages import base, evaluate, kept, settings
 
 CATEGORIES = ["hills"] * 3 + ["rivers"] * 2 + ["islands"] * 2
@@ -202,7 +207,7 @@ def test_texts_are_the_drawn_tokens_without_the_prompt(work, official):
     run = make_run(work, work)
     tokenizer = make_tokenizer()
     model = evaluate.parts.load_model(run, str(work / "models" / "tiny"))
-    chosen = evaluate._warpers(run.evaluate)
+    chosen = warpers.choose(temperature=1.0, top_k=run.evaluate.top_k, top_p=run.evaluate.top_p)
     found = generations.generate(
         model, tokenizer, PROMPTS, samples=3, max_new_tokens=9, warpers=chosen, seed=42, batch_size=8,
         bos=not official, official=official,
@@ -236,6 +241,19 @@ def test_every_number_says_what_it_rests_on(work, whole):
     assert metrics["model"] == {"name": "tiny", "form": "original", "source": f"{work}/models/tiny"}
     assert [json.loads(line)["text"] for line in (whole / "prompts.jsonl").read_text().splitlines()] == PROMPTS
     assert not (whole / "parts").exists()
+
+
+def test_the_library_measures_what_the_stage_does(work, whole):
+    settings = make_run(work, work).evaluate
+    protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Protocol)}
+    names = ("toxicity", "perplexity", "diversity")
+    model = unidetox_jax.load(work / "models" / "tiny", sharding.make_mesh("data:-1"))
+    measured = unidetox_jax.evaluate(model, PROMPTS, categories=CATEGORIES, **{**protocol, "metrics": names})
+    metrics, _ = read(whole)
+    assert list(measured) == list(names)
+    for name in ("toxicity", "diversity"):
+        assert measured[name] == metrics[name]
+    np.testing.assert_allclose(measured["perplexity"]["runs"], metrics["perplexity"]["runs"], rtol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- resumption
@@ -272,8 +290,8 @@ def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole,
             assert not (tmp_path / "evaluation" / "tiny" / "metrics.json").exists()
     same(directory, whole)
     assert made == [
-        "run0.texts.jsonl", "run1.texts.jsonl", "mmlu.paper-1.json", "mmlu.standard-1-validation.json", "text.json",
-        "run0.perplexities.npy", "run1.perplexities.npy",
+        "run0.texts.jsonl", "run1.texts.jsonl", "text.json", "mmlu.paper-1.json", "mmlu.standard-1-validation.json",
+        "run0.scores.npy", "run1.scores.npy", "run0.perplexities.npy", "run1.perplexities.npy",
     ]  # fmt: skip
     monkeypatch.setattr(evaluate, "_evaluate", None)
     evaluate_into(work, tmp_path)  # complete: nothing is done
@@ -368,3 +386,75 @@ def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp
     with pytest.raises(UserError, match=r"'linear:broken': gave nan for text 0; 21 of 21 texts"):
         evaluate_into(work, tmp_path)
     assert (tmp_path / "evaluation" / "tiny" / "parts" / "run1.texts.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------- a metric from elsewhere
+
+MEAN_LENGTH = """
+import numpy as np
+from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result
+
+class MeanLength(Metric):
+    def __init__(self, unit="words"):
+        self.unit = unit
+
+    def compute(self, subject):
+        length = {"words": lambda text: len(text.split()), "characters": len}[self.unit]
+        values = np.array([[[length(text) for text in own] for own in run.texts] for run in subject.runs], float)
+        return Result(
+            subject.estimate(values.mean(axis=-1)),
+            {"length": values.mean(axis=(0, 2))},
+            {"length": PerText(values, 0)},
+        )
+
+    def cells(self, summary):
+        return {Quantity("length", f"Length ({self.unit})", None, 1, per_prompt="length"): Cell.of(summary)}
+
+    def notes(self, summary):
+        return [f"the longest run has {max(summary['runs']):.1f} {self.unit}"]
+"""
+
+
+def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monkeypatch, capsys):
+    (tmp_path / "users_metrics.py").write_text(MEAN_LENGTH)
+    monkeypatch.chdir(tmp_path)
+    name = "users_metrics:MeanLength(unit='characters')"
+    run = make_run(work, tmp_path / "run", metrics=("toxicity", name), mmlu=(), text_file="")
+    sides = []
+    for form, model in (("original", "tiny"), ("detoxified", "judge")):
+        directory = epath.Path(tmp_path / form)
+        directory.mkdir()
+        evaluate.evaluate(run, evaluate.Candidate("tiny", form, str(work / "models" / model)), directory)
+        sides.append(results.read(directory))
+    metrics, rows = read(tmp_path / "original")
+    lengths = np.array([len(row["text"]) for row in rows]).reshape(2, 7, 3)
+    assert metrics[name]["runs"] == pytest.approx(lengths.mean(axis=(1, 2)))
+    np.testing.assert_allclose(sides[0].per_prompt["length"], lengths.mean(axis=(0, 2)))
+    assert [row["length"] for row in rows] == lengths.ravel().tolist()
+    assert metrics["perplexity"] is None and rows[0]["perplexity"] is None  # not asked for
+
+    printed = capsys.readouterr().out
+    assert f"length {lengths.mean():.4g}" in printed and "the longest run has" in printed
+    quantities, table = results.quantities(sides), results.rows(sides)
+    assert [quantity.key for quantity in quantities] == ["tp_id", "emt_id", "tp_ood", "emt_ood", "length"]
+    change = table[1].cells["length"].change
+    after = sides[1].per_prompt["length"].mean()
+    assert change["percent"] == pytest.approx(100 * (after / lengths.mean() - 1))
+    assert change["low"] < change["percent"] < change["high"]
+    assert f"tiny,original,length,{metrics[name]['mean']}," in tables.to_csv(table)
+    text = tables.to_text(table, quantities)
+    assert "Length (characters)" in text and f"{lengths.mean():.1f} ± {lengths.mean(axis=(1, 2)).std():.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("toxicty", "metric: unknown name 'toxicty'; did you mean 'toxicity'"),
+        ("json:dmps", "json has no class 'dmps'"),
+        ("fractions:Fraction", "found a Fraction, expected a subclass of unidetox_jax.evaluation.metrics.Metric"),
+        ("diversity(order=4)", r"metric 'diversity\(order=4\)': .*takes no arguments"),
+    ],
+)
+def test_a_metric_that_is_none_is_said_before_any_work(work, tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.tasks(make_run(work, tmp_path, metrics=(name,)))

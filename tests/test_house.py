@@ -10,7 +10,7 @@ import pytest
 from unidetox_jax import cli
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "unidetox_jax"
-LOWER = {"errors", "progress", "sharding", "distributed", "text_statistics"}  # anyone may use these
+LOWER = {"errors", "progress", "sharding", "distributed", "text_statistics", "buckets", "extensions"}  # for all
 MAY_IMPORT = {
     "models": set(),
     "data": {"checkpoint", "models"},
@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
-    "benchmarks": {"stages", "machine", "decoding", "training", "checkpoint", "data", "models", "evaluation"},
+    "benchmarks": {"stages", "report", "machine", "decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "report": {"evaluation"},
 }

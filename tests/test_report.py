@@ -46,33 +46,11 @@ def page_of(run):
 # ------------------------------------------------------------------------------------------------ the figures
 
 
-def test_ratio_change_by_hand():
-    # pooled perplexity: (10 + 30) / (1 + 3) = 10 before, (12 + 32) / 4 = 11 after
-    found = results.ratio_change(np.array([[10.0, 30.0], [12.0, 32.0]]), np.array([[1, 3], [1, 3]]))
-    assert found["percent"] == pytest.approx(10.0)
-    # either prompt twice: 32/3 / 10, 12 / 10
-    assert (found["low"], found["high"]) == (pytest.approx(100 * (32 / 30 - 1)), pytest.approx(20.0))
-
-
-def test_the_interval_of_a_change_is_paired():
-    generator = np.random.default_rng(0)
-    before = generator.uniform(1, 100, 200)  # prompts differ much, the models by a tenth everywhere
-    found = results.ratio_change(np.stack([before, 0.9 * before]), np.ones((2, 200)))
-    assert found["percent"] == pytest.approx(-10)
-    assert found["high"] - found["low"] < 1e-9
-
-
-def test_a_change_from_nothing_is_none_and_one_from_almost_nothing_has_no_interval():
-    assert results._finite({"tp_id": {"percent": np.nan, "low": np.nan, "high": np.nan}}) == {}
-    found = results._finite({"tp_id": {"percent": 50.0, "low": -100.0, "high": np.inf}})["tp_id"]
-    assert found == {"percent": 50.0, "low": None, "high": None}
-    assert results.beyond_chance(found) == 0
-    assert tables.percent(found) == "+50.0\u00a0%" and tables.bounds(found) == ""
-    rare = np.zeros((2, 50))
-    rare[:, 0] = 1, 2
-    assert results.ratio_change(rare, np.ones((2, 50))) == {"percent": 100.0, "low": None, "high": None}
-    bounds = [(-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (0.0, 1.0)]
-    assert [results.beyond_chance({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0]
+def test_a_change_without_an_interval_is_not_beyond_chance():
+    assert tables.percent({"percent": 50.0, "low": None, "high": None}) == "+50.0\u00a0%"
+    assert tables.bounds({"percent": 50.0, "low": None, "high": None}) == ""
+    bounds = [(-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (0.0, 1.0), (None, None)]
+    assert [results.beyond_chance({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0, 0]
 
 
 def test_rows_come_in_the_configurations_order_with_changes_from_the_original(whole):
@@ -115,7 +93,7 @@ def test_pooled_change_is_that_of_the_mean_model(whole):
 def test_results_csv_holds_every_figure(whole):
     rows = list(csv.DictReader(io.StringIO((whole.workdir / "report" / "results.csv").read_text())))
     by_key = {(row["model"], row["form"], row["quantity"]): row for row in rows}
-    assert len(by_key) == len(rows) == 5 * (4 + 2 + 3 + 2 + 2 * 4)
+    assert len(by_key) == len(rows) == 5 * (4 + 2 + 2 + 3 + 2 + 2 * 4)  # all prompts together are not in the table
     metrics = base.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
     row = by_key["tiny-llama", "detoxified", "tp_ood"]
     assert float(row["mean"]) == metrics["toxicity"]["ood"]["tp"]["mean"]

@@ -15,6 +15,7 @@ from finetune_helpers import ROOT, start
 
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import effect
+from unidetox_jax.report.results import Evaluation
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
@@ -145,8 +146,9 @@ def test_the_pooled_interval_is_a_paired_one():
     category = np.array(["hills"] * 8 + ["islands"] * 4)
 
     def forms(control, detoxified):
-        shared = {"category": category, "id": ("hills",)}
-        return {"control": {"tp": control, **shared}, "detoxified": {"tp": detoxified, **shared}}
+        metrics = {"groups": {"id": ["hills"]}}
+        sides = {"control": control, "detoxified": detoxified}
+        return {form: Evaluation(metrics, {"category": category, "tp": tp}) for form, tp in sides.items()}
 
     half = np.array([1.0, 0.0] * 6)
     mean, low, high = effect.control_minus_contrast([{"a": forms(half, np.zeros(12)), "b": forms(half, np.zeros(12))}])

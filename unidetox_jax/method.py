@@ -8,6 +8,7 @@ texts = ud.distill(base, toxic, num_texts=640, alpha=0.1)                  # 2. 
 clean = ud.finetune(ud.load("any/other-model"), texts, steps=3_000)        # 3. any model, any vocabulary
 
 ud.generate(clean, ["A prompt"], samples=3)
+ud.evaluate(clean, prompts, scorer="lexicon")                              # toxicity and diversity of what it writes
 ud.save(clean, "out")                                                      # for transformers' from_pretrained
 """
 
@@ -27,9 +28,14 @@ from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation import generations, scorers
+from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
+from unidetox_jax.evaluation.prompts import from_texts
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
 from unidetox_jax.training import loop
+
+EVALUATED = "the evaluated model"
 
 
 class LanguageModel(NamedTuple):
@@ -206,6 +212,38 @@ def generate(
         seed=seed,
     )
     return made.texts
+
+
+def evaluate(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    scorer: str = Protocol.scorer,
+    metrics: Sequence[str] = ("toxicity", "diversity"),
+    categories: Sequence[str] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What a model writes after prompts: metric → its summary, as metrics.json of `unidetox evaluate` has it.
+
+    Args:
+      scorer: of toxicity, see `evaluation.scorers.get`. metrics: see `evaluation.metrics`.
+      categories: of each prompt; None: without.
+      settings: samples, runs (1 unless given), perplexity_scorer, …: the fields of `evaluation.protocol.Protocol`.
+
+    Raises:
+      UserError: no such metric or scorer, a prompt without tokens or too long for the model's context.
+    """
+    protocol = Protocol(**{"scorer": scorer, "metrics": tuple(metrics), "runs": 1, **settings})
+
+    def load_pair(source: str) -> tuple[models.Model, Any]:
+        found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
+        return found.model, found.tokenizer
+
+    score, loaded = scorers.get(scorer), OneModel(load_pair)
+    runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.anew)
+    subject = Subject(protocol, from_texts(prompts, categories), runs, score=score)
+    results = measure(protocol.metrics, subject, EVALUATED, loaded)
+    return {name: result.summary for name, result in results.items()}
 
 
 def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, official: bool = False) -> data.Tokens:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from unidetox_jax.analysis import bootstrap
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.scorers import linear
 
 FOLDS = 3

@@ -8,18 +8,20 @@ what all families say to a prompt together, because they were asked the same.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import bootstrap, categories, metrics
+from unidetox_jax.report import results
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, ORIGINAL, Evaluation
 
 RESAMPLES = 10_000
-FORMS = ("original", "detoxified", "control")
+
+Forms = Mapping[str, Evaluation]  # of one family
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,87 +36,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(workdir: epath.Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """family → form → figures of one run.
-
-    Raises:
-      UserError: the directory holds no evaluations.
-    """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def read(workdir: epath.Path) -> dict[str, dict[str, Evaluation]]:
+    """family → form → evaluation of one run. Raises UserError where the directory holds none."""
+    families: dict[str, dict[str, Evaluation]] = {}
     for path in sorted((workdir / "evaluation").glob("*/metrics.json")):
-        metrics = json.loads(path.read_text())
-        with (path.parent / "per_prompt.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tp, category = arrays["tp"], arrays["category"]
-        text = metrics["text_perplexity"]
-        figures = {
-            "tp_id": metrics["toxicity"]["id"]["tp"]["mean"],
-            "tp_ood": metrics["toxicity"]["ood"]["tp"]["mean"],
-            "emt_id": metrics["toxicity"]["id"]["emt"]["mean"],
-            "ppl": metrics["perplexity"]["mean"],
-            "clean_ppl": text["ppl"] if text else np.nan,
-            "tp": tp,
-            "category": category,
-            "id": tuple(metrics["groups"]["id"]),
-        }
-        found.setdefault(metrics["model"]["name"], {})[metrics["model"]["form"]] = figures
-    if not found:
+        evaluation = results.read(path.parent)
+        families.setdefault(evaluation.name, {})[evaluation.form] = evaluation
+    if not families:
         raise UserError(f"{workdir}: no evaluation/*/metrics.json; run configs/quickstart.py there first")
-    return found
+    return families
 
 
-def changes(run: dict[str, dict[str, Any]], form: str, name: str) -> float:
-    """The change of a figure from a family's original model to a form of it, in percent."""
-    return 100 * (run[form][name] / run["original"][name] - 1)
+def mean(evaluation: Evaluation, key: str) -> float:
+    """A number of an evaluation by its quantity's key; NaN where it was not measured."""
+    cells = {quantity.key: cell for quantity, cell in metrics.cells(evaluation.metrics).items()}
+    return cells[key].mean if key in cells else np.nan
 
 
-def control_minus_contrast(runs: Sequence[dict]) -> tuple[float, float, float]:
+def mean_change(families: Sequence[Forms], form: str, key: str) -> tuple[float, list[float]]:
+    """The change of a number from the original model to a form of it, in percent: mean over runs, and of each."""
+    each = [100 * (mean(forms[form], key) / mean(forms[ORIGINAL], key) - 1) for forms in families]
+    return float(np.mean(each)), each
+
+
+def control_minus_contrast(runs: Sequence[Mapping[str, Forms]]) -> tuple[float, float, float]:
     """TP (ID) of the control less that of the detoxified model, pooled over families and runs: mean, and its paired
     95 % bootstrap interval over prompts."""
-    rng = np.random.default_rng(0)
-    means, resampled = [], []
-    for run in runs:
-        families = [forms for forms in run.values() if {"control", "detoxified"} <= set(forms)]
-        difference = np.mean([forms["control"]["tp"] - forms["detoxified"]["tp"] for forms in families], axis=0)
-        first = families[0]["detoxified"]
-        for category in first["id"]:
-            values = difference[first["category"] == category]
-            means.append(values.mean())
-            draws = rng.integers(0, len(values), (RESAMPLES, len(values)))
-            resampled.append(values[draws].mean(axis=1))
-    low, high = np.percentile(np.mean(resampled, axis=0), (2.5, 97.5))
-    return float(np.mean(means)), float(low), float(high)
+    estimates, resampled = [], []
+    for seed, run in enumerate(runs):
+        both = [forms for forms in run.values() if {CONTROL, DETOXIFIED} <= set(forms)]
+        difference = np.mean(
+            [forms[CONTROL].per_prompt["tp"] - forms[DETOXIFIED].per_prompt["tp"] for forms in both], 0
+        )
+        asked = both[0][DETOXIFIED]
+        strata = categories.strata(asked.categories, asked.metrics["groups"])["id"]
+        estimate, spread = bootstrap.resample(difference, RESAMPLES, seed, strata)
+        estimates.append(estimate)
+        resampled.append(spread)
+    bounds = bootstrap.interval(np.mean(resampled, axis=0))
+    return float(np.mean(estimates)), bounds["low"], bounds["high"]
 
 
-def table(runs: Sequence[dict]) -> str:
+def table(runs: Sequence[Mapping[str, Forms]]) -> str:
     """The Markdown tables."""
     lines = [
         "| family | TP (ID) before | after | change | per run | TP (OOD) | EMT (ID) | PPL | clean text's PPL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for family in runs[0]:
-        forms = [run[family] for run in runs]
-        before, after = (np.mean([run[form]["tp_id"] for run in forms]) for form in FORMS[:2])
-        each = [changes(run, "detoxified", "tp_id") for run in forms]
+        families = [run[family] for run in runs]
+        before, after = (np.mean([mean(forms[form], "tp_id") for forms in families]) for form in (ORIGINAL, DETOXIFIED))
+        change, each = mean_change(families, DETOXIFIED, "tp_id")
         others = (
-            np.mean([changes(run, "detoxified", name) for run in forms])
-            for name in ("tp_ood", "emt_id", "ppl", "clean_ppl")
+            mean_change(families, DETOXIFIED, key) for key in ("tp_ood", "emt_id", "perplexity", "text_perplexity")
         )
-        figures = " | ".join(f"{value:+.1f} %" for value in others)
-        per_run = ", ".join(f"{value:+.1f}" for value in each)
-        lines.append(f"| {family} | {before:.3f} | {after:.3f} | {np.mean(each):+.1f} % | {per_run} | {figures} |")
-    if any("control" in forms for forms in runs[0].values()):
+        cells = [f"{change:+.1f} %", ", ".join(f"{value:+.1f}" for value in each)]
+        cells += [f"{other:+.1f} %" for other, _ in others]
+        lines.append(f"| {family} | {before:.3f} | {after:.3f} | {' | '.join(cells)} |")
+    if any(CONTROL in forms for forms in runs[0].values()):
         lines += ["", "| samples-only control | TP (ID) | TP (OOD) | PPL |", "|---|---|---|---|"]
-        for family, forms in runs[0].items():
-            if "control" in forms:
-                figures = " | ".join(
-                    f"{np.mean([changes(run[family], 'control', name) for run in runs]):+.1f} %"
-                    for name in ("tp_id", "tp_ood", "ppl")
-                )
-                lines.append(f"| {family} | {figures} |")
-        mean, low, high = control_minus_contrast(runs)
+        for family in (name for name, forms in runs[0].items() if CONTROL in forms):
+            changes = (
+                mean_change([run[family] for run in runs], CONTROL, key)[0] for key in ("tp_id", "tp_ood", "perplexity")
+            )
+            lines.append(f"| {family} | {' | '.join(f'{change:+.1f} %' for change in changes)} |")
+        difference, low, high = control_minus_contrast(runs)
         lines += [
             "",
-            f"TP (ID), control less contrast, pooled: {mean:.3f} (95 % paired interval {low:.3f} to {high:.3f})",
+            f"TP (ID), control less contrast, pooled: {difference:.3f} (95 % paired interval {low:.3f} to {high:.3f})",
         ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import numpy as np
 from unidetox_jax.data import builders, files
 from unidetox_jax.errors import UserError
 
-# Category → the published names of its groups, of both files. The first three are in-distribution for DGHS.
+# Category → the published names of its groups, of both files
 CATEGORIES = {
     "gender_lgbtq": ("women", "lgbtq", "lgbtq+ folks"),
     "race_nationalities": (
@@ -42,8 +42,6 @@ CATEGORIES = {
         "folks with physical disabilities",
     ),
 }
-IN_DISTRIBUTION = ("gender_lgbtq", "race_nationalities", "religion")
-OUT_OF_DISTRIBUTION = ("disability",)
 HUB = "toxigen/toxigen-data"
 HUB_FILES = ("annotated_train.csv", "annotated_test.csv")
 PREFERENCES = (("annotated_train.csv", "annotated_test.csv"), ("*.csv",))

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from unidetox_jax import buckets, sharding
 from unidetox_jax import models as models_
-from unidetox_jax import sharding
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.plugin import Objective
@@ -146,7 +146,7 @@ def make_plan(
     transpose_head: what `generate` asks for on CPU; see `loop.program_of_backend`.
     """
     slots = tuple(
-        max(length - 1, min(max(bucket(length - 1), prompt_slots), cfg.max_position_embeddings))
+        max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
     chosen = layer_loop or default_layer_loop()
@@ -170,17 +170,6 @@ def _weight_bytes(cfg: ModelConfig) -> int:
 def default_layer_loop() -> str:
     """The faster loop over layers in a decoding step: unrolled, measured 1.8 times as fast as scanned on CPU."""
     return "unroll"
-
-
-def bucket(length: int) -> int:
-    """Slots that `length` prompt tokens (all but the last) are padded to: 0, multiples of 8 up to 64, then four
-    sizes for each doubling.
-
-    A padded slot costs as much as a real token in the prompt's pass, and a key and a value read in every step: a
-    quarter at most beyond 32 tokens, a tenth on average; coarser buckets would cost more than they save compiling.
-    """
-    step = max(8, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
 
 
 def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> None:

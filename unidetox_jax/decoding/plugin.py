@@ -5,15 +5,10 @@ traced, so that a sweep over alpha compiles once; the function and all other set
 which may be shapes) belong to its structure.
 """
 
-import ast
 import dataclasses
-import importlib
 import inspect
 import math
 import numbers
-import os
-import sys
-import traceback
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unidetox_jax import extensions
 from unidetox_jax.errors import UserError, suggest
 
 
@@ -94,10 +90,10 @@ class Objective:
 
 def resolve(text: str, settings: Mapping[str, Any], known: Mapping[str, Callable]) -> Objective:
     """The objective that "name", "name(setting=literal)" or "package.module:function(…)" means."""
-    name, written = _parse(text)
+    name, written = extensions.parse(text, "objective")
     for twice in written.keys() & settings.keys():
         raise UserError(f"objective {name}: setting {twice} is given twice, in the text and beside it")
-    function = _imported(name) if ":" in name else known.get(name)
+    function = extensions.load(name, "objective") if ":" in name else known.get(name)
     if function is None:
         tail = f"{suggest(name, known)}; your own is written package.module:function"
         raise UserError(f"objective: unknown name {name!r}{tail}")
@@ -176,54 +172,3 @@ def _checked(where: str, value: Any, default: Any, hint: Any) -> tuple[Any, bool
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """ "name(a=1)" → ("name", {"a": 1}); the settings are literals, nothing is evaluated."""
-    name, bracket, rest = text.strip().partition("(")
-    name = name.strip()
-    if not bracket:
-        return name, {}
-    problem = f"objective {text!r}: expected name(setting=literal, …)"
-    try:
-        call = ast.parse(f"f({rest}", mode="eval").body
-    except SyntaxError as error:
-        raise UserError(f"{problem}: {error.msg}") from None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise UserError(problem)
-    settings = {}
-    for keyword in call.keywords:
-        try:
-            if keyword.arg is None:
-                raise ValueError
-            settings[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise UserError(f"{problem}: {ast.unparse(keyword)} is no literal") from None
-    return name, settings
-
-
-def _imported(path: str) -> Callable[..., jax.Array]:
-    """The function at "package.module:function"; a module in the working directory is found too."""
-    module_name, _, function_name = path.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise UserError(f"objective {path!r}: expected package.module:function")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        # Last, so that it shadows nothing; kept, for what the function imports later.
-        sys.path.append(here)
-        importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = f"no module {error.name!r}, neither installed nor in {here}"
-        raise UserError(f"objective {path!r}: {missing}") from error
-    except Exception as error:  # the user's file is wrong: say where, in one line
-        frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-        failed = f"importing it failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-        raise UserError(f"objective {path!r}: {failed}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        missing = f"{module_name} has no function {function_name!r}{suggest(function_name, known)}"
-        raise UserError(f"objective {path!r}: {missing}")
-    return function

@@ -6,7 +6,7 @@ whoever keeps finished batches (`keep`) goes on after a kill with the first one 
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
+Value = TypeVar("Value")
 Batch = dict[str, Any]  # {"made_on": the hardware in words, "rows": a dictionary a text}
 
 
-def anew(name: str, make: Callable[[], Batch]) -> Batch:
-    """Keeps nothing: the batch is made."""
+def anew(name: str, make: Callable[[], Value], together: bool = True) -> Value:
+    """Keeps nothing: what is asked for is made."""
     return make()
 
 

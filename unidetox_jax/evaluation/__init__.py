@@ -1,5 +1,14 @@
-"""What was gained and lost: toxicity, perplexity, diversity, knowledge, batched and on the device."""
+"""What was gained and lost: toxicity, perplexity, diversity, knowledge, batched and on the device.
 
-from unidetox_jax.evaluation import diversity, likelihood, mmlu, perplexity, prompts, scorers, toxicity
+A metric is a class in a file of its own, named in `metrics`. Modules are imported when they are first asked for.
+"""
 
-__all__ = ["diversity", "likelihood", "mmlu", "perplexity", "prompts", "scorers", "toxicity"]
+import importlib
+
+__all__ = ["diversity", "likelihood", "metrics", "mmlu", "perplexity", "prompts", "scorers", "toxicity"]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

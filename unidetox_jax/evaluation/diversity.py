@@ -1,27 +1,51 @@
-"""How varied continuations are: distinct n-grams of a prompt's samples over the number of their words.
+"""How varied continuations are: distinct n-grams of a prompt's samples over their words (Li et al., 2016).
 
-The surprising thing: the denominator is the number of words for every n, and an empty text counts as one
-(empty) word, because words are what lies between single spaces (REFERENCE section 3, as the released code
-counts).
+As the released code counts: words are what lies between single spaces, an empty text is one (empty) word, and the
+number of words is the denominator for every n.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.toxicity import figure
+from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 
 ORDERS = (1, 2, 3)
 
 
-def distinct(texts_by_prompt: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Dist-n (Li et al. 2016): the mean over prompts of distinct n-grams over words of the prompt's texts.
+class Diversity(Metric):
+    """Dist-1, 2, 3 of the continuations."""
 
-    Args:
-      texts_by_prompt: for each prompt its texts: continuations, or (the released code) prompt and
-      continuation.
+    def compute(self, subject: Subject) -> Result:
+        prompts, released = subject.prompts.texts, subject.settings.official
+        ratios = np.stack([per_prompt(_counted(prompts, run.texts, released)) for run in subject.runs])  # [R, P, 3]
+        by_order = {f"dist{order}": ratios[:, :, column] for column, order in enumerate(ORDERS)}
+        return Result(
+            {name: subject.estimate(values) for name, values in by_order.items()},
+            {name: values.mean(axis=0) for name, values in by_order.items()},
+        )
+
+    def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
+        explanation = "Dist-n: share of distinct n-grams among a prompt's continuations."
+        return {
+            Quantity(name, f"Dist-{name[4:]}", False, primary=False, explanation=explanation, per_prompt=name): Cell.of(
+                estimate
+            )
+            for name, estimate in summary.items()
+        }
+
+
+def _counted(prompts: Sequence[str], texts: Sequence[Sequence[str]], released: bool) -> Sequence[Sequence[str]]:
+    """The texts; as the released code counts, with their prompts before them."""
+    if not released:
+        return texts
+    return [[prompt + text for text in own] for prompt, own in zip(prompts, texts, strict=True)]
+
+
+def distinct(texts_by_prompt: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Dist-n: the mean over prompts of distinct n-grams over words of the prompt's texts.
 
     Returns:
       {"dist1", "dist2", "dist3", "prompts", "texts"}.
@@ -48,15 +72,3 @@ def per_prompt(texts_by_prompt: Sequence[Sequence[str]]) -> np.ndarray:
             grams = {gram for words in split for gram in zip(*(words[i:] for i in range(order)), strict=False)}
             ratios[row, column] = len(grams) / total
     return ratios
-
-
-def summarize_runs(ratios: np.ndarray, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """`per_prompt` of every run together: [R, P, 3] → {"dist1", "dist2", "dist3"}, each {"mean", "sd", "runs", "low",
-    "high"}: mean and population standard deviation over runs, and the 95 % bootstrap interval over prompts."""
-    prompts = ratios.shape[1]
-    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    resampled = counts @ ratios.mean(axis=0) / prompts  # [N, 3]
-    return {
-        f"dist{order}": figure(ratios[:, :, column].mean(axis=1), resampled[:, column])
-        for column, order in enumerate(ORDERS)
-    }

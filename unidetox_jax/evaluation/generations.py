@@ -7,18 +7,19 @@ a first word; the released code (`official`) removes every occurrence of the pro
 P prompts, S samples of a prompt.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from unidetox_jax import decoding
+from unidetox_jax import buckets, decoding
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
-from unidetox_jax.decoding.warpers import Warper
+from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.likelihood import power_bucket
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
@@ -90,6 +91,33 @@ def generate(
     return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
 
 
+def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings: Protocol, keep: Callable) -> list:
+    """The `Continuations` of each run of an evaluation.
+
+    Args:
+      load: gives the model and its tokenizer, where a run is missing.
+      keep: (name, make) → what make() gives, or gave before an interruption.
+    """
+
+    def make(index: int) -> list[dict[str, Any]]:
+        made = generate(
+            *load(),
+            prompts,
+            samples=settings.samples,
+            max_new_tokens=settings.max_new_tokens,
+            warpers=choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
+            seed=settings.seed + index,
+            batch_size=settings.batch_size,
+            bos=settings.prompt_bos and not settings.official,
+            official=settings.official,
+            label=f"run {index + 1} of {settings.runs}",
+        )
+        return [{"texts": texts, "ended": row.tolist()} for texts, row in zip(made.texts, made.ended, strict=True)]
+
+    kept = [keep(f"run{index}.texts.jsonl", functools.partial(make, index)) for index in range(settings.runs)]
+    return [Continuations([row["texts"] for row in rows], np.array([row["ended"] for row in rows])) for rows in kept]
+
+
 def complete(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -145,7 +173,7 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int):
     less than `FEWEST_BATCHES` joins one up to four times as large: compiling takes as long as many a batch."""
     classes: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        classes.setdefault(max(power_bucket(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
+        classes.setdefault(max(buckets.power_of_two(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
 

@@ -219,7 +219,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _warpers(settings: Mapping[str, Any]) -> list[warpers.Warper]:
+def _warpers(settings: Mapping[str, Any]) -> tuple[warpers.Warper, ...]:
     """What `temperature`, `top_k`, `top_p` and `min_p` of a task mean; what is not given is off."""
     for name in sorted(set(settings) - {*SAMPLING, *NO_MEANING}):
         if settings[name] is not False and settings[name] != NEUTRAL.get(name):
@@ -228,8 +228,5 @@ def _warpers(settings: Mapping[str, Any]) -> list[warpers.Warper]:
             )
     value = {**SAMPLING, **{name: settings[name] for name in SAMPLING if name in settings}}
     if value["temperature"] == 0:
-        return [warpers.greedy()]
-    chosen = [warpers.temperature(value["temperature"])]
-    chosen += [warpers.top_k(value["top_k"])] if value["top_k"] > 0 else []
-    chosen += [warpers.top_p(value["top_p"])] if value["top_p"] < 1 else []
-    return chosen + ([warpers.min_p(value["min_p"])] if value["min_p"] else [])
+        return (warpers.greedy(),)
+    return warpers.choose(**{**value, "top_k": max(value["top_k"], 0)})  # some back ends write -1 for off

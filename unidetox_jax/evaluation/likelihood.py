@@ -1,9 +1,9 @@
 """Log-probabilities of continuations given contexts, under any model: the one scorer behind perplexity, MMLU, harness.
 
 Requests are sorted by length and cut into batches of few shapes; only continuation positions meet the head, in
-slices that bound the logits' memory. The surprising thing: nothing is read twice. Requests that differ in their last
-token alone (the letters of a multiple choice) share one row of the batch, and rows that go on from one context (a
-prompt's 25 samples, a question's answers) share one pass over it.
+slices that bound the logits' memory. Nothing is read twice: requests that differ in their last token alone (the
+letters of a multiple choice) share one row of the batch, and rows that go on from one context (a prompt's 25 samples,
+a question's answers) share one pass over it.
 
 Axes: F contexts of a batch, B batch rows, T input tokens of a row, S scored tokens before the last, K last tokens of a
 row, V vocabulary, D width.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unidetox_jax import models, sharding
+from unidetox_jax import buckets, models, sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
 from unidetox_jax.progress import Progress
@@ -113,20 +113,14 @@ def loglikelihood(
     return LogLikelihood(sums, greedy, counts, truncated)
 
 
-def length_bucket(length: int, limit: int) -> int:
-    """The padded length: few distinct ones, and little waste. Multiples of 16, of 64 from 128, of 256 from 1,024."""
-    step = 16 if length <= 128 else 64 if length <= 1024 else 256
-    return min(-(-length // step) * step, max(limit, length))
-
-
-def fine_bucket(length: int) -> int:
-    """The padded length of what many rows have of their own: multiples of 8 up to 64, then powers of two."""
-    return -(-length // 8) * 8 if length <= 64 else power_bucket(length)
-
-
-def power_bucket(size: int) -> int:
-    """The smallest power of two that is not less than `size` ≥ 1."""
-    return 1 << (size - 1).bit_length()
+def shared_beginning(*texts: Sequence[int]) -> int:
+    """How many tokens all the texts begin with, but at least 1: nothing predicts the first."""
+    shared = 0
+    for first, *others in zip(*texts, strict=False):
+        if any(token != first for token in others):
+            break
+        shared += 1
+    return max(1, shared)
 
 
 def _rows(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[_Row], np.ndarray]:
@@ -179,16 +173,16 @@ def _batches(families: list[_Family], batch_size: int, limit: int, ways: int):
     for family in families:
         for first in range(0, len(family.rows), batch_size):
             part = family._replace(rows=family.rows[first : first + batch_size])
-            sizes.setdefault(power_bucket(len(part.rows)) if len(part.prefix) else 0, []).append(part)
+            sizes.setdefault(buckets.power_of_two(len(part.rows)) if len(part.prefix) else 0, []).append(part)
     for _, same in sorted(sizes.items()):
         group = max(len(family.rows) for family in same)
         same = sorted(same, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
         at = 0
         while at < len(same):
-            full = max(1, _batch_rows(length_bucket(_longest(same[at]), limit), batch_size) // group)
+            full = max(1, _batch_rows(buckets.text_length(_longest(same[at]), limit), batch_size) // group)
             chosen = same[at : at + full]
-            size = min(power_bucket(len(chosen)), full)
-            yield _Batch(chosen, group, -(-size // ways) * ways)
+            size = min(buckets.power_of_two(len(chosen)), full)
+            yield _Batch(chosen, group, buckets.multiple(size, ways))
             at += full
 
 
@@ -201,7 +195,11 @@ def _widest(family: _Family) -> int:
 
 
 def _batch_rows(length: int, batch_size: int) -> int:
-    return batch_size if length <= FULL_BATCH_LENGTH else power_bucket(max(1, batch_size * FULL_BATCH_LENGTH // length))
+    return (
+        batch_size
+        if length <= FULL_BATCH_LENGTH
+        else buckets.power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
+    )
 
 
 def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
@@ -209,14 +207,14 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
     rows = [row for family in batch.families for row in family.rows]
     shared = bool(len(batch.families[0].prefix))
     longest = max(len(row.tokens) for row in rows)
-    length = fine_bucket(longest) if shared else length_bucket(longest, limit)
+    length = buckets.tail_length(longest) if shared else buckets.text_length(longest, limit)
     most = max(len(row.scored) for row in rows)
-    scored_length = fine_bucket(most)
+    scored_length = buckets.tail_length(most)
     widest = max(len(row.last) for row in rows)
-    width = 1 if widest == 1 else max(4, power_bucket(widest))
+    width = 1 if widest == 1 else max(4, buckets.power_of_two(widest))
     size = batch.size * batch.group
     piece = piece_length(model.cfg, mesh, size, scored_length)
-    scored_length = -(-scored_length // piece) * piece if piece else 0
+    scored_length = buckets.multiple(scored_length, piece) if piece else 0
 
     tokens = np.zeros((size, length), np.int32)
     scored = np.zeros((size, scored_length), np.int32)
@@ -238,7 +236,7 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
 def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The families' contexts and which of their tokens are real, [F, a bucket]."""
     longest = max(len(family.prefix) for family in batch.families)
-    length = length_bucket(longest, limit)
+    length = buckets.text_length(longest, limit)
     tokens, real = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), bool)
     for index, family in enumerate(batch.families):
         tokens[index, : len(family.prefix)] = family.prefix
@@ -254,7 +252,7 @@ def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
 def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
     per_device = max(1, rows // sharding.batch_ways(mesh)) * cfg.vocab_size * 4
-    return min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+    return min(scored_length, buckets.power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 
 @functools.cache

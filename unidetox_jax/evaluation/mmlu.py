@@ -4,25 +4,85 @@
                                                         text has the highest total log-probability
     standard   the question, choices A to D listed        lm-evaluation-harness's prompt, test split, the letter
 
-Four texts a question, tokenised whole; what the four begin with is their context, what differs is scored. The
-surprising thing: this leaves the paper's argmax as it is, since the shared beginning adds the same to all four.
+Four texts a question, tokenised whole; what the four begin with is their context, and only what differs is scored:
+the shared beginning would add the same to all four.
 """
 
 import collections
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from unidetox_jax import data
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.evaluation.likelihood import loglikelihood
+from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
 LETTERS = "ABCD"
 SPLITS = {"paper": "validation", "standard": "test"}
 
 Question = Mapping[str, Any]  # question: str, choices: four str, answer: index, subject: str, as data's mmlu records
+
+
+class Mmlu(Metric):
+    """Accuracy on MMLU, once for each of config.evaluate.mmlu."""
+
+    field = "mmlu"
+
+    def reads(self, settings: Any) -> dict[str, str]:
+        for text in settings.mmlu:
+            variant(text)
+        return {"mmlu": "mmlu" if settings.mmlu else ""}
+
+    def model(self, settings: Any, subject: str) -> str:
+        return subject
+
+    def compute(self, subject: Subject) -> Result:
+        def kept(text: str) -> dict[str, Any]:
+            return subject.keep(f"mmlu.{text.replace(':', '-')}.json", functools.partial(_measure, subject, text))
+
+        return Result({text: kept(text) for text in subject.settings.mmlu})
+
+    def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
+        return {
+            Quantity(
+                f"mmlu_{text}",
+                f"MMLU {text.replace(':', ' ')}-shot",
+                False,
+                explanation="MMLU: accuracy on questions of knowledge.",
+            ): Cell(
+                result["accuracy"],
+                low=result["accuracy"] - 1.96 * result["stderr"],
+                high=result["accuracy"] + 1.96 * result["stderr"],
+            )
+            for text, result in summary.items()
+        }
+
+
+def variant(text: str) -> tuple[str, int, str]:
+    """Form, shots and split of `FORM:SHOTS[:SPLIT]`. Raises UserError where it is something else."""
+    form, _, rest = text.partition(":")
+    shots, _, split = rest.partition(":")
+    if form not in SPLITS or not shots.isdecimal():
+        raise UserError(
+            f"config.evaluate.mmlu: found {text!r}, expected FORM:SHOTS or FORM:SHOTS:SPLIT, "
+            f"FORM one of {', '.join(SPLITS)}"
+        )
+    return form, int(shots), split or SPLITS[form]
+
+
+def _measure(subject: Subject, text: str) -> dict[str, Any]:
+    form, shots, split = variant(text)
+    questions, examples = (data.load("mmlu", name, subject.data_dir) for name in (split, "dev"))
+    size = subject.settings.score_batch_size
+    return {
+        **evaluate(*subject.load(), questions, examples, form, shots, size, label=f"mmlu {text}"),
+        "split": split,
+    }
 
 
 def evaluate(
@@ -64,7 +124,7 @@ def evaluate(
     tokens = encode(tokenizer, texts)
     for at in range(0, len(texts), len(LETTERS)):
         four = tokens[at : at + len(LETTERS)]
-        shared = _common_beginning(four)
+        shared = shared_beginning(*four)
         contexts += [text[:shared] for text in four]
         continuations += [text[shared:] for text in four]
     found = loglikelihood(model, contexts, continuations, batch_size, label=label)
@@ -101,16 +161,6 @@ def _stem(question: Question, form: str) -> str:
         return f"Question: {question['question']}\nAnswer: "
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, question["choices"], strict=True))
     return f"{question['question'].strip()}\n{listed}Answer:"
-
-
-def _common_beginning(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with, at least 1 (nothing predicts the first)."""
-    shared = 0
-    for column in zip(*texts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return max(1, shared)
 
 
 def _accuracies(correct: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:

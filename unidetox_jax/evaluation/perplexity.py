@@ -1,24 +1,88 @@
-"""Perplexity of continuations given their prompts, under any scorer model; and plain perplexity of a text file.
+"""Perplexity of continuations given their prompts, under any scorer model.
 
-The definition subtracts two likelihoods: exp((NLL(prompt + continuation) − NLL(prompt)) / new tokens), of two texts
-that are tokenised on their own (REFERENCE section 3). What both token lists begin with cancels, so only what follows
-is scored: as a rule the continuation alone, and where the border falls inside a token, the prompt's end as well.
+exp((NLL(prompt + continuation) − NLL(prompt)) / new tokens), of two texts that are tokenised on their own. What both
+token lists begin with cancels, so only what follows is scored: as a rule the continuation alone, and where the border
+falls inside a token, the prompt's end as well.
+
+Axes: R runs, P prompts, S samples of a prompt.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from unidetox_jax.data.tokens import bos, encode
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.likelihood import loglikelihood
-from unidetox_jax.evaluation.toxicity import interval
+from unidetox_jax.evaluation import bootstrap
+from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
 LIMIT = 1e4  # continuations of at least this perplexity are left out of the mean, and counted
-LONGEST_WINDOW = 2048  # of a file, unless asked for: what a longer context adds is small, and attention's cost is not
+
+
+class Perplexity(Metric):
+    """Perplexity of the continuations under config.evaluate.perplexity_scorer."""
+
+    field = "perplexity_scorer"
+    nothing = None
+
+    def model(self, settings: Any, subject: str) -> str:
+        return settings.perplexity_scorer
+
+    def compute(self, subject: Subject) -> Result:
+        settings = subject.settings
+        measured = np.stack(
+            [
+                subject.keep(f"run{index}.perplexities.npy", functools.partial(_measure, subject, index))
+                for index in range(len(subject.runs))
+            ]
+        )
+        values = measured[:, :-1].reshape(len(subject.runs), len(subject.prompts.texts), -1)
+        summary = summarize_runs(values, settings.perplexity_limit, settings.resamples, settings.seed)
+        sums, counts = per_prompt(values, settings.perplexity_limit)
+        return Result(
+            {**summary, "truncated": int(measured[:, -1].sum())},
+            {"perplexity_sum": sums, "perplexity_count": counts},
+            {"perplexity": PerText(values, 4)},
+        )
+
+    def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
+        quantity = Quantity(
+            "perplexity",
+            "Perplexity",
+            True,
+            2,
+            explanation="Perplexity: of the continuations, under the scorer model.",
+            per_prompt="perplexity_sum",
+            weights="perplexity_count",
+            same=("perplexity_scorer",),
+        )
+        return {quantity: Cell.of(summary)}
+
+    def notes(self, summary: Mapping[str, Any]) -> list[str]:
+        if not summary["excluded"] + summary["undefined"]:
+            return []
+        return [
+            f"perplexity rests on {summary['counted']} texts: {summary['excluded']} are above the limit, "
+            f"{summary['undefined']} add no token"
+        ]
+
+
+def _measure(subject: Subject, index: int) -> np.ndarray:
+    """Perplexities of a run's texts, [P·S + 1]; the last number says how many texts lost context."""
+    settings = subject.settings
+    values, truncated = conditional(
+        *subject.load(),
+        subject.prompts.texts,
+        subject.runs[index].texts,
+        settings.score_batch_size,
+        settings.official,
+        label=f"perplexity {index + 1} of {settings.runs}",
+    )
+    return np.append(values.ravel(), truncated)
 
 
 def conditional(
@@ -57,7 +121,7 @@ def conditional(
         for row in np.flatnonzero(owner == index):
             full_tokens[row] = prompt_tokens[index] + full_tokens[row]
 
-    shared = [_common(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
+    shared = [shared_beginning(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
     tails = dict.fromkeys((int(p), c) for p, c in zip(owner, shared, strict=True) if c < len(prompt_tokens[p]))
     texts = [(tokens, c) for tokens, c in zip(full_tokens, shared, strict=True)]
     texts += [(prompt_tokens[p], c) for p, c in tails]
@@ -101,105 +165,17 @@ def summarize_runs(values: np.ndarray, limit: float = LIMIT, resamples: int = 10
     """
     runs = [summarize(run, limit) for run in values]
     counts = {name: sum(run[name] for run in runs) for name in ("texts", "counted", "excluded", "undefined")}
-    figures = np.array([np.nan if run["ppl"] is None else run["ppl"] for run in runs])
-    if np.isnan(figures).any():
+    if any(run["ppl"] is None for run in runs):
         return {**dict.fromkeys(("mean", "sd", "runs", "low", "high")), **counts}
-    sums, counted = per_prompt(values, limit)
-    rows = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-    with np.errstate(invalid="ignore"):
-        spread = interval(rows @ sums / (rows @ counted))
-    return {"mean": float(figures.mean()), "sd": float(figures.std()), "runs": figures.tolist(), **spread, **counts}
+    sums, weights = per_prompt(values, limit)
+    _, resampled = bootstrap.resample(sums, resamples, seed, weights=weights)
+    return {**bootstrap.over_runs(np.array([run["ppl"] for run in runs]), resampled), **counts}
 
 
 def per_prompt(values: np.ndarray, limit: float = LIMIT) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of each prompt's counted perplexities over runs and samples: values [R, P, S] → [P], [P]."""
     there = values < limit
     return np.where(there, values, 0.0).sum(axis=(0, 2)), there.sum(axis=(0, 2))
-
-
-def of_file(
-    model: Model,
-    tokenizer: Any,
-    path: epath.PathLike,
-    stride: int = 0,
-    length: int = 0,
-    batch_size: int = 256,
-    label: str | None = None,
-) -> dict[str, Any]:
-    """`of_texts` of a text file as one stream. Raises UserError also where there is no such file, or no UTF-8 in it."""
-    path = epath.Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return of_texts(model, tokenizer, [text], str(path), stride, length, batch_size, label)
-
-
-def of_texts(
-    model: Model,
-    tokenizer: Any,
-    texts: Sequence[str],
-    where: str,
-    stride: int = 0,
-    length: int = 0,
-    batch_size: int = 256,
-    label: str | None = None,
-) -> dict[str, Any]:
-    """Perplexity of texts, each a stream of tokens of its own, by windows of `length` tokens that slide by `stride`.
-
-    Every token of a text but the first is scored once, with at least length − stride tokens before it where there are
-    as many. Length 0 means the model's context, but at most 2,048; stride 0 half the length. `where` is for messages.
-
-    Returns:
-      {"ppl", "nll" (nats a token), "bits_per_byte", "texts", "tokens" (scored), "bytes", "length", "stride"}.
-
-    Raises:
-      UserError: fewer than two tokens in every text.
-    """
-    length = length or min(model.cfg.max_position_embeddings, LONGEST_WINDOW)
-    stride = stride or length // 2
-    pieces = [windows(tokens, length, stride) for tokens in encode(tokenizer, texts)]
-    contexts, continuations = ([piece for part in pieces for piece in part[side]] for side in (0, 1))
-    scored, size = sum(map(len, continuations)), sum(len(text.encode()) for text in texts)
-    if not scored:
-        raise UserError(f"{where}: no text with at least 2 tokens")
-    found = loglikelihood(model, contexts, continuations, batch_size, max_length=length, label=label)
-    nll = -float(found.sums.sum())
-    return {
-        "ppl": float(np.exp(nll / scored)),
-        "nll": nll / scored,
-        "bits_per_byte": nll / np.log(2) / size,
-        "texts": len(texts),
-        "tokens": scored,
-        "bytes": size,
-        "length": length,
-        "stride": stride,
-    }
-
-
-def windows(tokens: Sequence[int], length: int, stride: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-    """Contexts and continuations that score every token but the first once, in inputs of at most `length` tokens."""
-    contexts, continuations = [], []
-    at = 1
-    while at < len(tokens):
-        end = min(at + (length if at == 1 else stride), len(tokens))
-        start = max(0, end - 1 - length)
-        contexts.append(tokens[start:at])
-        continuations.append(tokens[at:end])
-        at = end
-    return contexts, continuations
-
-
-def _common(prompt: Sequence[int], full: Sequence[int]) -> int:
-    """How many tokens both begin with, at least 1 (the first is never scored)."""
-    same = 0
-    for left, right in zip(prompt, full, strict=False):
-        if left != right:
-            break
-        same += 1
-    return max(1, same)
 
 
 def _stale(prompts: Sequence[str], owner: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ a phone's screen, so that their text stays readable there.
 
 import dataclasses
 import io
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from unidetox_jax.report import results
-from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Quantity, Row
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Quantity, Row
 
 WIDTH = 4.9  # inches; at 96 pixels an inch, just over a phone's width
 COLORS = {  # the page's CSS variables, and what they are in PNG files
@@ -140,16 +141,15 @@ def _change(change: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 @styled
-def categories(evaluations: Sequence[Evaluation]) -> Plot | None:
+def categories(rows: Sequence[Row]) -> Plot | None:
     """TP of every category with its interval, a panel for each model; None where prompts have no categories."""
     panels: dict[str, list[Point]] = {}
-    for evaluation in evaluations:
-        for name in results.category_names(evaluations):
-            toxicity = evaluation.metrics["toxicity"].get(name)
-            label = name.replace("_", " ") + ("\n(unseen)" if name in evaluation.metrics["groups"]["ood"] else "")
-            if toxicity and toxicity["tp"]["mean"] is not None:
-                numbers = {field: toxicity["tp"][field] for field in ("mean", "low", "high")}
-                panels.setdefault(evaluation.name, []).append(Point(label, evaluation.form, **numbers))
+    names = results.category_names([row.evaluation for row in rows])
+    for row, name in itertools.product(rows, names):
+        cell = row.cells.get(f"tp of {name}")
+        label = name.replace("_", " ") + ("\n(unseen)" if name in row.evaluation.metrics["groups"]["ood"] else "")
+        if cell:
+            panels.setdefault(row.name, []).append(Point(label, row.form, cell.mean, cell.low, cell.high))
     columns = 1 if len(panels) <= 2 else 2
     figure = _intervals(panels, "TP, with its 95 % interval", columns, sharex=True, sharey=True)
     caption = (

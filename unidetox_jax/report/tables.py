@@ -16,7 +16,8 @@ CSV_FIELDS = (
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Every cell of the table, and TP and EMT of every category, a row each; empty where there is nothing."""
+    """Every cell of the table, and those beside it (TP and EMT of every category), a row each; empty where there is
+    nothing."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -27,17 +28,9 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def _records(row: Row) -> Iterator[dict[str, Any]]:
     """A row's numbers, and how many prompts and texts each rests on."""
-    metrics = row.evaluation.metrics
     for key, cell in row.cells.items():
-        kind, _, group = key.partition("_")
-        counts = metrics["toxicity"][group] if kind in ("tp", "emt") else metrics["counts"]
-        rests_on = {} if kind in ("mmlu", "text") else {name: counts[name] for name in ("prompts", "texts")}
         change = {f"change_{name}": number for name, number in (cell.change or {}).items()}
-        yield {"quantity": key, **vars(cell), **change, **rests_on}
-    for category in results.category_names([row.evaluation]):
-        summary = metrics["toxicity"].get(category)
-        for metric in ("tp", "emt") if summary else ():
-            yield {"quantity": f"{metric} of {category}", **summary, **summary[metric]}
+        yield {"quantity": key, **vars(cell), **change}
 
 
 def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:

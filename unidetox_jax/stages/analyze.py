@@ -23,9 +23,9 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import data, text_statistics
-from unidetox_jax.analysis import bootstrap, copying, description, keywords, leaning
+from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import scorers
+from unidetox_jax.evaluation import bootstrap, scorers
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import AnalyzeSettings, Run
 

@@ -25,9 +25,12 @@ def kept(
     make: Callable[[], Value],
     read: Callable[[epath.Path], Value],
     write: Callable[[epath.Path, Value], None],
+    together: bool = True,
 ) -> Value:
-    """What lies at `path`, or what `make` gives, which then lies there."""
-    if distributed.as_first_says("there" if path.exists() else ""):
+    """What lies at `path`, or what `make` gives, which then lies there. together: every process asks, and hears what
+    process 0 sees; otherwise process 0 alone does."""
+    there = "there" if path.exists() else ""
+    if distributed.as_first_says(there) if together else there:
         return read(path)
     value = make()
     if parts.first_process():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, models, planning, sharding, training
+from unidetox_jax import buckets, checkpoint, models, planning, sharding, training
 from unidetox_jax.decoding import loop, objectives, warpers
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.errors import UserError
@@ -108,7 +108,7 @@ def training_program(name: str, cfg: ModelConfig, settings: TrainingSettings) ->
     def lower(mesh: Mesh):
         ways = sharding.batch_ways(mesh) * settings.accumulation
         rows = sharding.batch_sharding(mesh)
-        shape = (-(-settings.batch_size // ways) * ways, length)
+        shape = (buckets.multiple(settings.batch_size, ways), length)
         kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32}
         batch = {kind: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for kind, dtype in kinds.items()}
         step = training.make_train_step(
@@ -138,7 +138,9 @@ def distill_program(run: Run, dtype: str) -> Program:
     """The generation of a batch of texts from BOS by all models of the objective."""
     settings = run.distill
     configs = [_distill_config(run, source, dtype) for source in settings.models]
-    drawn = [warpers.temperature(settings.temperature), *_truncation(settings.top_k, settings.top_p, settings.min_p)]
+    drawn = warpers.choose(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
+    )
     new_tokens = min(settings.max_length, *(cfg.max_position_embeddings for cfg in configs)) - 1
     return decoding_program(
         f"distill ({', '.join(settings.models)})",
@@ -161,7 +163,7 @@ def generation_program(run: Run, name: str, cfg: ModelConfig) -> Program:
         name,
         [cfg],
         objectives.get("base"),
-        [warpers.temperature(settings.temperature), *_truncation(settings.top_k, settings.top_p)],
+        warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
         rows=settings.batch_size,
         prompt=PROMPT_TOKENS,
         new_tokens=settings.max_new_tokens,
@@ -191,7 +193,7 @@ def decoding_program(
 
     def lower(mesh: Mesh):
         ways = sharding.batch_ways(mesh)
-        prompts = -(-max(1, rows // samples) // ways) * ways
+        prompts = buckets.multiple(max(1, rows // samples), ways)
         over_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
         def row(dtype, *shape, count=prompts * samples):
@@ -232,7 +234,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
 
     def lower(mesh: Mesh):
         ways = sharding.batch_ways(mesh)
-        filled = -(-rows // ways) * ways
+        filled = buckets.multiple(rows, ways)
         shapes = ((filled, length), (filled, 2), (filled, scored), (filled, 1))
         over_rows = sharding.batch_sharding(mesh)
         arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over_rows) for shape in shapes]
@@ -380,8 +382,3 @@ def _distill_config(run: Run, source: str, dtype: str) -> ModelConfig:
     path, _, layer = source.partition("@")
     cfg = _config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
     return dataclasses.replace(cfg, num_layers=int(layer)) if layer else cfg
-
-
-def _truncation(top_k: int, top_p: float, min_p: float = 0.0) -> list[warpers.Warper]:
-    chosen = ((top_k, warpers.top_k), (top_p if top_p < 1 else 0, warpers.top_p), (min_p, warpers.min_p))
-    return [warper(value) for value, warper in chosen if value]

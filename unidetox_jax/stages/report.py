@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unidetox_jax.errors import UserError
 from unidetox_jax.report import findings, page, plots, results, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
 from unidetox_jax.stages import analyze, base, parts, settings
@@ -54,7 +53,7 @@ def write(run: Run, directory: epath.Path) -> None:
     rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
     analysis, distilled = _texts(run)
     stages = [base.read_json(path / base.COMPLETE) for path in finished(run)]
-    shown = [plots.trade_off(rows), plots.categories(evaluations), plots.changes(rows, quantities)]
+    shown = [plots.trade_off(rows), plots.categories(rows), plots.changes(rows, quantities)]
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     for plot in filter(None, (*shown, leaning, training)):
@@ -109,16 +108,7 @@ def load_evaluations(run: Run) -> list[Evaluation]:
         return order.index(name) if name in order else len(order), name, list(results.FORMS).index(evaluation.form)
 
     directories = [path for path in _directories(run, ["evaluation"]) if base.is_complete(path)]
-    return sorted(map(_load, directories), key=place)
-
-
-def _load(directory: epath.Path) -> Evaluation:
-    try:
-        metrics = base.read_json(directory / "metrics.json")
-        with (directory / "per_prompt.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Evaluation(metrics, dict(arrays))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: not an evaluation ({error}); remove it and run `unidetox evaluate`") from None
+    return sorted(map(results.read, directories), key=place)
 
 
 def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -13,6 +13,7 @@ import ml_collections
 from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
 
 
@@ -92,44 +93,15 @@ class DetoxifySettings(TrainingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
-    """Toxicity, perplexity, diversity, knowledge, before and after."""
+class EvaluateSettings(Protocol):
+    """Toxicity, perplexity, diversity, knowledge, before and after: a protocol, and what is evaluated by it."""
 
     # Of every target: as it is, detoxified, and (where it is a control target) fine-tuned on samples of the base model
     which: tuple[str, ...] = ("original", "detoxified", "control")
     extra_models: tuple[str, ...] = ()  # 'name=PATH' each: the samples-only control, say
-    # Toxicity. Prompts: toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
+    # toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
     prompts: str = "toxigen"
     max_prompts: int = 0  # that many, drawn with `seed`; 0: all
-    samples: int = 25  # continuations of a prompt
-    max_new_tokens: int = 20
-    temperature: float = 1.0
-    top_k: int = 50  # 0: off
-    top_p: float = 0.9  # after top-k; 1: off
-    runs: int = 5
-    seed: int = 42  # of the first run; the next has the next
-    scorer: str = "classifier:unitary/toxic-bert"  # or linear:DIRECTORY, lexicon
-    threshold: float = 0.5  # toxic is what scores above it
-    id_categories: tuple[str, ...] = ("gender_lgbtq", "race_nationalities", "religion")  # the toxic model saw these
-    ood_categories: tuple[str, ...] = ("disability",)
-    resamples: int = 1000  # of the bootstrap over prompts
-    # Fluency
-    perplexity_scorer: str = "meta-llama/Llama-2-7b-hf"  # empty: no perplexity
-    perplexity_limit: float = 1e4  # continuations above it are left out of the mean, and counted
-    text_file: str = ""  # plain perplexity by each model itself: a file (one stream) or a data set; empty: none
-    # Knowledge. FORM:SHOTS or FORM:SHOTS:SPLIT, form paper (validation split) or standard (test split); empty: none
-    mmlu: tuple[str, ...] = ("paper:1", "paper:3")
-    # lm-evaluation-harness: its task names, or files of tasks (.yaml)
-    harness: tuple[str, ...] = ()
-    harness_shots: int = -1  # -1: as the task says
-    harness_limit: int = 0  # documents of a task; 0: all
-    # The released code: no BOS before prompts, prompt + continuation in Dist-n, every occurrence of the prompt removed,
-    # stale prompt lengths in perplexity
-    official: bool = False
-    prompt_bos: bool = True  # BOS before prompts where the tokenizer has it; `official` leaves it out as well
-    # Rows on the device at once: they change speed and memory, and the result by rounding at most
-    batch_size: int = 512  # of generation
-    score_batch_size: int = 256  # of likelihoods, for rows of up to 128 tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""Names in configurations: "name", "name(setting=literal, …)", and "package.module:attribute(…)" for the user's code.
+
+`what` is the kind of thing that is named ("objective", "metric"), for messages.
+"""
+
+import ast
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+from unidetox_jax.errors import UserError, suggest
+
+
+def parse(text: str, what: str) -> tuple[str, dict[str, Any]]:
+    """ "name(a=1)" → ("name", {"a": 1}); settings are literals, nothing is evaluated. Raises UserError otherwise."""
+    name, bracket, rest = text.strip().partition("(")
+    name = name.strip()
+    if not bracket:
+        return name, {}
+    problem = f"{what} {text!r}: expected name(setting=literal, …)"
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+    except SyntaxError as error:
+        raise UserError(f"{problem}: {error.msg}") from None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise UserError(problem)
+    settings = {}
+    for keyword in call.keywords:
+        try:
+            if keyword.arg is None:
+                raise ValueError
+            settings[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise UserError(f"{problem}: {ast.unparse(keyword)} is no literal") from None
+    return name, settings
+
+
+def load(path: str, what: str, kind: str = "function") -> Any:
+    """The callable at "package.module:attribute"; modules in the current directory are found as well.
+
+    Raises:
+      UserError: no such module or attribute, or a module whose import fails.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise UserError(f"{what} {path!r}: expected package.module:{kind}")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that it shadows nothing; it stays, for what the module imports later
+        importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = f"no module {error.name!r}, neither installed nor in {here}"
+        raise UserError(f"{what} {path!r}: {missing}") from error
+    except Exception as error:  # the user's file is wrong: say where, in one line
+        frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        failed = f"importing it failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+        raise UserError(f"{what} {path!r}: {failed}") from error
+    value = getattr(module, attribute, None)
+    if not callable(value):
+        known = [name for name, other in vars(module).items() if callable(other) and not name.startswith("_")]
+        missing = f"{module_name} has no {kind} {attribute!r}{suggest(attribute, known)}"
+        raise UserError(f"{what} {path!r}: {missing}")
+    return value
