@@ -103,7 +103,7 @@ def loglikelihood(
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
         pending = None  # the batch that the device works on while the host makes the next one
-        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_ways(mesh)):
+        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_shards(mesh)):
             result = _score(model, mesh, batch, limit)
             if pending is not None:
                 bar.update(collect(*pending))
@@ -253,7 +253,7 @@ def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
 
 def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
-    per_device = max(1, rows // sharding.batch_ways(mesh)) * cfg.vocab_size * 4
+    per_device = max(1, rows // sharding.batch_shards(mesh)) * cfg.vocab_size * 4
     return min(scored_length, power_bucket(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 
