@@ -36,7 +36,7 @@ def exact_law(scores, temperature=1.0, k=None, p=None, min_p=None):
 def draws_of(scores, chosen, seed=0, count=DRAWS):
     keys = sampling.step_keys(sampling.row_keys(seed, jnp.arange(count)), 5)
     rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, len(scores)))
-    return np.asarray(jax.jit(sampling.draw)(rows, tuple(chosen), keys))
+    return np.asarray(jax.jit(sampling.sample)(rows, tuple(chosen), keys))
 
 
 SCORES = np.random.default_rng(3).normal(size=23) * 1.5
@@ -114,7 +114,7 @@ BATCH, VOCABULARY = 16, 1024
 
 @jax.jit
 def draw_rows(scores, chain, row_ids):
-    return sampling.draw(scores, chain, sampling.step_keys(sampling.row_keys(9, row_ids), 3))
+    return sampling.sample(scores, chain, sampling.step_keys(sampling.row_keys(9, row_ids), 3))
 
 
 def scores_with_ties():
@@ -180,13 +180,13 @@ def test_the_vocabulary_is_never_sorted():
         assert ("TopK" in text) == (name == "all")
 
 
-def test_the_inverse_law_takes_only_tokens_that_have_mass():
+def test_the_inverse_cdf_takes_only_tokens_that_have_mass():
     scores = np.full((4, 600), -np.inf, np.float32)
     scores[:, [5, 300, 590]] = [[0.0, -1.0, -30.0]]
     uniform = jnp.asarray([0.0, 0.7, 0.9, 1 - 2**-24])
-    np.testing.assert_array_equal(sampling.inverse_law(scores, uniform), [5, 5, 300, 300])
+    np.testing.assert_array_equal(sampling.inverse_cdf(scores, uniform), [5, 5, 300, 300])
     certain = np.where(np.arange(600) == 599, 0.0, -np.inf)[None].astype(np.float32)
-    np.testing.assert_array_equal(sampling.inverse_law(certain, jnp.asarray([0.0])), [599])
+    np.testing.assert_array_equal(sampling.inverse_cdf(certain, jnp.asarray([0.0])), [599])
 
 
 def test_settings_of_warpers_are_traced():

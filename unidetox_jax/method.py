@@ -104,7 +104,7 @@ def finetune(
         recipe.batch_size,
         seed=recipe.seed,
         layout=recipe.layout,
-        row_multiple=sharding.batch_ways(mesh) * recipe.accumulation,
+        row_multiple=sharding.batch_shards(mesh) * recipe.accumulation,
         max_shapes=loop.worthwhile_shapes(steps, most=8),
     )
     optimizer = training.Optimizer(

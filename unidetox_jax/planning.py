@@ -298,7 +298,7 @@ def optimizer_bytes(cfg: ModelConfig) -> float:
 def weight_bytes(cfg: ModelConfig, mesh: Mesh) -> float:
     """Bytes of weights that all devices together read in a forward pass, in the compute dtype: only `model` divides
     that work, whatever is cut over `fsdp` is whole when it is used."""
-    return sharding.batch_ways(mesh) * np.dtype(cfg.dtype).itemsize * _matmul_params(cfg)
+    return sharding.batch_shards(mesh) * np.dtype(cfg.dtype).itemsize * _matmul_params(cfg)
 
 
 def cache_bytes(cfg: ModelConfig, rows: int, length: int) -> float:

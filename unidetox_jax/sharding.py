@@ -119,8 +119,8 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 @functools.cache
-def _log_whole(path: str, size: int, axis: str, ways: int) -> None:
-    logging.info("sharding: %s keeps its %d whole: %s has %d devices", path, size, axis, ways)
+def _log_whole(path: str, size: int, axis: str, count: int) -> None:
+    logging.info("sharding: %s keeps its %d whole: %s has %d devices", path, size, axis, count)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -133,8 +133,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def batch_ways(mesh: Mesh | None) -> int:
-    """How many ways a batch is split; its rows must be a multiple."""
+def put(tree: Any, placement: NamedSharding) -> Any:
+    """Host arrays on devices. Every process holds the same whole arrays and fills the parts on its own devices."""
+
+    def place(x):
+        return jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(place, tree)
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """How many parts a batch is split into; its rows must be a multiple."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 

@@ -134,7 +134,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str
     prompts = tuple(_prompts(model.cfg, batch) for model in pair)
     inputs = loop.Inputs(
         prompts=prompts, masks=tuple(tokens >= 0 for tokens in prompts), row_ids=np.arange(batch, dtype=np.int32),
-        live=np.ones(batch, bool), seed=np.uint32(0), limit=np.int32(new_tokens), ends=np.zeros(0, np.int32),
+        live=np.ones(batch, bool), seed=np.uint32(0), limit=np.int32(new_tokens), eos_ids=np.zeros(0, np.int32),
         pad=np.int32(0),
     )  # fmt: skip
     plan = make_plan(

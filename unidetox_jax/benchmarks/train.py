@@ -43,7 +43,7 @@ def measure(run: Any) -> list[dict[str, Any]]:
         run.bench.steps * len(run.bench.train_batch_sizes), "steps", "train", disable=jax.process_index() > 0
     )
     for size in run.bench.train_batch_sizes:
-        batches = data.Batches(tokens, size, seed=SEED, row_multiple=sharding.batch_ways(mesh))
+        batches = data.Batches(tokens, size, seed=SEED, row_multiple=sharding.batch_shards(mesh))
         found += [{**row, **machine.describe()} for row in _measure(run, cfg, mesh, batches, theirs, bar)]
     bar.close()
     return found

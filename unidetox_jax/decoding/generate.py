@@ -19,7 +19,7 @@ from unidetox_jax import buckets, sharding
 from unidetox_jax import models as models_
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
-from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
@@ -59,7 +59,7 @@ def generate(
     log_probabilities: bool = False,
     layer_loop: str | None = None,
 ) -> Generation:
-    """Continues prompts by tokens drawn from an objective over one or several models.
+    """Continues prompts by tokens sampled from an objective over one or several models.
 
     Args:
       models: `Model`s of one vocabulary, in the order of the objective's arguments; all on one mesh, or on none.
@@ -100,7 +100,7 @@ def generate(
         samples=samples,
         prompt_slots=prompt_slots,
     )
-    prompt_rows = -len(prompts[0]) % sharding.batch_ways(mesh) + len(prompts[0])
+    prompt_rows = -len(prompts[0]) % sharding.batch_shards(mesh) + len(prompts[0])
     rows = prompt_rows * samples
     inputs = loop.Inputs(
         prompts=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
@@ -109,7 +109,7 @@ def generate(
         live=np.arange(rows) < batch,
         seed=_seed(seed),
         limit=np.int32(max_new_tokens),
-        ends=_ends(models[0].cfg, eos_id),
+        eos_ids=_eos_ids(models[0].cfg, eos_id),
         pad=_pad(models[0].cfg, eos_id),
     )
     with _use(mesh):
@@ -275,12 +275,12 @@ def _seed(seed: int) -> np.uint32:
     return np.uint32(seed)
 
 
-def _ends(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray:
+def _eos_ids(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray:
     return np.atleast_1d(np.asarray(cfg.end_token_ids if eos_id is None else eos_id, np.int32))
 
 
 def _pad(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:
-    candidates = (cfg.pad_token_id, *_ends(cfg, eos_id), 0)
+    candidates = (cfg.pad_token_id, *_eos_ids(cfg, eos_id), 0)
     return np.int32(next(token for token in candidates if token is not None and 0 <= token < cfg.vocab_size))
 
 
@@ -290,13 +290,9 @@ def _place(inputs: loop.Inputs, mesh: Mesh | None) -> loop.Inputs:
         return inputs
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     targets = loop.Inputs(
-        prompts=rows, masks=rows, row_ids=rows, live=rows, seed=whole, limit=whole, ends=whole, pad=whole
+        prompts=rows, masks=rows, row_ids=rows, live=rows, seed=whole, limit=whole, eos_ids=whole, pad=whole
     )
-
-    def place(x, target):
-        return jax.make_array_from_callback(np.shape(x), target, lambda index: np.asarray(x)[index])
-
-    return jax.tree.map(lambda target, part: jax.tree.map(lambda x: place(x, target), part), targets, inputs)
+    return jax.tree.map(lambda target, part: sharding.put(part, target), targets, inputs)
 
 
 def _check_numbers(output: loop.Output, objective: Objective, batch: int) -> None:

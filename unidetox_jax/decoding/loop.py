@@ -1,13 +1,12 @@
 """The compiled program of one generation: prompts through M models side by side, then one token a row and step.
 
 B batch, V vocabulary, P slots of a model's prompt but its last token, S new tokens that there is room for.
-What is surprising:
 
 - The loop is several `while_loop`s in a row, one for each segment of cache slots. Before each, the caches grow to
   what that segment needs, so a step reads the keys and values that are live, rounded up to `SEGMENT`, and not
   those of a text's full length. Each writes its caches in place.
 - The prompt's last token is read by the loop's first step, not with the rest of the prompt. So there is one place
-  where tokens are drawn, and a prompt of one token (BOS) needs no pass of its own.
+  where tokens are sampled, and a prompt of one token (BOS) needs no pass of its own.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 
 from unidetox_jax import models, sharding
 from unidetox_jax.decoding import sampling
-from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.models import Cache, ModelConfig
 
 SEGMENT = 64  # slots: smaller reads less that is not live, larger compiles fewer loops
@@ -62,20 +61,20 @@ class Inputs(NamedTuple):
     live: jax.Array  # bool [B]: false for rows that only fill up the batch
     seed: jax.Array  # uint32
     limit: jax.Array  # int32: new tokens wanted, at most S
-    ends: jax.Array  # int32 [E]: tokens that end a row
+    eos_ids: jax.Array  # int32 [E]: tokens that end a row
     pad: jax.Array  # int32: what follows the end
 
 
 class State(NamedTuple):
     """The loop's carry."""
 
-    step: jax.Array  # int32: tokens drawn so far
+    step: jax.Array  # int32: tokens sampled so far
     last: jax.Array  # int32 [M,B]: the token that each model reads next
     tokens: jax.Array  # int32 [S,B]
     ended: jax.Array  # bool [B]
     lengths: jax.Array  # int32 [B]
     log_probabilities: jax.Array  # float32 [M,B]: sums over a row's tokens; [0,B] where not asked for
-    bad: jax.Array  # bool [M+1,B]: a model's logits (last: the scores) are no law
+    bad: jax.Array  # bool [M+1,B]: a model's logits (last: the scores) are not finite
     caches: tuple[Cache, ...]  # one for each model, or one that all read
 
 
@@ -112,7 +111,7 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
 
     def advance(state: State) -> State:
         logits, caches = _step(params, state, plan)
-        return _draw(logits, state, caches, inputs, objective, warpers, keys)
+        return _append_token(logits, state, caches, inputs, objective, warpers, keys)
 
     state = _begin(params, inputs, plan)
     if plan.official_cache:  # each model has its own pass over the whole prompt; from then on there is one cache
@@ -148,7 +147,7 @@ def program_of_backend(rows: int) -> Callable[..., Output]:
 
 
 def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
-    """Nothing drawn; the prompts but for their last tokens in the caches."""
+    """Nothing sampled; the prompts but for their last tokens in the caches."""
     batch, count = inputs.row_ids.shape[0], len(params)
     caches = []
     for tree, cfg, tokens, mask, length in zip(
@@ -205,22 +204,22 @@ def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> 
     return tuple(reversed(logits)), (written,)
 
 
-def _draw(logits: Logits, state: State, caches, inputs: Inputs, objective: Objective, warpers, keys) -> State:
+def _append_token(logits: Logits, state: State, caches, inputs: Inputs, objective: Objective, warpers, keys) -> State:
     """The state with one more token in each row that has not ended."""
     scores = objective(*logits)
-    drawn = sampling.draw(scores, warpers, sampling.step_keys(keys, state.step))
+    sampled = sampling.sample(scores, warpers, sampling.step_keys(keys, state.step))
     live = ~state.ended
-    token = jnp.where(live, drawn, inputs.pad)
+    token = jnp.where(live, sampled, inputs.pad)
     # A maximum is NaN where any entry is, and −inf where no token is left.
     bad = jnp.stack([~jnp.isfinite(z.max(-1)) for z in (*logits, scores)])
     sums = state.log_probabilities
     if len(sums):
-        sums += jnp.where(live, jnp.stack([_log_probability(z, drawn) for z in logits]), 0.0)
+        sums += jnp.where(live, jnp.stack([_log_probability(z, sampled) for z in logits]), 0.0)
     return State(
         step=state.step + 1,
         last=jnp.broadcast_to(token, state.last.shape),
         tokens=jax.lax.dynamic_update_slice(state.tokens, token[None], (state.step, 0)),
-        ended=state.ended | jnp.any(token[:, None] == inputs.ends, -1),
+        ended=state.ended | jnp.any(token[:, None] == inputs.eos_ids, -1),
         lengths=state.lengths + live,
         log_probabilities=sums,
         bad=bad & live,

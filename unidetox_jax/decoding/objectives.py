@@ -1,7 +1,7 @@
 """Decoding objectives: pure functions (*logits, **settings) → scores, and `get`, which names them.
 
 B batch, V vocabulary. Logits are [..., V] of any float dtype, one array for each model; scores are float32
-[..., V], logits of the law that the next token is drawn from, −inf where a token is excluded. Everything
+[..., V], logits of the distribution that the next token is sampled from, −inf where a token is excluded. Everything
 is computed in float32.
 
 z: logits, l = log_softmax(z), p = softmax(z), and two plausible sets:
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from unidetox_jax.decoding import thresholds
-from unidetox_jax.decoding.plugin import Objective, Range, resolve
+from unidetox_jax.decoding.objective import Objective, Range, resolve
 
 Share = Annotated[float, Range("(0, 1]")]
 Weight = Annotated[float, Range("[0, inf)")]
@@ -186,7 +186,7 @@ def soft_contrastive(base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 1
 
     d = ‖p_b − p_t‖₂, t = log(1+d), a = t/(1+t), k = clamp(⌊aV⌋, min_k, V); the tokens: those among the k
     largest of l_t − l_b where it is positive. HSPD's soft contrast: the more the two models differ, the
-    stronger and wider it acts; min_k 10. As published, adding a constant to z_t changes the law; with l_t
+    stronger and wider it acts; min_k 10. As published, adding a constant to z_t changes the distribution; with l_t
     it does not.
     """
     base, toxic = _float32(base), _float32(toxic)

@@ -1,6 +1,6 @@
 """Draws one token a row from scores, inside the compiled loop; the noise belongs to the token id.
 
-B batch, V vocabulary, k of top-k. What is surprising: the draw is not `categorical`.
+B batch, V vocabulary, k of top-k. It is not `jax.random.categorical`, because:
 
 - A row's key is fold_in(fold_in(key(seed), row id), step), and a candidate's noise is the Threefry hash of that
   key and the token's id. So it depends on seed, row, step and id and on nothing else: not on the batch, the
@@ -9,7 +9,7 @@ B batch, V vocabulary, k of top-k. What is surprising: the draw is not `categori
   a draw only where two perturbed scores nearly tie. It costs no more: 0.06 ms for 16 rows of 50.
 - With top-k, `lax.top_k` finds the candidates, and the other warpers act on them alone. Both of its outputs must
   stay in use and uncut: otherwise XLA's CPU compiler makes it a sort of the vocabulary, eighty times slower.
-- Without top-k, one uniform number a row goes through the inverse of the cumulative law, taken by blocks of
+- Without top-k, one uniform number a row goes through the inverse of the cumulative distribution, taken by blocks of
   the vocabulary: two passes, a twentieth of the time of Gumbel noise for every token.
 - Under `jax.set_mesh`, a vocabulary split over the axis `model` is searched part by part; whole scores are never
   gathered.
@@ -26,7 +26,7 @@ from jax.sharding import AxisType, PartitionSpec
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
 
-_BLOCK = 256  # tokens of the vocabulary summed together by the inverse law
+_BLOCK = 256  # tokens of the vocabulary summed together by the inverse of the distribution
 _SMALL_VOCABULARY = 4096  # tokens, sorted in no time
 _ROW_STREAM = 0xFFFFFFFF  # folded in for a row's uniform number; no token has this id
 
@@ -41,14 +41,14 @@ def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(step, jnp.uint32), keys.shape))
 
 
-def draw(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.Array:
+def sample(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.Array:
     """One token a row from softmax(warped scores).
 
-    The law is that of `warpers.apply`, exactly: a row whose k-th score ties with the next, where more than
+    The distribution is that of `warpers.apply`, exactly: a row whose k-th score ties with the next, where more than
     k tokens survive, takes the way without candidates.
 
     Args:
-      scores: float [B,V], logits of the law; −inf excludes a token. At least one finite entry a row.
+      scores: float [B,V], logits; −inf excludes a token. At least one finite entry a row.
       warpers: in any order; they act in the order of `warpers.in_order`. `Greedy` needs no key.
       keys: keys [B] of `step_keys`.
     Returns: int32 [B].
@@ -60,16 +60,16 @@ def draw(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.A
     size = scores.shape[-1]
     k = next((warper.k for warper in warpers if isinstance(warper, TopK)), size)
     if k >= size:
-        return _draw_from_all(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
+        return _sample_vocabulary(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
     # One more than k, to see whether the k-th ties with it; picked by reductions, as a slice would mean a sort.
     values, ids = _candidates(scores, k + 1)
     rank = jnp.arange(k + 1)
     last, next_ = (jnp.max(values, -1, where=rank == r, initial=-jnp.inf) for r in (k - 1, k))
     tied = (last == next_) & (last > -jnp.inf)
-    tokens = _draw_from_candidates(jnp.where(rank < k, values, -jnp.inf), ids, warpers, keys)
+    tokens = _sample_candidates(jnp.where(rank < k, values, -jnp.inf), ids, warpers, keys)
     return lax.cond(
         jnp.any(tied),
-        lambda: jnp.where(tied, _draw_from_all(scores, warpers, keys), tokens),
+        lambda: jnp.where(tied, _sample_vocabulary(scores, warpers, keys), tokens),
         lambda: tokens,
     )
 
@@ -127,7 +127,7 @@ def _candidates(scores, k):
     return values, order[places]
 
 
-def _draw_from_candidates(values, ids, warpers, keys):
+def _sample_candidates(values, ids, warpers, keys):
     """float32 [B,k] scores and int32 [B,k] ids of the top-k candidates, in any order → int32 [B]."""
     for warper in warpers:
         match warper:
@@ -152,13 +152,13 @@ def _in_order(values, ids):
     return lax.cond(tied, lambda: tuple(x[:, ::-1] for x in lax.sort((values, ids), num_keys=2)), lambda: (values, ids))
 
 
-def _draw_from_all(scores, warpers, keys):
+def _sample_vocabulary(scores, warpers, keys):
     """float32 [B,V] → int32 [B], with any warpers, over the whole vocabulary."""
     scores = warpers_.apply(warpers, scores)
     stream = jnp.full((*keys.shape, 1), _ROW_STREAM, jnp.uint32)
     uniform = (_hash(keys, stream)[:, 0] >> 8).astype(jnp.float32) * 2.0**-24
     rows, model, split = _mesh_axes(scores.shape)
-    inverse = lambda scores, uniform: inverse_law(scores, uniform, model)  # noqa: E731
+    inverse = lambda scores, uniform: inverse_cdf(scores, uniform, model)  # noqa: E731
     if split:
         inverse = jax.shard_map(
             inverse,
@@ -169,8 +169,8 @@ def _draw_from_all(scores, warpers, keys):
     return inverse(scores, uniform)
 
 
-def inverse_law(scores: jax.Array, uniform: jax.Array, axis: str | None = None) -> jax.Array:
-    """The first token, by id, at which the cumulative law of softmax(scores) exceeds a number in [0, 1).
+def inverse_cdf(scores: jax.Array, uniform: jax.Array, axis: str | None = None) -> jax.Array:
+    """The first token, by id, at which the cumulative distribution of softmax(scores) exceeds a number in [0, 1).
 
     Args:
       scores: float32 [B,V]; inside `shard_map` over `axis`, the local part of the vocabulary.

@@ -1,4 +1,4 @@
-"""Whole texts drawn from an objective, batch by batch: the distilled data set (Lu et al., ICLR 2025, section 3.2).
+"""Whole texts sampled from an objective, batch by batch: the distilled data set (Lu et al., ICLR 2025, section 3.2).
 
 A text depends on the seed and on its own number alone. Every batch has the same shape, so one program serves all, and
 whoever keeps finished batches (`keep`) goes on after a kill with the first one missing, to the same bytes.
@@ -16,7 +16,7 @@ from unidetox_jax import sharding, text_statistics
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import decode
 from unidetox_jax.decoding.generate import generate
-from unidetox_jax.decoding.plugin import Objective
+from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model

@@ -1,4 +1,4 @@
-"""Warpers: pure functions scores → scores over a whole vocabulary, which reshape the law of the next token.
+"""Warpers: pure functions scores → scores over a whole vocabulary, which reshape the distribution of the next token.
 
 B batch, V vocabulary. Dropped tokens are −inf. Each keeps the tokens that the class of the same name in
 Hugging Face transformers keeps, ties included (top-p leaves the choice among equals to torch's unstable sort

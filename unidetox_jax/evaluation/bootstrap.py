@@ -46,7 +46,7 @@ def resample(
 
 
 def interval(resampled: np.ndarray) -> dict[str, float]:
-    """The 95 % percentile interval of [R], {"low", "high"}; NaN is passed over, and given where there is nothing else."""
+    """The 95 % percentile interval of [R], {"low", "high"}; NaN is passed over, and is the answer where all are."""
     there = resampled[~np.isnan(resampled)]
     low, high = np.percentile(there, (2.5, 97.5)) if there.size else (np.nan, np.nan)
     return {"low": float(low), "high": float(high)}

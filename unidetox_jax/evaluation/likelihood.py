@@ -103,7 +103,7 @@ def loglikelihood(
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
         pending = None  # the batch that the device works on while the host makes the next one
-        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_ways(mesh)):
+        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_shards(mesh)):
             result = _score(model, mesh, batch, limit)
             if pending is not None:
                 bar.update(collect(*pending))
@@ -228,7 +228,7 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
             spans[index] = row.start, len(row.scored)
 
     arrays = (tokens, spans, scored, last, *(_prefixes(batch, limit) if shared else ()))
-    placed = [put(array, sharding.batch_sharding(mesh)) for array in arrays]
+    placed = sharding.put(list(arrays), sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return program(mesh)(model.params, placed, model.cfg, piece, batch.group)
 
@@ -244,14 +244,9 @@ def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, real
 
 
-def put(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
-    """A host's array on devices, also where some of them belong to other hosts (which hold the same array)."""
-    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
-
-
 def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
-    per_device = max(1, rows // sharding.batch_ways(mesh)) * cfg.vocab_size * 4
+    per_device = max(1, rows // sharding.batch_shards(mesh)) * cfg.vocab_size * 4
     return min(scored_length, buckets.power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 

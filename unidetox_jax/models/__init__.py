@@ -2,10 +2,9 @@
 
 from unidetox_jax.models.cache import Cache, branch_cache, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
-from unidetox_jax.models.keys import Key
 from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table
-from unidetox_jax.models.stack import (
+from unidetox_jax.models.transformer import (
     Model,
     abstract_params,
     decode_step,
@@ -20,6 +19,7 @@ from unidetox_jax.models.stack import (
     prefill,
     prepare,
 )
+from unidetox_jax.models.weight_map import Key
 
 __all__ = [
     "PUBLISHED",

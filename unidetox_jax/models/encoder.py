@@ -19,10 +19,10 @@ from etils import epath
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.models import keys
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
+from unidetox_jax.models.weight_map import Key, heads_in, heads_out, norm, reshaped, same
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -207,7 +207,7 @@ def forward(params: Any, tokens: jax.Array, cfg: EncoderConfig, mask: jax.Array)
     return Final(cfg).apply({"params": params["final"]}, x[:, 0]).astype(jnp.float32)
 
 
-def key_table(cfg: EncoderConfig) -> list[keys.Key]:
+def key_table(cfg: EncoderConfig) -> list[Key]:
     """Hugging Face's tensors and ours."""
     kind, heads, size = KINDS[cfg.family], cfg.num_heads, cfg.head_size
     embeddings = f"{kind.prefix}.embeddings"
@@ -215,20 +215,20 @@ def key_table(cfg: EncoderConfig) -> list[keys.Key]:
         ours: f"{kind.prefix}.{kind.layers}.{{layer}}.{theirs}" for ours, theirs in zip(PARTS, kind.parts, strict=True)
     }
     table = [
-        keys.same(f"{embeddings}.word_embeddings.weight", "embed/tokens/embedding"),
-        keys.same(f"{embeddings}.position_embeddings.weight", "embed/positions/embedding"),
-        *keys.norm(f"{embeddings}.LayerNorm", "embed/norm"),
+        same(f"{embeddings}.word_embeddings.weight", "embed/tokens/embedding"),
+        same(f"{embeddings}.position_embeddings.weight", "embed/positions/embedding"),
+        *norm(f"{embeddings}.LayerNorm", "embed/norm"),
     ]
     if cfg.token_types:
-        table.append(keys.same(f"{embeddings}.token_type_embeddings.weight", "embed/segments/embedding"))
+        table.append(same(f"{embeddings}.token_type_embeddings.weight", "embed/segments/embedding"))
     for part in ("query", "key", "value"):
-        table.append(keys.heads_in(f"{names[part]}.weight", f"blocks/attention/{part}/kernel", heads, size))
-        table.append(keys.reshaped(f"{names[part]}.bias", f"blocks/attention/{part}/bias", (-1,), (heads, size)))
-    table.append(keys.heads_out(f"{names['output']}.weight", "blocks/attention/output/kernel", heads, size))
-    table.append(keys.same(f"{names['output']}.bias", "blocks/attention/output/bias"))
+        table.append(heads_in(f"{names[part]}.weight", f"blocks/attention/{part}/kernel", heads, size))
+        table.append(reshaped(f"{names[part]}.bias", f"blocks/attention/{part}/bias", (-1,), (heads, size)))
+    table.append(heads_out(f"{names['output']}.weight", "blocks/attention/output/kernel", heads, size))
+    table.append(same(f"{names['output']}.bias", "blocks/attention/output/bias"))
     for part in ("attention_norm", "mlp_norm"):
-        table += keys.norm(names[part], f"blocks/{part}")
+        table += norm(names[part], f"blocks/{part}")
     linear = {names["up"]: "blocks/mlp/up", names["down"]: "blocks/mlp/down"}
     for theirs, ours in {**linear, kind.head[0]: "final/dense", kind.head[1]: "final/labels"}.items():
-        table += [keys.linear(f"{theirs}.weight", f"{ours}/kernel"), keys.same(f"{theirs}.bias", f"{ours}/bias")]
+        table += [linear(f"{theirs}.weight", f"{ours}/kernel"), same(f"{theirs}.bias", f"{ours}/bias")]
     return table

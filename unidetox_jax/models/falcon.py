@@ -11,9 +11,9 @@ import flax.linen as nn
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import keys
 from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+from unidetox_jax.models.weight_map import Key, heads_out, linear, norm, same
 
 READ = (
     "hidden_size num_hidden_layers num_attention_heads num_ln_in_parallel_attn layer_norm_epsilon initializer_range "
@@ -165,39 +165,39 @@ class Final(nn.Module):
         return layer_norm(self.cfg, "norm")(x)
 
 
-def key_table(cfg: FalconConfig) -> list[keys.Key]:
+def key_table(cfg: FalconConfig) -> list[Key]:
     """Hugging Face's tensors and ours."""
     layer, block = "transformer.h.{layer}", "blocks"
     name, path = f"{layer}.self_attention", f"{block}/attention"
-    table = [keys.same("transformer.word_embeddings.weight", "embed/tokens/embedding")]
+    table = [same("transformer.word_embeddings.weight", "embed/tokens/embedding")]
     if cfg.separate_norms:
-        table += keys.norm(f"{layer}.ln_attn", f"{block}/attention_norm")
-        table += keys.norm(f"{layer}.ln_mlp", f"{block}/mlp_norm")
+        table += norm(f"{layer}.ln_attn", f"{block}/attention_norm")
+        table += norm(f"{layer}.ln_mlp", f"{block}/mlp_norm")
     else:
-        table += keys.norm(f"{layer}.input_layernorm", f"{block}/attention_norm")
+        table += norm(f"{layer}.input_layernorm", f"{block}/attention_norm")
         if not cfg.parallel:
-            table += keys.norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm")
+            table += norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm")
     table += [
         _fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{part}/kernel" for part in FUSED]),
-        keys.heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
-        keys.linear(f"{layer}.mlp.dense_h_to_4h.weight", f"{block}/mlp/up/kernel"),
-        keys.linear(f"{layer}.mlp.dense_4h_to_h.weight", f"{block}/mlp/down/kernel"),
+        heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
+        linear(f"{layer}.mlp.dense_h_to_4h.weight", f"{block}/mlp/up/kernel"),
+        linear(f"{layer}.mlp.dense_4h_to_h.weight", f"{block}/mlp/down/kernel"),
     ]
     if cfg.bias:
         table += [
             _fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{part}/bias" for part in FUSED]),
-            keys.same(f"{name}.dense.bias", f"{path}/output/bias"),
-            keys.same(f"{layer}.mlp.dense_h_to_4h.bias", f"{block}/mlp/up/bias"),
-            keys.same(f"{layer}.mlp.dense_4h_to_h.bias", f"{block}/mlp/down/bias"),
+            same(f"{name}.dense.bias", f"{path}/output/bias"),
+            same(f"{layer}.mlp.dense_h_to_4h.bias", f"{block}/mlp/up/bias"),
+            same(f"{layer}.mlp.dense_4h_to_h.bias", f"{block}/mlp/down/bias"),
         ]
-    table += keys.norm("transformer.ln_f", "final/norm")
-    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]
+    table += norm("transformer.ln_f", "final/norm")
+    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]
 
 
 FUSED = ("query", "key", "value")
 
 
-def _fused(cfg: FalconConfig, hf: str, ours: list[str]) -> keys.Key:
+def _fused(cfg: FalconConfig, hf: str, ours: list[str]) -> Key:
     """query_key_value [rows·size, in] or [rows·size]: groups of (queries of a key-value head, its key, its value)."""
     groups, size = cfg.num_kv_heads, cfg.head_size
     queries = cfg.num_heads // groups
@@ -215,4 +215,4 @@ def _fused(cfg: FalconConfig, hf: str, ours: list[str]) -> keys.Key:
         grouped = [query.reshape(groups, queries, size, *rest), key[:, None], value[:, None]]
         return np.concatenate(grouped, axis=1).reshape(groups * (queries + 2) * size, *rest)
 
-    return keys.Key(hf, tuple(ours), split, join)
+    return Key(hf, tuple(ours), split, join)

@@ -11,9 +11,9 @@ import flax.linen as nn
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import keys
 from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+from unidetox_jax.models.weight_map import Key, norm, reshaped, same
 
 READ = (
     "n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
@@ -128,39 +128,39 @@ class Final(nn.Module):
         return layer_norm(self.cfg, "norm")(x)
 
 
-def key_table(cfg: GPT2Config) -> list[keys.Key]:
+def key_table(cfg: GPT2Config) -> list[Key]:
     """Hugging Face's tensors and ours."""
     heads, size = cfg.num_heads, cfg.head_size
     fused = ("query", "key", "value")
     layer, block = "transformer.h.{layer}", "blocks"
     table = [
-        keys.same("transformer.wte.weight", "embed/tokens/embedding"),
-        keys.same("transformer.wpe.weight", "embed/positions/embedding"),
-        *keys.norm(f"{layer}.ln_1", f"{block}/attention_norm"),
-        keys.Key(
+        same("transformer.wte.weight", "embed/tokens/embedding"),
+        same("transformer.wpe.weight", "embed/positions/embedding"),
+        *norm(f"{layer}.ln_1", f"{block}/attention_norm"),
+        Key(
             f"{layer}.attn.c_attn.weight",
             tuple(f"{block}/attention/{name}/kernel" for name in fused),
             lambda x: tuple(x.reshape(-1, 3, heads, size)[:, i] for i in range(3)),
             lambda *xs: np.stack(xs, axis=1).reshape(xs[0].shape[0], -1),
         ),
-        keys.Key(
+        Key(
             f"{layer}.attn.c_attn.bias",
             tuple(f"{block}/attention/{name}/bias" for name in fused),
             lambda x: tuple(x.reshape(3, heads, size)),
             lambda *xs: np.stack(xs).reshape(-1),
         ),
-        keys.reshaped(
+        reshaped(
             f"{layer}.attn.c_proj.weight",
             f"{block}/attention/output/kernel",
             (heads * size, cfg.hidden_size),
             (heads, size, cfg.hidden_size),
         ),
-        keys.same(f"{layer}.attn.c_proj.bias", f"{block}/attention/output/bias"),
-        *keys.norm(f"{layer}.ln_2", f"{block}/mlp_norm"),
-        keys.same(f"{layer}.mlp.c_fc.weight", f"{block}/mlp/up/kernel"),
-        keys.same(f"{layer}.mlp.c_fc.bias", f"{block}/mlp/up/bias"),
-        keys.same(f"{layer}.mlp.c_proj.weight", f"{block}/mlp/down/kernel"),
-        keys.same(f"{layer}.mlp.c_proj.bias", f"{block}/mlp/down/bias"),
-        *keys.norm("transformer.ln_f", "final/norm"),
+        same(f"{layer}.attn.c_proj.bias", f"{block}/attention/output/bias"),
+        *norm(f"{layer}.ln_2", f"{block}/mlp_norm"),
+        same(f"{layer}.mlp.c_fc.weight", f"{block}/mlp/up/kernel"),
+        same(f"{layer}.mlp.c_fc.bias", f"{block}/mlp/up/bias"),
+        same(f"{layer}.mlp.c_proj.weight", f"{block}/mlp/down/kernel"),
+        same(f"{layer}.mlp.c_proj.bias", f"{block}/mlp/down/bias"),
+        *norm("transformer.ln_f", "final/norm"),
     ]
-    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]
+    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]

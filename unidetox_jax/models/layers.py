@@ -119,7 +119,7 @@ class FeedForward(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix [V, width] of a model whose head is not tied to its embedding; used by `stack.head`."""
+    """The output matrix [V, width] of a model whose head is not tied to its embedding; used by `transformer.head`."""
 
     cfg: ModelConfig
 

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.models import keys
 from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, rms_norm
+from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 READ = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -110,14 +110,14 @@ class Final(nn.Module):
         return rms_norm(self.cfg, "norm")(x)
 
 
-def key_table(cfg: LlamaConfig) -> list[keys.Key]:
+def key_table(cfg: LlamaConfig) -> list[Key]:
     """Hugging Face's tensors and ours."""
     layer, block, size = "model.layers.{layer}", "blocks", cfg.head_size
     table = [
-        keys.same("model.embed_tokens.weight", "embed/tokens/embedding"),
-        *keys.norm(f"{layer}.input_layernorm", f"{block}/attention_norm", bias=False),
-        *keys.norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm", bias=False),
-        *keys.norm("model.norm", "final/norm", bias=False),
+        same("model.embed_tokens.weight", "embed/tokens/embedding"),
+        *norm(f"{layer}.input_layernorm", f"{block}/attention_norm", bias=False),
+        *norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm", bias=False),
+        *norm("model.norm", "final/norm", bias=False),
     ]
     for theirs, ours, heads in (
         ("q_proj", "query", cfg.num_heads),
@@ -125,15 +125,15 @@ def key_table(cfg: LlamaConfig) -> list[keys.Key]:
         ("v_proj", "value", cfg.num_kv_heads),
     ):
         name, path = f"{layer}.self_attn.{theirs}", f"{block}/attention/{ours}"
-        table.append(keys.heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
+        table.append(heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
         if cfg.attention_bias:
-            table.append(keys.reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
+            table.append(reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
     name, path = f"{layer}.self_attn.o_proj", f"{block}/attention/output"
-    table.append(keys.heads_out(f"{name}.weight", f"{path}/kernel", cfg.num_heads, size))
+    table.append(heads_out(f"{name}.weight", f"{path}/kernel", cfg.num_heads, size))
     if cfg.attention_bias:
-        table.append(keys.same(f"{name}.bias", f"{path}/bias"))
+        table.append(same(f"{name}.bias", f"{path}/bias"))
     for part in ("gate", "up", "down"):
-        table.append(keys.linear(f"{layer}.mlp.{part}_proj.weight", f"{block}/mlp/{part}/kernel"))
+        table.append(linear(f"{layer}.mlp.{part}_proj.weight", f"{block}/mlp/{part}/kernel"))
         if cfg.mlp_bias:
-            table.append(keys.same(f"{layer}.mlp.{part}_proj.bias", f"{block}/mlp/{part}/bias"))
-    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]
+            table.append(same(f"{layer}.mlp.{part}_proj.bias", f"{block}/mlp/{part}/bias"))
+    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import keys
 from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
+from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 READ = (
     "hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before _remove_final_layer_norm "
@@ -152,31 +152,31 @@ class Final(nn.Module):
         return x
 
 
-def key_table(cfg: OPTConfig) -> list[keys.Key]:
+def key_table(cfg: OPTConfig) -> list[Key]:
     """Hugging Face's tensors and ours."""
     decoder, layer, block = "model.decoder", "model.decoder.layers.{layer}", "blocks"
     heads, size = cfg.num_heads, cfg.head_size
     table = [
-        keys.same(f"{decoder}.embed_tokens.weight", "embed/tokens/embedding"),
-        keys.same(f"{decoder}.embed_positions.weight", "embed/positions/embedding"),
+        same(f"{decoder}.embed_tokens.weight", "embed/tokens/embedding"),
+        same(f"{decoder}.embed_positions.weight", "embed/positions/embedding"),
     ]
     if cfg.token_width != cfg.hidden_size:
-        table.append(keys.linear(f"{decoder}.project_in.weight", "embed/project_in/kernel"))
-        table.append(keys.linear(f"{decoder}.project_out.weight", "final/project_out/kernel"))
+        table.append(linear(f"{decoder}.project_in.weight", "embed/project_in/kernel"))
+        table.append(linear(f"{decoder}.project_out.weight", "final/project_out/kernel"))
     if cfg.norm_affine:
-        table += keys.norm(f"{layer}.self_attn_layer_norm", f"{block}/attention_norm")
-        table += keys.norm(f"{layer}.final_layer_norm", f"{block}/mlp_norm")
-        table += keys.norm(f"{decoder}.final_layer_norm", "final/norm") if cfg.final_norm else []
+        table += norm(f"{layer}.self_attn_layer_norm", f"{block}/attention_norm")
+        table += norm(f"{layer}.final_layer_norm", f"{block}/mlp_norm")
+        table += norm(f"{decoder}.final_layer_norm", "final/norm") if cfg.final_norm else []
     for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
         name, path = f"{layer}.self_attn.{theirs}", f"{block}/attention/{ours}"
-        table.append(keys.heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
+        table.append(heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
         if cfg.bias:
-            table.append(keys.reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
-    table.append(keys.heads_out(f"{layer}.self_attn.out_proj.weight", f"{block}/attention/output/kernel", heads, size))
-    table.append(keys.linear(f"{layer}.fc1.weight", f"{block}/mlp/up/kernel"))
-    table.append(keys.linear(f"{layer}.fc2.weight", f"{block}/mlp/down/kernel"))
+            table.append(reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
+    table.append(heads_out(f"{layer}.self_attn.out_proj.weight", f"{block}/attention/output/kernel", heads, size))
+    table.append(linear(f"{layer}.fc1.weight", f"{block}/mlp/up/kernel"))
+    table.append(linear(f"{layer}.fc2.weight", f"{block}/mlp/down/kernel"))
     if cfg.bias:
-        table.append(keys.same(f"{layer}.self_attn.out_proj.bias", f"{block}/attention/output/bias"))
-        table.append(keys.same(f"{layer}.fc1.bias", f"{block}/mlp/up/bias"))
-        table.append(keys.same(f"{layer}.fc2.bias", f"{block}/mlp/down/bias"))
-    return table if cfg.tie_word_embeddings else [*table, keys.same("lm_head.weight", "final/head/embedding")]
+        table.append(same(f"{layer}.self_attn.out_proj.bias", f"{block}/attention/output/bias"))
+        table.append(same(f"{layer}.fc1.bias", f"{block}/mlp/up/bias"))
+        table.append(same(f"{layer}.fc2.bias", f"{block}/mlp/down/bias"))
+    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]

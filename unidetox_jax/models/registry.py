@@ -12,8 +12,8 @@ from etils import epath
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import encoder, falcon, gpt2, llama, opt
 from unidetox_jax.models.config import ModelConfig, default_dtype
-from unidetox_jax.models.keys import Key
 from unidetox_jax.models.layers import ACTIVATIONS
+from unidetox_jax.models.weight_map import Key
 
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "opt": opt, "falcon": falcon, "llama": llama}
 

@@ -19,7 +19,7 @@ from unidetox_jax import checkpoint, data, method, models
 from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import layout
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.models.stack import REMAT
+from unidetox_jax.models.transformer import REMAT
 from unidetox_jax.stages import base, parts
 from unidetox_jax.stages.settings import Run, TrainingSettings
 

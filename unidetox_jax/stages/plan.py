@@ -106,7 +106,7 @@ def training_program(name: str, cfg: ModelConfig, settings: TrainingSettings) ->
     )
 
     def lower(mesh: Mesh):
-        ways = sharding.batch_ways(mesh) * settings.accumulation
+        ways = sharding.batch_shards(mesh) * settings.accumulation
         rows = sharding.batch_sharding(mesh)
         shape = (buckets.multiple(settings.batch_size, ways), length)
         kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32}
@@ -192,7 +192,7 @@ def decoding_program(
         return tuple(_placed(models.abstract_params(cfg), mesh) for cfg in plan.configs)
 
     def lower(mesh: Mesh):
-        ways = sharding.batch_ways(mesh)
+        ways = sharding.batch_shards(mesh)
         prompts = buckets.multiple(max(1, rows // samples), ways)
         over_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
@@ -209,7 +209,7 @@ def decoding_program(
             live=row(jnp.bool_),
             seed=scalar(jnp.uint32),
             limit=scalar(jnp.int32),
-            ends=scalar(jnp.int32, 1),
+            eos_ids=scalar(jnp.int32, 1),
             pad=scalar(jnp.int32),
         )
         with jax.set_mesh(mesh):
@@ -233,7 +233,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         return _placed(models.abstract_params(cfg), mesh)
 
     def lower(mesh: Mesh):
-        ways = sharding.batch_ways(mesh)
+        ways = sharding.batch_shards(mesh)
         filled = buckets.multiple(rows, ways)
         shapes = ((filled, length), (filled, 2), (filled, scored), (filled, 1))
         over_rows = sharding.batch_sharding(mesh)

@@ -148,7 +148,7 @@ def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule:
     """params → mean loss over all targets of `tokens`."""
     passes = 2 + schedule.steps // schedule.evaluate_every
     shapes = worthwhile_shapes(passes * len(tokens) // batch_size, most=6)
-    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_ways(mesh), max_shapes=shapes)
+    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_shards(mesh), max_shapes=shapes)
     placed = sharding.batch_sharding(mesh)
     step = make_eval_step(cfg, mesh)
 

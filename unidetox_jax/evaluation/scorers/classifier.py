@@ -137,7 +137,7 @@ def _forward(params: Any, tokens: jax.Array, cfg: encoder.EncoderConfig, mask: j
 def _batches(rows: Sequence[Sequence[int]], cfg: encoder.EncoderConfig, mesh: jax.sharding.Mesh):
     """Yields (indices [n], int32 tokens [B,T], their mask), n ≤ B, of rows of like length; few shapes, so few
     compilations."""
-    ways = sharding.batch_ways(mesh)
+    ways = sharding.batch_shards(mesh)
     budget = BATCH_TOKENS.get(mesh.devices.flat[0].platform, BATCH_TOKENS_ACCELERATOR)
     buckets: dict[int, list[int]] = {}
     for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):

@@ -1,6 +1,6 @@
 """A decoding objective with its settings, as one frozen value that a jitted function can take as an argument.
 
-What is surprising: it is at once hashable and a pytree. Settings declared as floats are its leaves, hence
+It is at once hashable and a pytree: settings declared as floats are its leaves, hence
 traced, so that a sweep over alpha compiles once; the function and all other settings (bools, texts, ints,
 which may be shapes) belong to its structure.
 """
