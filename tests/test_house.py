@@ -10,7 +10,7 @@ import pytest
 from unidetox_jax import cli
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "unidetox_jax"
-LOWER = {"errors", "progress", "sharding", "distributed", "text_statistics"}  # anyone may use these
+LOWER = {"errors", "progress", "sharding", "distributed", "storage", "text_statistics"}  # anyone may use these
 MAY_IMPORT = {
     "models": set(),
     "data": {"checkpoint", "models"},

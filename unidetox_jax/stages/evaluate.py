@@ -41,11 +41,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, distributed
+from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, mmlu, perplexity, prompts, scorers
-from unidetox_jax.stages import base, kept, parts
+from unidetox_jax.stages import base, parts
 from unidetox_jax.stages import evaluation_results as results
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
@@ -183,7 +183,7 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
         _evaluate(run, candidate, directory)
     if not parts.first_process():
         return {}
-    metrics = base.read_json(directory / results.METRICS)
+    metrics = storage.read_json(directory / results.METRICS)
     (directory / PARTS).rmtree(missing_ok=True)
     print(results.describe(metrics), flush=True)
     return results.headline(metrics)
@@ -193,7 +193,6 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
     settings, asked = run.evaluate, _prompts(run)
     work = directory / PARTS
     if parts.first_process():
-        work.mkdir(parents=True, exist_ok=True)
         score = scorers.get(run.path(settings.scorer))  # a mistake shows before the long work
     made, alone = _of_the_model(run, candidate, work, asked.texts)
     scores = np.zeros((settings.runs, len(asked.texts), settings.samples))
@@ -201,8 +200,8 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
         for index, found in enumerate(made):
             path = work / f"run{index}.scores.npy"
             if not path.exists():
-                kept.write_array(path, _scored(score, found.texts))
-            scores[index] = kept.read_array(path)
+                storage.write_array(path, _scored(score, found.texts))
+            scores[index] = storage.read_array(path)
     values, truncated = _perplexities(run, work, asked.texts, made)
     if parts.first_process():
         results.write(directory, settings, dataclasses.asdict(candidate), asked, made, scores, values, truncated, alone)
@@ -237,11 +236,11 @@ def _of_the_model(run: Run, candidate: Candidate, work: epath.Path, asked: Seque
         return [{"texts": texts, "ended": row.tolist()} for texts, row in zip(found.texts, found.ended, strict=True)]
 
     made = [
-        kept.kept(
+        base.cached(
             work / f"run{index}.texts.jsonl",
             functools.partial(continuations, index),
-            kept.read_lines,
-            kept.write_lines,
+            storage.read_lines,
+            storage.write_lines,
         )
         for index in range(settings.runs)
     ]
@@ -253,7 +252,7 @@ def _of_the_model(run: Run, candidate: Candidate, work: epath.Path, asked: Seque
     if settings.harness:
         wanted["harness"] = lambda: _harness(run, subject)
     alone = {
-        name: kept.kept(work / f"{name.replace(':', '-')}.json", make, base.read_json, base.write_json)
+        name: base.cached(work / f"{name.replace(':', '-')}.json", make, storage.read_json, storage.write_json)
         for name, make in wanted.items()
     }
     return [
@@ -333,11 +332,11 @@ def _perplexities(run: Run, work: epath.Path, asked: Sequence[str], made) -> tup
 
     found = np.stack(
         [
-            kept.kept(
+            base.cached(
                 work / f"run{index}.perplexities.npy",
                 functools.partial(measure, index),
-                kept.read_array,
-                kept.write_array,
+                storage.read_array,
+                storage.write_array,
             )
             for index in range(settings.runs)
         ]

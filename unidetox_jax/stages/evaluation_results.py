@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unidetox_jax import text_statistics
+from unidetox_jax import storage, text_statistics
 from unidetox_jax.evaluation import diversity, perplexity, toxicity
 from unidetox_jax.evaluation.generations import Continuations
 from unidetox_jax.evaluation.prompts import Prompts
-from unidetox_jax.stages import base, kept
 from unidetox_jax.stages.settings import EvaluateSettings
 
 METRICS, PER_PROMPT, GENERATIONS, PROMPTS = "metrics.json", "per_prompt.npz", "generations.jsonl", "prompts.jsonl"
@@ -71,16 +70,16 @@ def write(
         found = perplexity.summarize_runs(perplexities, limit, settings.resamples, settings.seed)
         metrics["perplexity"] = {**found, "truncated": truncated}
         arrays["perplexity_sum"], arrays["perplexity_count"] = perplexity.per_prompt(perplexities, limit)
-    kept.write_lines(
+    storage.write_lines(
         directory / PROMPTS,
         (
             {"prompt": index, "category": category, "text": text}
             for index, (text, category) in enumerate(zip(asked.texts, asked.categories, strict=True))
         ),
     )
-    kept.write_lines(directory / GENERATIONS, _rows(made, scores, perplexities))
-    kept.write_arrays(directory / PER_PROMPT, arrays)
-    base.write_json(directory / METRICS, _finite(metrics))
+    storage.write_lines(directory / GENERATIONS, _rows(made, scores, perplexities))
+    storage.write_arrays(directory / PER_PROMPT, arrays)
+    storage.write_json(directory / METRICS, _finite(metrics))
 
 
 def _for_diversity(prompts: Sequence[str], texts: Sequence[Sequence[str]], official: bool) -> list[list[str]]:
