@@ -1,6 +1,7 @@
 """An emulator of Google's storage, as Orbax (through tensorstore), gcsfs and tensorboardX see it."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -12,6 +13,7 @@ from processes import free_port
 @contextlib.contextmanager
 def emulator() -> Iterator[dict[str, str]]:
     """Context: an empty `gs://bucket`; gives the environment in which programs find it."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs every request
     port = free_port()
     with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
         url = f"http://127.0.0.1:{port}"

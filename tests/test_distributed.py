@@ -13,7 +13,7 @@ from unidetox_jax.errors import UserError
 
 SCRIPT = """
 import sys, time, os, signal
-from unidetox_jax import distributed
+from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError
 address, count, index, body = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 try:
