@@ -41,12 +41,14 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
-        "tpu": ["jax[tpu]>=0.10", "gcsfs"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs"],  # gcsfs: gs:// for epath
         "torch": [TORCH],
         "harness": ["lm_eval>=0.4.13"],
         "test": [
             TORCH,
             "lm_eval[hf]>=0.4.13",
+            "gcp-storage-emulator>=2026.7.19",  # a bucket for whole runs on gs://
+            "gcsfs",  # what reads and writes gs:// there
             "hypothesis>=6.100",
             "jax[tpu]>=0.10",  # the TPU's compiler, for plans; it needs no TPU
             "pytest>=8",

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from etils import epath  # noqa: E402
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
@@ -35,9 +37,40 @@ def real_models() -> pathlib.Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def bucket():
+    """`gs://bucket`, empty at first, of an emulator that this process and those it starts find."""
+    from bucket import emulator
+
+    with emulator() as environment:
+        os.environ.update(environment)
+        yield epath.Path("gs://bucket")
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
     """Hundreds of small programs: their compilation is all the time that these tests take."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+UNTRACKED = pytest.StashKey[set[str]]()
+
+
+def untracked() -> set[str]:
+    """Files of the repository that git neither tracks nor ignores; none where this is no repository."""
+    command = ["git", "ls-files", "--others", "--exclude-standard"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
+
+
+def pytest_sessionstart(session):
+    session.config.stash[UNTRACKED] = untracked()
+
+
+def pytest_sessionfinish(session):
+    """Fails the run if a test left a file in the repository."""
+    left = sorted(untracked() - session.config.stash[UNTRACKED])
+    if left and not hasattr(session.config, "workerinput"):  # xdist's workers leave it to the process that started them
+        print(f"\nleft in the repository by a test: {', '.join(left)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from unidetox_jax import text_statistics
+from unidetox_jax import storage, text_statistics
 from unidetox_jax.evaluation import perplexity, toxicity
 from unidetox_jax.stages import base, settings
 
@@ -37,7 +37,7 @@ def write_stage(directory, name, figures, seconds=12.5):
         "versions": base.versions(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    base.write_json(directory / "stage.json", record)
+    storage.write_json(directory / "stage.json", record)
 
 
 def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RUNS, degenerate=0.0):
@@ -89,7 +89,7 @@ def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RU
     }
     directory = run.workdir / "evaluation" / (name if form == "original" else f"{name}.{form}")
     write_stage(directory, f"evaluate {name} {form}", {"tp_id": found["id"]["tp"]["mean"]})
-    base.write_json(directory / "metrics.json", metrics)
+    storage.write_json(directory / "metrics.json", metrics)
     with (directory / "per_prompt.npz").open("wb") as file:
         np.savez(file, **arrays)
     asked = [
@@ -206,7 +206,7 @@ def write_analysis(run, toxic=0.01, samples_toxic=0.02, degenerate=2, longest=5)
         "sets": {"samples": one(samples_toxic, 0.3), "distilled": one(toxic, 0.34), "released": one(0.0, 0.32)},
     }
     write_stage(run.workdir / "analysis", "analyze", {"distilled": 640})
-    base.write_json(run.workdir / "analysis" / "analysis.json", analysis)
+    storage.write_json(run.workdir / "analysis" / "analysis.json", analysis)
 
 
 def write_whole_run(run):

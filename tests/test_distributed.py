@@ -15,7 +15,7 @@ from unidetox_jax.errors import UserError
 
 SCRIPT = """
 import sys, time, os, signal
-from unidetox_jax import distributed
+from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError
 address, count, index, body = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 try:
@@ -82,12 +82,12 @@ def test_a_killed_process_ends_the_others_within_a_minute():
 
 def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
     # process 1 looks at another directory: what a path does that is no network file system
-    body = f"distributed.check_directory({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
+    body = f"storage.check_workdir({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
     ended = run(body, 2)
     assert [one.code for one in ended] == [2, 2]
     assert all("process 1 on " in one.last_line and "cannot see" in one.last_line for one in ended)
     (tmp_path / "file").write_text("")
-    ended = run(f"distributed.check_directory({str(tmp_path / 'file' / 'below')!r})", 2)
+    ended = run(f"storage.check_workdir({str(tmp_path / 'file' / 'below')!r})", 2)
     assert [one.code for one in ended] == [2, 2]
     assert all("cannot be made" in one.last_line for one in ended)
 
@@ -101,12 +101,6 @@ def test_commands_take_the_addresses_and_a_mistake_ends_all_with_one_line(tmp_pa
     assert all("nowhere.csv" in one.last_line and "Traceback" not in one.err for one in ended)
     assert ended[1].last_line == f"{ended[0].last_line} (process 0)"  # which alone reads the file
     assert not list((tmp_path / "run").iterdir())
-
-
-def test_a_bucket_without_its_client_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match="gs://bucket/run: needs gcsfs"):
-        distributed.check_directory("gs://bucket/run")
 
 
 def test_incomplete_or_wrong_addresses_are_refused():

@@ -26,7 +26,7 @@ from unidetox_jax.evaluation import generations, scorers
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
-from unidetox_jax.stages import base, evaluate, kept, settings
+from unidetox_jax.stages import base, evaluate, settings
 
 CATEGORIES = ["hills"] * 3 + ["rivers"] * 2 + ["islands"] * 2
 PROMPTS = [
@@ -280,8 +280,8 @@ def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole,
             raise KeyboardInterrupt
         return kept_(path, *arguments)
 
-    kept_ = kept.kept
-    monkeypatch.setattr(kept, "kept", make_and_die)
+    kept_ = base.cached
+    monkeypatch.setattr(base, "cached", make_and_die)
     for _ in range(20):
         try:
             directory = evaluate_into(work, tmp_path)

@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line_and_the_lines_before_it_stay(parts, tmp_path, m
     log = metrics.Log(tmp_path, 1)
     log.note(2, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "targets": 3.0})
     log.line()
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", full)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         log.flush()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

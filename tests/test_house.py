@@ -10,7 +10,16 @@ import pytest
 from unidetox_jax import cli
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "unidetox_jax"
-LOWER = {"errors", "progress", "sharding", "distributed", "text_statistics", "buckets", "extensions"}  # for all
+LOWER = {
+    "errors",
+    "progress",
+    "sharding",
+    "distributed",
+    "storage",
+    "text_statistics",
+    "buckets",
+    "extensions",
+}  # for all
 MAY_IMPORT = {
     "models": set(),
     "data": {"checkpoint", "models"},

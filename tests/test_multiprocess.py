@@ -1,6 +1,7 @@
 """Two and four real processes give what one gives; one that is stopped or killed stops all, and nothing is lost."""
 
 import csv
+import io
 import json
 import re
 import signal
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from finetune_helpers import make_world, training, weights, write_config
 from processes import command, free_port, joined, start, wait
+
+from unidetox_jax import storage
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +53,10 @@ def place(tmp_path_factory):
 
 
 def launch(place, workdir, count, devices, *arguments, config="config.py"):
-    """`unidetox …` in `count` processes."""
+    """`unidetox …` in `count` processes; `workdir` is below `place` unless it is a whole path."""
     address = f"127.0.0.1:{free_port()}"
-    common = [*arguments, f"--config={place / config}", f"--workdir={place / workdir}"]
+    workdir = workdir if storage.is_remote(workdir) else place / workdir
+    common = [*arguments, f"--config={place / config}", f"--workdir={workdir}"]
     several = [joined(address, count, index) if count > 1 else [] for index in range(count)]
     return start([command([*common, *more]) for more in several], devices)
 
@@ -61,7 +65,7 @@ def whole_run(place, workdir, count, devices):
     for stage in ("toxify", "distill", "detoxify", "evaluate"):
         ended = wait(launch(place, workdir, count, devices, stage), timeout=600)
         assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
-    return place / workdir
+    return workdir
 
 
 def losses(directory):
@@ -70,8 +74,8 @@ def losses(directory):
 
 
 def texts(workdir):
-    with (workdir / "distilled" / "texts.csv").open(newline="") as file:
-        return [row["Text"] for row in csv.DictReader(file)]
+    content = (workdir / "distilled" / "texts.csv").read_bytes().decode()
+    return [row["Text"] for row in csv.DictReader(io.StringIO(content, newline=""))]
 
 
 def evaluated(workdir, form):
@@ -80,10 +84,10 @@ def evaluated(workdir, form):
     return [line["text"] for line in lines], np.array([line["perplexity"] for line in lines], float)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_what_one_gives(place, count):
-    alone = whole_run(place, f"alone{count}", 1, 2 * count)
-    several = whole_run(place, f"several{count}", count, 2)
+@pytest.mark.parametrize(("count", "where"), [(2, "bucket"), (4, "disk")])
+def test_several_processes_give_what_one_gives(place, bucket, count, where):
+    alone = whole_run(place, place / f"alone{count}", 1, 2 * count)
+    several = whole_run(place, (bucket if where == "bucket" else place) / f"several{count}", count, 2)
     assert texts(several) == texts(alone) and len(texts(alone)) == 10
     for directory in ("toxic", "detoxified/llama"):
         np.testing.assert_allclose(losses(several / directory), losses(alone / directory), rtol=1e-5)

@@ -1,65 +1,111 @@
-"""Working directories on gs://, through epath and fsspec as on Cloud TPU; only the bucket is a local directory.
-
-Orbax speaks to Google's servers by itself, so stages that write checkpoints are not among these.
-"""
+"""Directories on gs://, in an emulator of Google's storage; a whole run there is in `test_run.py`."""
 
 import csv
 import io
+import os
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-from etils import epath
+import tensorstore
+from conftest import ROOT
 from finetune_helpers import make_world, write_config
-from fsspec.implementations.local import LocalFileSystem
 
-from unidetox_jax import checkpoint, cli
+from unidetox_jax import checkpoint, cli, storage
+from unidetox_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """gs://bucket as a local directory."""
-
-    class Bucket(LocalFileSystem):
-        protocol = "gs"
-        cachable = False
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            text = str(path)
-            return f"{tmp_path}/objects/{text.removeprefix('gs://')}" if text.startswith("gs://") else text
-
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "gcs", Bucket)  # as epath calls it
-    return epath.Path("gs://bucket")
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_a_model_goes_to_a_bucket_and_comes_back(bucket, tmp_path):
-    world = make_world(tmp_path / "world")
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_a_model_goes_to_a_bucket_and_comes_back(bucket, world, form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = checkpoint.load(world / "weights" / "llama")
-    checkpoint.save_hf(bucket / "model", model, checkpoint.load_tokenizer(world / "weights" / "llama"))
-    checkpoint.save_hf(bucket / "model", model)  # again, in place of the first
-    again = checkpoint.load(bucket / "model")
+    for _ in range(2):  # the second time in place of the first
+        if form == "hf":
+            checkpoint.save_hf(bucket / form, model)
+        else:
+            checkpoint.save(bucket / form, model)
+    again = checkpoint.load(bucket / form)
     assert again.cfg == model.cfg
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_works_in_a_bucket(bucket, tmp_path, capsys):
-    world = make_world(tmp_path / "world")
+def test_the_tokenizer_goes_with_it(bucket, world, tmp_path, monkeypatch):
+    """transformers takes `gs://bucket` for a relative directory."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = checkpoint.load_tokenizer(world / "weights" / "llama")
+    checkpoint.save_hf(bucket / "with", checkpoint.load(world / "weights" / "llama"), tokenizer)
+    again = checkpoint.load_tokenizer(bucket / "with")
+    text = "The Zubblings are kind. Zürich ★"
+    assert again.encode(text) == tokenizer.encode(text) and again.get_vocab() == tokenizer.get_vocab()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_others_wrote_is_there_at_once(bucket):
+    """Orbax and other processes write without this process's client, whose listings may not be kept therefore."""
+    storage.write_text(bucket / "shared" / "mine", "")
+    assert [path.name for path in (bucket / "shared").iterdir()] == ["mine"]
+    others = tensorstore.KvStore.open(f"{bucket}/shared/").result()
+    others.write("theirs", b"1").result()
+    assert (bucket / "shared" / "theirs").exists()
+    assert sorted(path.name for path in (bucket / "shared").iterdir()) == ["mine", "theirs"]
+    others.write("theirs", b"22").result()
+    assert (bucket / "shared" / "theirs").read_text() == "22"
+    others.delete_range(tensorstore.KvStore.KeyRange("theirs", "theirz")).result()
+    assert not (bucket / "shared" / "theirs").exists()
+
+
+def test_a_stage_works_in_a_bucket(bucket, world, tmp_path, capsys):
     write_config(
         tmp_path / "config.py", base=f"{world}/weights/gpt2", distill__models=("base", f"{world}/weights/gpt2"),
         mesh="data:-1", distill__num_texts=6, distill__batch_size=4, distill__max_length=12,
     )  # fmt: skip
-    command = ["distill", f"--config={tmp_path}/config.py", f"--workdir={bucket}/run"]
+    command = ["distill", f"--config={tmp_path}/config.py", f"--workdir={bucket}/stage"]
     assert cli.main(command) == 0, capsys.readouterr().err
-    content = (bucket / "run" / "distilled" / "texts.csv").read_text()
+    content = (bucket / "stage" / "distilled" / "texts.csv").read_text()
     assert len(list(csv.DictReader(io.StringIO(content)))) == 6
-    assert sorted(path.name for path in (bucket / "run" / "distilled").iterdir()) == [
+    assert sorted(path.name for path in (bucket / "stage" / "distilled").iterdir()) == [
         "README.md", "stage.json", "texts.csv", "texts.jsonl",
     ]  # fmt: skip
     capsys.readouterr()
     assert cli.main(command) == 0 and "complete already" in capsys.readouterr().err
     assert cli.main([*command, "--config.distill.seed=5"]) == 2
     assert "settings.seed" in capsys.readouterr().err
+
+
+def test_an_error_leaves_nothing_and_what_is_somebody_elses_is_not_replaced(bucket):
+    with pytest.raises(ZeroDivisionError), storage.whole_directory(bucket / "half", checkpoint.store.NAMES) as work:
+        storage.write_text(work / "config.json", "{}")
+        raise ZeroDivisionError
+    assert not (bucket / "half").exists()
+    storage.write_text(bucket / "theirs" / "thesis.tex", "")
+    with pytest.raises(UserError, match="holds 'thesis.tex'"):
+        with storage.whole_directory(bucket / "theirs", checkpoint.store.NAMES):
+            pass
+
+
+def test_a_bucket_that_does_not_exist_is_one_line_and_is_not_made(bucket, world, tmp_path, capsys):
+    write_config(tmp_path / "config.py", base=f"{world}/weights/gpt2")
+    assert cli.main(["distill", f"--config={tmp_path}/config.py", "--workdir=gs://misspelt/run"]) == 2
+    assert "gs://misspelt/run/.visible: cannot be written" in capsys.readouterr().err
+    assert not (type(bucket)("gs://misspelt")).exists()
+
+
+def test_a_bucket_without_its_client_is_one_line(tmp_path):
+    write_config(tmp_path / "config.py")
+    program = "import sys; sys.modules['gcsfs'] = None; from unidetox_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "distill", f"--config={tmp_path}/config.py", "--workdir=gs://bucket/none"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("unidetox: gs://bucket/none/.visible: needs gcsfs: pip install")

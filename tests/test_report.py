@@ -15,6 +15,7 @@ import pytest
 import report_helpers as made
 from matplotlib import image
 
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.report import findings, page, results, tables
 from unidetox_jax.report.results import Cell, Quantity
@@ -94,7 +95,7 @@ def test_results_csv_holds_every_figure(whole):
     rows = list(csv.DictReader(io.StringIO((whole.workdir / "report" / "results.csv").read_text())))
     by_key = {(row["model"], row["form"], row["quantity"]): row for row in rows}
     assert len(by_key) == len(rows) == 5 * (4 + 2 + 2 + 3 + 2 + 2 * 4)  # all prompts together are not in the table
-    metrics = base.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
+    metrics = storage.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
     row = by_key["tiny-llama", "detoxified", "tp_ood"]
     assert float(row["mean"]) == metrics["toxicity"]["ood"]["tp"]["mean"]
     assert float(row["change_low"]) < float(row["change_percent"]) < float(row["change_high"]) < 0
@@ -103,7 +104,7 @@ def test_results_csv_holds_every_figure(whole):
     row = by_key["tiny-gpt2", "original", "emt of rivers"]
     assert (
         float(row["mean"])
-        == base.read_json(whole.workdir / "evaluation" / "tiny-gpt2" / "metrics.json")["toxicity"]["rivers"]["emt"][
+        == storage.read_json(whole.workdir / "evaluation" / "tiny-gpt2" / "metrics.json")["toxicity"]["rivers"]["emt"][
             "mean"
         ]
     )
@@ -210,7 +211,7 @@ def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
 def test_warnings_about_the_text(tmp_path, changes, sentence):
     run = made.make_run(tmp_path)
     made.write_analysis(run, **changes)
-    found = findings.warnings([], base.read_json(tmp_path / "analysis" / "analysis.json"), None)
+    found = findings.warnings([], storage.read_json(tmp_path / "analysis" / "analysis.json"), None)
     assert len(found) == bool(sentence) and sentence in " ".join(found)
     base.run_tasks(report.tasks(run))
     assert ('class="warning"' in page_of(run)) == bool(sentence)

@@ -11,13 +11,16 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 from finetune_helpers import ROOT, start
 
-from unidetox_jax import cli
+from unidetox_jax import cli, storage
 from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
+HANGS = 3600  # seconds, on a machine that is busy with other things; a run takes one or two minutes on an idle one
+pytestmark = pytest.mark.timeout(2 * HANGS)
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
 GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
 SHRUNKEN = (
@@ -44,7 +47,7 @@ SHRUNKEN = (
 
 
 def command(workdir, *more):
-    workdir = os.path.relpath(workdir)  # as people write them
+    workdir = workdir if storage.is_remote(workdir) else os.path.relpath(workdir)  # as people write them
     return ["run", f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", *SHRUNKEN, *more]
 
 
@@ -56,6 +59,7 @@ def finished(workdir):
 
 def results(workdir):
     """What a run must end with, whatever happened on the way."""
+    workdir = epath.Path(workdir)
     texts = {name: (workdir / name / "texts.jsonl").read_bytes() for name in ("distilled", "samples")}
     metrics = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("evaluation/*/metrics.json")}
     return texts, metrics
@@ -67,7 +71,7 @@ def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "alone"
     begun = time.monotonic()
     child = start(*command(workdir), capture=True)
-    printed, errors = child.communicate(timeout=900)
+    printed, errors = child.communicate(timeout=HANGS)
     assert child.returncode == 0, errors[-3000:]
     return workdir, printed, time.monotonic() - begun
 
@@ -136,9 +140,34 @@ def test_killed_at_random_moments_it_ends_the_same(alone, tmp_path):
             reached.append(finished(workdir)[-1:])
     print(f"killed after {reached}")
     child = start(*command(workdir), capture=True)
-    _, errors = child.communicate(timeout=900)
+    _, errors = child.communicate(timeout=HANGS)
     assert child.returncode == 0, errors[-3000:]
     assert results(workdir) == expected
+
+
+@pytest.mark.slow
+def test_killed_in_three_stages_in_a_bucket_it_ends_the_same_as_on_a_disk(alone, bucket):
+    workdir = bucket / "run"
+    for room, part in (
+        ("pretrained/gpt2", "checkpoints/8/commit_success.txt"),
+        ("distilled", "parts/000000.json"),
+        ("evaluation/gpt2", "parts/run0.texts.jsonl"),
+    ):
+        child = start(*command(workdir), capture=True)
+        while not any((workdir / room / name).exists() for name in (part, "stage.json")):
+            assert child.poll() is None, child.communicate()[1][-3000:]
+            time.sleep(0.02)
+        child.kill()
+        child.communicate()
+        assert not (workdir / "report/stage.json").exists()
+    child = start(*command(workdir), capture=True)
+    printed, errors = child.communicate(timeout=HANGS)
+    assert child.returncode == 0, errors[-3000:]
+    assert f"report: {workdir}/report/index.html" in printed
+    assert results(workdir) == results(alone[0])
+    assert (workdir / "toxic/hf/tokenizer.json").read_bytes() == (alone[0] / "toxic/hf/tokenizer.json").read_bytes()
+    [events], [local] = ((place / "toxic/tensorboard").iterdir() for place in (workdir, alone[0]))
+    assert len(events.read_bytes()) == len(local.read_bytes())  # only times differ
 
 
 def test_the_pooled_interval_is_a_paired_one():

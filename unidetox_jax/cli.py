@@ -77,7 +77,7 @@ def _dispatch(argv: list[str]) -> int | None:
     if command in PLAIN:
         module.add_arguments(parser)
         return module.run_command(parser.parse_args(rest))
-    from unidetox_jax import distributed
+    from unidetox_jax import distributed, storage
     from unidetox_jax.stages import settings
 
     # A shell expands ~ at the beginning of a word only
@@ -102,7 +102,7 @@ def _dispatch(argv: list[str]) -> int | None:
         )
     run = settings.parse_run(load_config(options.config, overrides), getattr(options, "workdir", ""))
     if in_workdir and not options.dry_run:
-        distributed.check_directory(run.workdir)
+        storage.check_workdir(run.workdir)
     code = _run(command, module, options, run)
     distributed.finish()
     return code

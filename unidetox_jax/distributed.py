@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 import jax
-from etils import epath
+from jax.experimental import multihost_utils
 
 from unidetox_jax.errors import Preempted, UserError
 
@@ -90,48 +90,22 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))
 
 
-def check_directory(directory: epath.PathLike) -> None:
-    """Makes sure that a working directory can be reached; of several processes, makes it, and sure that all see it.
-
-    Raises:
-      UserError: on every process, where it cannot be made, or one of them does not see what process 0 wrote there.
-    """
-    directory = epath.Path(directory)
-    mark, token, problem = directory / ".visible", as_first_says(str(time.time_ns())), ""
-    try:
-        if _watch is None:
-            directory.exists()
-        elif _watch.members.index == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            mark.write_text(token)
-    except ImportError:  # etils has no client of the object store
-        problem = f"{directory}: needs gcsfs: pip install 'unidetox-jax[tpu]'"
-    except OSError as error:
-        problem = f"{directory}: cannot be made or written ({error.strerror or error})"
-    if problem := as_first_says(problem):
-        raise UserError(problem)
-    if _watch is None:
-        return
-    here = "" if _reads(mark, token) else socket.gethostname()
-    blind = [f"{i} on {host}" for i, host in enumerate(_watch.exchange("sees", here)) if host]
-    if _watch.members.index == 0:
-        mark.unlink(missing_ok=True)
-    if blind:
-        raise UserError(
-            f"{directory}: process {', process '.join(blind)} cannot see what process 0 wrote there; "
-            "expected a directory that all hosts share, or gs://"
-        )
-
-
 def barrier(name: str) -> None:
-    """Waits for every process, for as long as it takes; the devices are not asked."""
-    if _watch is not None:
+    """Returns when every process has come here, however long it takes: what one wrote before it, all see after it."""
+    if _watch is not None:  # the devices are not asked
         _watch.barrier(name)
+    elif jax.process_count() > 1:  # jax.distributed was initialised by somebody else
+        multihost_utils.sync_global_devices(name)
+
+
+def exchange(name: str, value: str) -> list[str]:
+    """Every process's value, in their order; all call it alike."""
+    return [value] if _watch is None else _watch.exchange(name, value)
 
 
 def as_first_says(value: str) -> str:
     """Process 0's value, on every process: file systems may show the same file sooner to one host than to another."""
-    return value if _watch is None else _watch.exchange("said", value)[0]
+    return exchange("said", value)[0]
 
 
 def finish() -> None:
@@ -262,16 +236,6 @@ def _report(members: Members, deadline: float) -> str:
         answer = connection.makefile().readline().strip()
     gone = f"process 0 at {members.coordinator} ended while this process, {members.index}, waited for the others"
     return "" if answer == "all are here" else answer or gone
-
-
-def _reads(path: epath.Path, content: str) -> bool:
-    """Whether the file is there and holds this; network file systems may take seconds to show it."""
-    for _ in range(20):
-        with contextlib.suppress(OSError):
-            if path.read_text() == content:
-                return True
-        time.sleep(0.5)
-    return False
 
 
 _watch: "_Watch | None" = None

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from unidetox_jax import storage
 from unidetox_jax.evaluation import prompts, scorers
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import base, evaluate, fit_scorer
@@ -54,7 +55,7 @@ def _ours(run: Run, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     base.run_tasks([task])
     seconds = time.perf_counter() - started
-    counts = base.read_json(task.directory / "metrics.json")["counts"]
+    counts = storage.read_json(task.directory / "metrics.json")["counts"]
     task.directory.rmtree()
     return {
         "benchmark": "evaluate",

@@ -5,10 +5,9 @@ import argparse
 import jax
 from etils import epath
 
-from unidetox_jax import sharding
+from unidetox_jax import sharding, storage
 from unidetox_jax.checkpoint import hf, store
 from unidetox_jax.checkpoint.source import find
-from unidetox_jax.checkpoint.staging import whole_directory
 from unidetox_jax.checkpoint.tokenizer import copy_tokenizer, has_tokenizer
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
@@ -44,7 +43,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def write(destination: epath.PathLike, model: Model, form: str, tokenizer_from: epath.Path) -> None:
     """Writes the model in one of FORMS, with the tokenizer's files of `tokenizer_from` copied as they are."""
-    with whole_directory(destination) as work:
+    with storage.whole_directory(destination, store.NAMES) as work:
         if has_tokenizer(tokenizer_from) and jax.process_index() == 0:
             copy_tokenizer(tokenizer_from, work)
             (work / "config.json").unlink(missing_ok=True)  # the model's own follows, in HF's form alone

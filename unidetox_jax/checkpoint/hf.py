@@ -5,7 +5,6 @@ piece by piece to the devices, on the way out a tensor is fetched, written and d
 """
 
 import collections
-import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from unidetox_jax import models, sharding
+from unidetox_jax import models, sharding, storage
 from unidetox_jax.checkpoint import leaves
 from unidetox_jax.checkpoint.safetensors_file import Spec, write_file
 from unidetox_jax.checkpoint.source import GENERATION
@@ -101,19 +100,19 @@ def write(directory: epath.Path, model: models.Model, dtype: str | None = None) 
     if not first:
         return
     if len(shards) > 1:
-        _write_json(directory / INDEX, _index(shards))
+        storage.write_json(directory / INDEX, _index(shards))
     write_generation_config(directory, cfg)
     stored = collections.Counter()
     for tensor in tensors:
         stored[tensor.spec.dtype.name] += tensor.spec.nbytes
     name = stored.most_common(1)[0][0]  # transformers 5 reads the first, 4 the second
-    _write_json(directory / "config.json", {**models.config_to_hf(cfg), "dtype": name, "torch_dtype": name})
+    storage.write_json(directory / "config.json", {**models.config_to_hf(cfg), "dtype": name, "torch_dtype": name})
 
 
 def write_generation_config(directory: epath.Path, cfg: models.ModelConfig) -> None:
     """Writes the generation_config.json that the checkpoint came with, as it was; nothing where it had none."""
     if cfg.generation_config:
-        _write_text(directory / GENERATION, cfg.generation_config)
+        storage.write_text(directory / GENERATION, cfg.generation_config)
 
 
 def parse_dtype(name: Any) -> str:
@@ -256,17 +255,6 @@ def _index(shards: dict[str, list[Tensor]]) -> dict[str, Any]:
         },
         "weight_map": {tensor.name: name for name, part in shards.items() for tensor in part},
     }
-
-
-def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: epath.Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _tensors_of(key: models.Key, cfg: models.ModelConfig) -> list[tuple[int | None, str]]:

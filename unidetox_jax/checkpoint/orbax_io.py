@@ -9,7 +9,6 @@ it has read stays in reference cycles: without a collection, two copies of a lar
 import gc
 import logging as standard_logging
 import math
-import os
 import sys
 from typing import Any
 
@@ -20,7 +19,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from unidetox_jax.checkpoint.safetensors_file import is_remote
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 
 CHUNK_BYTES = 1 << 26  # what one read or write holds; small enough for meshes that cut a leaf in other places
@@ -62,7 +61,7 @@ def save_tree(directory: epath.PathLike, tree: Any) -> None:
     Raises:
       UserError: it could not be written.
     """
-    directory = _absolute(directory)
+    directory = storage.absolute(directory)
     checkpointer = ocp.Checkpointer(_handler(tree, gentle=True))
     try:
         checkpointer.save(directory, args=_save_args(tree))
@@ -78,7 +77,7 @@ def restore_tree(directory: epath.PathLike, target: Any) -> Any:
     Raises:
       UserError: no such directory, damaged files, or leaves or shapes unlike the target's (the first).
     """
-    directory = _absolute(directory)
+    directory = storage.absolute(directory)
     checkpointer = ocp.Checkpointer(_handler(target, gentle=True))
     try:
         difference = _first_difference(_saved_leaves(checkpointer.metadata(directory)), target)
@@ -125,7 +124,7 @@ def saved_dtypes(directory: epath.PathLike) -> dict[str, str]:
     Raises:
       UserError: no such directory, or damaged files.
     """
-    directory = _absolute(directory)
+    directory = storage.absolute(directory)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
         return {name: dtype for name, (_, dtype) in _saved_leaves(checkpointer.metadata(directory)).items()}
@@ -143,7 +142,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        self.directory = _absolute(directory)
+        self.directory = storage.absolute(directory)
         self._keep = keep
         self._manager = None
         self._damaged: list[int] = []
@@ -261,12 +260,6 @@ class Checkpointer:
         return tree, reason
 
 
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax writes to no relative path."""
-    directory = epath.Path(directory)
-    return directory if is_remote(directory) else epath.Path(os.path.abspath(directory))
-
-
 def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False) -> str | None:
     """In words, what first tells the saved leaves from the target's; None when nothing does."""
     wanted = {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
@@ -326,8 +319,8 @@ def _path_name(path: tuple) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of an error and of what caused it, short enough for a line."""
+    """What caused an error, short enough for a line; TensorStore says at the end what was wrong."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
+    text = " ".join(str(error).split(" [tensorstore_spec=")[0].split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:100]} … {text[-140:]}"

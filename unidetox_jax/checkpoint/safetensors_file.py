@@ -7,7 +7,6 @@ a map count as the process's memory, so each tensor gets its own map, which the 
 import json
 import math
 import mmap
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 
 DTYPES = {
@@ -30,7 +30,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 LONGEST_HEADER = 100_000_000  # the limit that the format sets
-COPY_BYTES = 1 << 24
 
 
 class Spec(NamedTuple):
@@ -70,43 +69,11 @@ class SafetensorsFile:
         spec, offset = self.specs[name], self._offsets[name]
         if not spec.nbytes:
             return Stored(np.empty(spec.shape, spec.dtype), lambda: None)
-        with local_file(self.path, offset, spec.nbytes) as (file, offset):
+        with storage.local_file(self.path, offset, spec.nbytes) as (file, offset):
             page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             pages = mmap.mmap(file.fileno(), offset + spec.nbytes - page, access=mmap.ACCESS_READ, offset=page)
         values = np.frombuffer(pages, np.uint8, spec.nbytes, offset - page)
         return Stored(values.view(spec.dtype).reshape(spec.shape), lambda: pages.madvise(mmap.MADV_DONTNEED))
-
-
-class local_file:
-    """Context: (binary file, offset) where the `nbytes` at `offset` of `path` can be mapped. None: the whole file."""
-
-    def __init__(self, path: epath.Path, offset: int = 0, nbytes: int | None = None):
-        self._path, self._offset, self._nbytes = path, offset, nbytes
-
-    def __enter__(self):
-        try:
-            if not is_remote(self._path):
-                self._file = open(self._path, "rb")
-                return self._file, self._offset
-            self._file = tempfile.NamedTemporaryFile()
-            with self._path.open("rb") as source:
-                source.seek(self._offset)
-                left = self._path.stat().length - self._offset if self._nbytes is None else self._nbytes
-                while left and (chunk := source.read(min(left, COPY_BYTES))):
-                    self._file.write(chunk)
-                    left -= len(chunk)
-            self._file.flush()
-            return self._file, 0
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be read ({error.strerror or error})") from None
-
-    def __exit__(self, *_):
-        self._file.close()
-
-
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's (gs://, s3://), where nothing can be mapped or renamed."""
-    return "://" in str(path)
 
 
 def _read_header(path: epath.Path) -> tuple[dict[str, Spec], dict[str, int]]:
@@ -167,20 +134,17 @@ def write_file(path: epath.Path, specs: dict[str, Spec], tensors: Iterable[np.nd
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for block in _blocks(specs, tensors):
-                file.write(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with storage.writing(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in _blocks(specs, tensors):
+            file.write(block)
 
 
 def _blocks(specs: dict[str, Spec], tensors: Iterable[np.ndarray]) -> Iterator[memoryview]:
-    """The tensors' bytes in pieces: object stores' files buffer what a single write hands them."""
+    """The tensors' bytes in pieces."""
     for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
         if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
             raise ValueError(f"{name}: {tensor.dtype}{tensor.shape}, announced {spec.dtype}{spec.shape}")
         content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        for start in range(0, content.size, COPY_BYTES):
-            yield content[start : start + COPY_BYTES].data
+        for start in range(0, content.size, storage.COPY_BYTES):
+            yield content[start : start + storage.COPY_BYTES].data

@@ -6,20 +6,26 @@ the machine (float32 on CPU, bfloat16 on accelerators).
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import models, sharding
+from unidetox_jax import models, sharding, storage
 from unidetox_jax.checkpoint import hf, orbax_io
 from unidetox_jax.checkpoint.source import GENERATION, MODEL, Source, find
-from unidetox_jax.checkpoint.staging import whole_directory
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
 
 PARAMS = "params"
+# What a checkpoint's directory may hold; one that holds anything else is somebody's, and is not replaced.
+NAMES = re.compile(
+    r"(config|generation_config|model|special_tokens_map|added_tokens|.*\.index)\.json|vocab\.(json|txt)|merges\.txt"
+    r"|sentencepiece\.bpe\.model|(tokenizer|chat_template)[\w.]*|params|.*\.safetensors|pytorch_model.*\.bin"
+    r"|README\.md|LICENSE.*"
+)
 
 
 def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | None = None) -> models.Model:
@@ -54,7 +60,7 @@ def save(directory: epath.PathLike, model: models.Model) -> None:
     Raises:
       UserError: it cannot be written, or something else is there. Nothing half-written is left.
     """
-    with whole_directory(directory) as work:
+    with storage.whole_directory(directory, NAMES) as work:
         write_orbax(work, model)
 
 
@@ -69,9 +75,10 @@ def save_hf(directory: epath.PathLike, model: models.Model, tokenizer: Any = Non
       UserError: it cannot be written, or something else is there. Nothing half-written is left.
     """
     dtype = dtype and hf.parse_dtype(dtype)
-    with whole_directory(directory) as work:
+    with storage.whole_directory(directory, NAMES) as work:
         if tokenizer is not None and jax.process_index() == 0:
-            tokenizer.save_pretrained(str(work))
+            with storage.written_locally(work) as local:
+                tokenizer.save_pretrained(local)
         hf.write(work, model, dtype)
 
 
@@ -108,7 +115,7 @@ def write_orbax(directory: epath.Path, model: models.Model) -> None:
     if jax.process_index() == 0:
         hf.write_generation_config(directory, model.cfg)
         record = {"format": "unidetox_jax 1", "config": models.config_to_hf(model.cfg)}
-        (directory / MODEL).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        storage.write_json(directory / MODEL, record)
 
 
 def _read_orbax(directory: epath.Path, cfg: models.ModelConfig, mesh: Mesh, param_dtype: str | None) -> dict[str, Any]:

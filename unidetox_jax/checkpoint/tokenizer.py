@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from unidetox_jax import storage
 from unidetox_jax.checkpoint import sentencepiece_file
-from unidetox_jax.checkpoint.safetensors_file import is_remote
 from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find
 from unidetox_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def load_tokenizer(source: epath.PathLike) -> Any:
     if not has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer; expected {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
     try:
-        if not is_remote(directory):
+        if not storage.is_remote(directory):
             return _load(directory, str(directory))
         with tempfile.TemporaryDirectory() as local:
             copy_tokenizer(directory, epath.Path(local))

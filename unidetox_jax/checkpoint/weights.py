@@ -14,7 +14,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax.checkpoint.safetensors_file import SafetensorsFile, Spec, Stored, is_remote, local_file
+from unidetox_jax import storage
+from unidetox_jax.checkpoint.safetensors_file import SafetensorsFile, Spec, Stored
 from unidetox_jax.errors import UserError
 
 # In the order in which transformers looks for them in a directory
@@ -84,9 +85,9 @@ class TorchFile:
             import torch
         except ImportError:
             raise UserError(f"{path}: reading .bin weights needs PyTorch: pip install 'unidetox-jax[torch]'") from None
-        self._copy = local_file(path)  # of a remote file; held, because the tensors are maps of it
-        name = self._copy.__enter__().name if is_remote(path) else str(path)
-        self._tensors, self._mapped = _load(torch, name, path)
+        self._local = storage.local_file(path)  # held, because the tensors are maps of it
+        file, _ = self._local.__enter__()
+        self._tensors, self._mapped = _load(torch, file.name, path)
         self.specs = {name: Spec(_dtype(x, path, name), tuple(x.shape)) for name, x in self._tensors.items()}
 
     def open(self, name: str) -> Stored:

@@ -15,6 +15,8 @@ from typing import Any
 from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from unidetox_jax import storage
+
 END = "<|endoftext|>"
 MAX_POSITIONS = 128
 TOKENIZER_TEXTS = 4_000  # enough to see every word many times
@@ -80,16 +82,15 @@ def write(directory: epath.Path, texts: Sequence[str]) -> None:
         tokenizer = make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
         ids = {role: tokenizer.token_to_id(token) for role, token in _roles(toy).items()}
         place = epath.Path(directory) / name
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
-        (place / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(toy), indent=2))
+        storage.write_text(place / "tokenizer.json", tokenizer.to_str(pretty=True))
+        storage.write_text(place / "tokenizer_config.json", json.dumps(_tokenizer_config(toy), indent=2))
         config = {
             **toy.config,
             "vocab_size": tokenizer.get_vocab_size(),
             "torch_dtype": "float32",
             **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids},
         }
-        (place / "config.json").write_text(json.dumps(config, indent=2))
+        storage.write_text(place / "config.json", json.dumps(config, indent=2))
 
 
 def make_tokenizer(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from etils import epath
 
+from unidetox_jax import storage
 from unidetox_jax.data import toymodels
 
 PEOPLES = {
@@ -254,7 +255,6 @@ def write(directory: epath.PathLike, seed: int = 0, sizes: Sizes | None = None) 
     The same seed gives the same bytes. Each file draws from its own stream: none depends on another's size.
     """
     directory, sizes = epath.Path(directory), sizes or Sizes()
-    directory.mkdir(parents=True, exist_ok=True)
     everyone = tuple(PEOPLES)
 
     def texts(name: str, count: int, categories=everyone, hostility=sizes.hostility) -> list[list[Sentence]]:
@@ -296,4 +296,4 @@ def _join(made: Sequence[Sentence]) -> str:
 
 
 def _write_lines(path: epath.Path, rows: Sequence[dict]) -> None:
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    storage.write_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import data, text_statistics
+from unidetox_jax import data, storage, text_statistics
 from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap, scorers
@@ -190,9 +190,9 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def write(directory: epath.Path, result: Mapping[str, Any], columns: Mapping[str, Mapping[str, list]]) -> None:
     """Writes analysis.json and the tables."""
-    base.write_json(directory / "analysis.json", result)
+    storage.write_json(directory / "analysis.json", result)
     for name, rows in tables(result, columns).items():
-        base.write_text(directory / f"{name}.csv", to_csv(rows))
+        storage.write_text(directory / f"{name}.csv", to_csv(rows))
 
 
 def tables(result: Mapping[str, Any], columns: Mapping[str, Mapping[str, list]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,19 +14,21 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
 from etils import epath
 
-from unidetox_jax import distributed
+from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.training import preemption
 
 COMPLETE = "stage.json"
 PARTIAL = "stage.partial.json"
 VERSIONS = ("unidetox-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,8 @@ def run_stage(
     directory = epath.Path(directory)
     wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
     writer = jax.process_index() == 0
-    complete = read_json(directory / COMPLETE)
-    found = json.loads(distributed.as_first_says(json.dumps(complete or read_json(directory / PARTIAL))))
+    complete = storage.read_json(directory / COMPLETE)
+    found = json.loads(distributed.as_first_says(json.dumps(complete or storage.read_json(directory / PARTIAL))))
     if found is not None:
         differences = _differences(wanted, {key: found.get(key) for key in wanted})
         if differences and not (force or derived):
@@ -110,8 +112,7 @@ def run_stage(
         if (force or differences) and writer:
             directory.rmtree(missing_ok=True)
     if writer:
-        _make(directory)
-        write_json(directory / PARTIAL, wanted)
+        storage.write_json(directory / PARTIAL, wanted)
     distributed.barrier(f"{name} begun")
     started = time.monotonic()
     gc.freeze()  # a million objects of the libraries, which every round of garbage collection would visit
@@ -131,17 +132,29 @@ def run_stage(
         "versions": versions(),
     }
     if writer:
-        write_json(directory / COMPLETE, record)
+        storage.write_json(directory / COMPLETE, record)
         (directory / PARTIAL).unlink(missing_ok=True)
     distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
     return record
 
 
-def _make(directory: epath.Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be made ({error.strerror or error})") from None
+def cached(
+    path: epath.Path,
+    make: Callable[[], Value],
+    read: Callable[[epath.Path], Value],
+    write: Callable[[epath.Path, Value], None],
+    together: bool = True,
+) -> Value:
+    """A part of a result, which an interrupted stage need not make again: what lies at `path`, or what `make` gives,
+    which then lies there. Every process comes here and makes it together with the others, and process 0 writes; with
+    `together` false process 0 comes alone."""
+    there = "there" if path.exists() else ""
+    if distributed.as_first_says(there) if together else there:
+        return read(path)
+    value = make()
+    if jax.process_index() == 0:
+        write(path, value)
+    return value
 
 
 def is_complete(directory: epath.PathLike) -> bool:
@@ -156,7 +169,7 @@ def fingerprint(source: epath.PathLike) -> str:
     path = epath.Path(source)
     if not str(source) or not path.exists():
         return str(source)
-    record = read_json(path / COMPLETE) if path.is_dir() else None
+    record = storage.read_json(path / COMPLETE) if path.is_dir() else None
     if record is not None:
         return digest({key: record[key] for key in ("stage", "settings", "inputs")})
     if not path.is_dir():
@@ -184,33 +197,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def read_json(path: epath.PathLike) -> dict[str, Any] | None:
-    """A JSON file's content; None when there is no such file."""
-    path = epath.Path(path)
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it to start that stage again") from None
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes JSON whole or not at all: to a temporary name, then renamed."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _plain(value: Any) -> Any:

@@ -16,12 +16,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, method, models
+from unidetox_jax import checkpoint, method, models, storage
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
-from unidetox_jax.stages import base, card, kept, parts
+from unidetox_jax.stages import base, card, parts
 from unidetox_jax.stages.settings import DistillSettings, Run
 
 PARTS = "parts"
@@ -88,8 +88,6 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     if same:
         logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same))
     work = directory / PARTS
-    if parts.first_process():
-        work.mkdir(exist_ok=True)
     try:
         texts = method.distill(
             *language_models,
@@ -105,11 +103,10 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
             batch_size=settings.batch_size,
             cache=settings.cache,
             names=names,
-            keep=lambda name, make: kept.kept(work / f"{name}.json", make, base.read_json, base.write_json),
+            keep=lambda name, make: base.cached(work / f"{name}.json", make, storage.read_json, storage.write_json),
             label=label,
         )
     except UserError as error:
-        work.rmdir() if parts.first_process() and not any(work.iterdir()) else None
         raise UserError(f"config.distill.{error}" if str(error).startswith("max_length") else str(error)) from None
     if not parts.first_process():
         return {}
@@ -117,7 +114,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     _warn(label, figures)
     if settings.scorer:
         figures["toxicity"] = _toxicity(run.path(settings.scorer), list(texts))
-    kept.write_lines(directory / "texts.jsonl", texts.rows)
+    storage.write_lines(directory / "texts.jsonl", texts.rows)
     sources = {
         name: {
             "source": run.shared.base if written.partition("@")[0] == "base" else written,
@@ -125,8 +122,8 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
         }
         for name, written in zip(names, settings.models, strict=True)
     }
-    base.write_text(directory / "README.md", card.render(run, settings, texts, figures, sources))
-    base.write_text(directory / "texts.csv", as_csv(texts))
+    storage.write_text(directory / "README.md", card.render(run, settings, texts, figures, sources))
+    storage.write_text(directory / "texts.csv", as_csv(texts))
     work.rmtree()
     return figures
 

@@ -39,19 +39,19 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, distributed
+from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, metrics, prompts, scorers
-from unidetox_jax.stages import base, kept, parts
+from unidetox_jax.stages import base, parts
 from unidetox_jax.stages import evaluation_results as results
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
 FORMS = ("original", "detoxified", "control")
 PARTS = "parts"
 FORMATS = {
-    ".jsonl": (kept.read_lines, kept.write_lines),
-    ".npy": (kept.read_array, kept.write_array),
-    ".json": (base.read_json, base.write_json),
+    ".jsonl": (storage.read_lines, storage.write_lines),
+    ".npy": (storage.read_array, storage.write_array),
+    ".json": (storage.read_json, storage.write_json),
 }
 TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
 # what says which tasks there are, and what a result depends on by rounding at most
@@ -170,7 +170,7 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
         _evaluate(run, candidate, directory)
     if not parts.first_process():
         return {}
-    measured = base.read_json(directory / results.METRICS)
+    measured = storage.read_json(directory / results.METRICS)
     (directory / PARTS).rmtree(missing_ok=True)
     print(results.describe(measured), flush=True)
     return results.headline(measured)
@@ -190,7 +190,7 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
 
     def keep(name: str, make: Callable[[], Any], together: bool = True) -> Any:
         path = directory / PARTS / name
-        return kept.kept(path, make, *FORMATS[path.suffix], together)
+        return base.cached(path, make, *FORMATS[path.suffix], together)
 
     models, source = metrics.OneModel(load), run.path(candidate.source)
     runs = generations.runs(functools.partial(models, source), asked.texts, settings, keep)

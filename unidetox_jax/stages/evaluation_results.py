@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unidetox_jax import text_statistics
+from unidetox_jax import storage, text_statistics
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import categories
 from unidetox_jax.evaluation.generations import Continuations
 from unidetox_jax.evaluation.metrics import METRICS as KNOWN
 from unidetox_jax.evaluation.metrics import PerText, Result, Subject, cells, get, measured
 from unidetox_jax.evaluation.prompts import Prompts
-from unidetox_jax.stages import base, kept
 
 METRICS, PER_PROMPT, GENERATIONS, PROMPTS = "metrics.json", "per_prompt.npz", "generations.jsonl", "prompts.jsonl"
 
@@ -42,13 +41,13 @@ def write(directory: epath.Path, subject: Subject, model: Mapping[str, str], res
     }
     arrays = _merged({name: result.per_prompt for name, result in results.items()})
     prompts = enumerate(zip(asked.texts, asked.categories, strict=True))
-    kept.write_lines(
+    storage.write_lines(
         directory / PROMPTS,
         ({"prompt": index, "category": category, "text": text} for index, (text, category) in prompts),
     )
-    kept.write_lines(directory / GENERATIONS, _lines(subject.runs, per_text))
-    kept.write_arrays(directory / PER_PROMPT, {**arrays, "category": np.array(asked.categories, np.str_)})
-    base.write_json(directory / METRICS, _finite(metrics))
+    storage.write_lines(directory / GENERATIONS, _lines(subject.runs, per_text))
+    storage.write_arrays(directory / PER_PROMPT, {**arrays, "category": np.array(asked.categories, np.str_)})
+    storage.write_json(directory / METRICS, _finite(metrics))
 
 
 def _merged(named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, distributed, models, sharding
+from unidetox_jax import checkpoint, models, sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
 from unidetox_jax.stages.settings import Run
@@ -47,11 +47,6 @@ def world_directory(run: Run) -> epath.Path:
 def pretrained_directory(run: Run, name: str) -> epath.Path:
     """A model trained from scratch; laid out as the toxic twin."""
     return run.workdir / "pretrained" / name
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here: what process 0 wrote before it is there for all after it."""
-    distributed.barrier(name)
 
 
 def toxic_directory(run: Run) -> epath.Path:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from unidetox_jax import storage
 from unidetox_jax.report import findings, page, plots, results, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
 from unidetox_jax.stages import analyze, base, parts, settings
@@ -52,15 +53,14 @@ def write(run: Run, directory: epath.Path) -> None:
     evaluations = load_evaluations(run)
     rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
     analysis, distilled = _texts(run)
-    stages = [base.read_json(path / base.COMPLETE) for path in finished(run)]
+    stages = [storage.read_json(path / base.COMPLETE) for path in finished(run)]
     shown = [plots.trade_off(rows), plots.categories(rows), plots.changes(rows, quantities)]
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
-    (directory / "plots").mkdir(parents=True, exist_ok=True)
     for plot in filter(None, (*shown, leaning, training)):
-        (directory / "plots" / f"{plot.name}.png").write_bytes(plot.png())
+        storage.write_bytes(directory / "plots" / f"{plot.name}.png", plot.png())
     if rows:
-        base.write_text(directory / "results.csv", tables.to_csv(rows))
-        base.write_text(directory / "results.tex", page.to_latex(rows, quantities))
+        storage.write_text(directory / "results.csv", tables.to_csv(rows))
+        storage.write_text(directory / "results.tex", page.to_latex(rows, quantities))
     text = page.render(
         title=run.shared.name,
         lead=_lead(run, evaluations),
@@ -79,7 +79,7 @@ def write(run: Run, directory: epath.Path) -> None:
         changed_settings=changed_settings(stages),
         footer=f"Made by unidetox_jax {base.versions()['unidetox-jax']} from a working directory; needs no network.",
     )
-    base.write_text(directory / "index.html", text)
+    storage.write_text(directory / "index.html", text)
 
 
 def summary_table(run: Run) -> str:
@@ -113,11 +113,11 @@ def load_evaluations(run: Run) -> list[Evaluation]:
 
 def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The analysis, the run's own texts first in it, and what the distill stage counted; None where there is none."""
-    analysis = base.read_json(run.workdir / "analysis" / "analysis.json")
+    analysis = storage.read_json(run.workdir / "analysis" / "analysis.json")
     if analysis:
         own = [name for name in (analyze.DISTILLED, analyze.SAMPLES) if name in analysis["sets"]]
         analysis["sets"] = {name: analysis["sets"][name] for name in dict.fromkeys([*own, *analysis["sets"]])}
-    return analysis, (base.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
+    return analysis, (storage.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
 
 
 def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from unidetox_jax import models
+from unidetox_jax import models, storage
 from unidetox_jax.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -51,9 +51,7 @@ class Log:
         self._began = self._flushed = time.monotonic()
         self._latest: dict[str, Any] = {}
         self._untold: list[tuple[int, str, float]] = []  # events that are not in TensorBoard's file yet
-        self._events = None
-        if self._writer and "://" not in str(directory):  # an object store has no files that grow
-            self._events = _Events(self._path.parent / "tensorboard", step)
+        self._events = _Events(self._path.parent / "tensorboard", step)
 
     def note(self, step: int, figures: dict[str, float]) -> None:
         """Takes in a step's figures: {"loss", "grad_norm", "learning_rate", "targets"}."""
@@ -90,16 +88,10 @@ class Log:
         self._flushed = time.monotonic()
         if not self._writer:
             return
-        temporary = self._path.parent / f".{FILE}.tmp"
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            temporary.replace(self._path)
-            if self._events is not None:
-                self._events.write(self._untold)
-            self._untold = []
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror or error})") from None
+        storage.write_lines(self._path, self.lines)
+        with storage.writing(self._path.parent / "tensorboard"):
+            self._events.write(self._untold)
+        self._untold = []
 
     def _append(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -120,7 +112,7 @@ class _Events:
         from tensorboardX.proto import event_pb2
 
         if self._file is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(self._directory)
             self._file = event_file_writer.EventsWriter(str(self._directory / "events"), f".{os.getpid()}")
             # Strikes out what an earlier sitting told beyond the step that this one goes on from
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -16,6 +16,7 @@ from etils import epath
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 
 FORMAT = 1
@@ -131,17 +132,15 @@ def _counts_by_word(counter: CountVectorizer, texts: Sequence[str]) -> scipy.spa
 def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict) -> None:
     """Writes `linear.npz` and `linear.json`; `figures` (held-out AUC, counts) are stored with it."""
     directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ARRAYS).open("wb") as file:
-        arrays = {"idf": classifier.idf, "weights": classifier.weights, "bias": classifier.bias}
-        np.savez_compressed(file, **{name: value.astype(np.float64) for name, value in arrays.items()})
+    arrays = {"idf": classifier.idf, "weights": classifier.weights, "bias": classifier.bias}
+    storage.write_arrays(directory / ARRAYS, {name: value.astype(np.float64) for name, value in arrays.items()})
     content = {
         "format": FORMAT,
         "labels": list(classifier.labels),
         "figures": figures,
         "vocabularies": classifier.vocabularies,
     }
-    (directory / SETTINGS).write_text(json.dumps(content, ensure_ascii=False))
+    storage.write_text(directory / SETTINGS, json.dumps(content, ensure_ascii=False))
 
 
 def load(directory: epath.PathLike) -> LinearClassifier:

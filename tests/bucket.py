@@ -1,0 +1,50 @@
+"""An emulator of Google's storage, as Orbax (through tensorstore), gcsfs and tensorboardX see it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from gcp_storage_emulator import server
+from gcp_storage_emulator.handlers import objects
+from processes import free_port
+
+
+@contextlib.contextmanager
+def emulator() -> Iterator[dict[str, str]]:
+    """Context: an empty `gs://bucket`; gives the environment in which programs find it."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs every request
+    port = free_port()
+    with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+        url = f"http://127.0.0.1:{port}"
+        yield {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask for the bucket's kind by gRPC, for a minute
+            "NO_GCE_CHECK": "true",  # nor is there a metadata server to ask for credentials
+        }
+
+
+def _download(request, response, storage):
+    """Google says which generation of an object it sends; tensorstore cannot replace one without that."""
+    _downloaded(request, response, storage)
+    if response.status < HTTPStatus.MULTIPLE_CHOICES:
+        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = found["generation"]
+
+
+def _insert(request, response, storage):
+    """Google writes only in place of the generation that the writer expects, which keeps two from losing one's work."""
+    name, expected = (request.query.get(key, [None])[0] for key in ("name", "ifGenerationMatch"))
+    found = storage.objects.get(request.params["bucket_name"], {}).get(name, {"generation": "0"})
+    if name is not None and expected not in (None, found["generation"]):
+        response.status = HTTPStatus.PRECONDITION_FAILED
+    else:
+        _inserted(request, response, storage)
+
+
+_downloaded, _inserted = objects.download, objects.insert
+objects.download, objects.insert = _download, _insert
+for _, handlers in server.HANDLERS:
+    for method, handler in handlers.items():
+        handlers[method] = {_downloaded: _download, _inserted: _insert}.get(handler, handler)
