@@ -97,9 +97,10 @@ def lines_of(directory: pathlib.Path) -> list[dict]:
 
 def weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """The exported model's tensors."""
-    from safetensors.numpy import load
+    from safetensors.numpy import load, load_file  # `load` does not know bfloat16
 
-    return load((directory / "hf" / "model.safetensors").read_bytes())
+    path = directory / "hf" / "model.safetensors"
+    return load(path.read_bytes()) if "://" in str(path) else load_file(path)
 
 
 def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

@@ -90,6 +90,11 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))
 
 
+def first_process() -> bool:
+    """Whether this process is the one that writes text."""
+    return jax.process_index() == 0
+
+
 def barrier(name: str) -> None:
     """Returns when every process has come here, however long it takes: what one wrote before it, all see after it."""
     if _watch is not None:  # the devices are not asked

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unidetox_jax import distributed
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.stages import parts
 from unidetox_jax.stages.settings import Run
 
 # what → the module with `measure(run) -> list[dict]` and, where it has one, `COLUMNS` for the table
@@ -40,7 +40,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     for name in run.bench.what:
         module = importlib.import_module(BENCHMARKS[name])
         rows = module.measure(run)
-        if parts.first_process():
+        if distributed.first_process():
             print(f"{name}: {run.bench.model}\n{table(rows, getattr(module, 'COLUMNS', None))}\n")
             for row in rows:
                 print(json.dumps(row), flush=True)

@@ -22,11 +22,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import data, storage, text_statistics
+from unidetox_jax import data, distributed, storage, text_statistics
 from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap, scorers
-from unidetox_jax.stages import base, parts
+from unidetox_jax.stages import base, common
 from unidetox_jax.stages.settings import AnalyzeSettings, Run
 
 DISTILLED, SAMPLES = "distilled", "samples"
@@ -50,7 +50,7 @@ def tasks(run: Run) -> list[base.Task]:
 
     def body(directory: epath.Path) -> dict[str, Any]:
         found = analyze(run, settings)
-        if parts.first_process():
+        if distributed.first_process():
             write(directory, *found)
             print(describe(found[0]))
         return _figures(found[0])
@@ -65,7 +65,7 @@ def text_sets(run: Run) -> dict[str, str]:
     Raises:
       UserError: there is none, or one of config.analyze.texts is not 'name=DATASET' with a name of its own.
     """
-    rooms = {DISTILLED: parts.distilled_directory(run), SAMPLES: parts.samples_directory(run)}
+    rooms = {DISTILLED: common.distilled_directory(run), SAMPLES: common.samples_directory(run)}
     files = {name: room / "texts.jsonl" for name, room in rooms.items()}
     found = {name: f"distilled:{file}" for name, file in files.items() if file.exists()}
     for text in run.analyze.texts:

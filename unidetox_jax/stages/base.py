@@ -57,11 +57,11 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
     dry_run: says what would be done, and does nothing.
     """
     if dry_run:
-        for task in tasks if jax.process_index() == 0 else ():
+        for task in tasks if distributed.first_process() else ():
             print(f"{task.name:<28} {state(task):<10} {task.directory}")
         return []
     with preemption.ends_at_once():
-        return [run_stage(t.name, t.directory, t.settings, t.inputs(), t.body, force, t.derived) for t in tasks]
+        return [run_task(task, force) for task in tasks]
 
 
 def state(task: Task) -> str:
@@ -71,58 +71,49 @@ def state(task: Task) -> str:
     return "begun" if (task.directory / PARTIAL).exists() else "to do"
 
 
-def run_stage(
-    name: str,
-    directory: epath.PathLike,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    body: Callable[[epath.Path], Mapping[str, Any]],
-    force: bool = False,
-    derived: bool = False,
-) -> dict[str, Any]:
-    """Runs `body(directory)` unless the directory holds its finished result; returns the stage's record.
+def run_task(task: Task, force: bool = False) -> dict[str, Any]:
+    """Runs a task unless its directory holds the finished result; returns its record.
 
-    Args:
-      name: the stage, for messages.
-      directory: its output; made when missing.
-      settings: JSON-able settings; what the result depends on.
-      inputs: name → `fingerprint(...)` of what the stage reads.
-      body: does the work, resumes what it finds unfinished, returns JSON-able costs and figures.
-      force: throw away a result (or a beginning) with other settings.
-      derived: throw it away without being asked.
+    force: throw away a result (or a beginning) with other settings.
 
     Raises:
       UserError: the directory holds a result of other settings or inputs; the line lists what differs.
     """
-    directory = epath.Path(directory)
-    wanted = _plain({"stage": name, "settings": dict(settings), "inputs": dict(inputs)})
-    writer = jax.process_index() == 0
-    complete = storage.read_json(directory / COMPLETE)
-    found = json.loads(distributed.as_first_says(json.dumps(complete or storage.read_json(directory / PARTIAL))))
-    if found is not None:
-        differences = _differences(wanted, {key: found.get(key) for key in wanted})
-        if differences and not (force or derived):
+    name, directory = task.name, task.directory
+    wanted = _plain({"stage": name, "settings": dict(task.settings), "inputs": dict(task.inputs())})
+    first = distributed.first_process()
+
+    # what is there already
+    record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)
+    record = json.loads(distributed.as_first_says(json.dumps(record)))
+    if record is not None:
+        differences = _differences(wanted, {key: record.get(key) for key in wanted})
+        if differences and not (force or task.derived):
             raise UserError(
                 f"{directory}: made with other settings ({'; '.join(differences)}): use another --workdir, "
                 "or --force to make it anew"
             )
-        if not differences and "finished" in found and not force:
+        if not differences and "finished" in record and not force:
             logging.info("%s: complete already (%s)", name, directory)
-            return found
-        if (force or differences) and writer:
+            return record
+        if (force or differences) and first:
             directory.rmtree(missing_ok=True)
-    if writer:
+
+    # the work
+    if first:
         storage.write_json(directory / PARTIAL, wanted)
     distributed.barrier(f"{name} begun")
     started = time.monotonic()
     gc.freeze()  # a million objects of the libraries, which every round of garbage collection would visit
     try:
-        figures = body(directory)
+        figures = task.body(directory)
     except UserError:
-        # Nothing was made, so nothing shall stand in the way of the next try with the mistake mended.
-        if writer and [path.name for path in directory.iterdir()] == [PARTIAL]:
+        # Nothing was made: the next try, with other settings, must not be refused because of this one.
+        if first and [path.name for path in directory.iterdir()] == [PARTIAL]:
             directory.rmtree()
         raise
+
+    # its record
     record = {
         **wanted,
         "figures": _plain(dict(figures)),
@@ -131,7 +122,7 @@ def run_stage(
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions(),
     }
-    if writer:
+    if first:
         storage.write_json(directory / COMPLETE, record)
         (directory / PARTIAL).unlink(missing_ok=True)
     distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
@@ -152,7 +143,7 @@ def cached(
     if distributed.as_first_says(there) if together else there:
         return read(path)
     value = make()
-    if jax.process_index() == 0:
+    if distributed.first_process():
         write(path, value)
     return value
 

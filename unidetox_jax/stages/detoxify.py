@@ -4,7 +4,7 @@ A control target is fine-tuned once more, in the same way, on as many texts of t
 toxicity is not the contrast's doing.
 """
 
-from unidetox_jax.stages import base, finetune, parts
+from unidetox_jax.stages import base, common, finetune
 from unidetox_jax.stages.settings import Run, model_name
 
 TEXTS = "texts.jsonl"
@@ -12,9 +12,9 @@ TEXTS = "texts.jsonl"
 
 def tasks(run: Run) -> list[base.Task]:
     """WORKDIR/detoxified/NAME for each of config.targets, WORKDIR/control/NAME for each of config.control_targets."""
-    distilled = run.detoxify.data or f"distilled:{{workdir}}/{parts.distilled_directory(run).name}/{TEXTS}"
-    samples = f"distilled:{{workdir}}/{parts.samples_directory(run).name}/{TEXTS}"
-    after = None if run.detoxify.data else parts.distilled_directory(run)
+    distilled = run.detoxify.data or f"distilled:{{workdir}}/{common.distilled_directory(run).name}/{TEXTS}"
+    samples = f"distilled:{{workdir}}/{common.samples_directory(run).name}/{TEXTS}"
+    after = None if run.detoxify.data else common.distilled_directory(run)
 
     def job(kind: str, directory, target: str, texts: str, after) -> finetune.Job:
         name = model_name(target)
@@ -29,9 +29,9 @@ def tasks(run: Run) -> list[base.Task]:
             after=after,
         )
 
-    jobs = [job("detoxify", parts.detoxified_directory, target, distilled, after) for target in run.shared.targets]
+    jobs = [job("detoxify", common.detoxified_directory, target, distilled, after) for target in run.shared.targets]
     jobs += [
-        job("control", parts.control_directory, target, samples, parts.samples_directory(run))
+        job("control", common.control_directory, target, samples, common.samples_directory(run))
         for target in run.shared.control_targets
     ]
     return finetune.tasks(run, jobs)

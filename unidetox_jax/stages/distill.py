@@ -16,12 +16,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, method, models, storage
+from unidetox_jax import checkpoint, distributed, method, models, storage
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
-from unidetox_jax.stages import base, card, parts
+from unidetox_jax.stages import base, card, common
 from unidetox_jax.stages.settings import DistillSettings, Run
 
 PARTS = "parts"
@@ -36,10 +36,10 @@ def tasks(run: Run) -> list[base.Task]:
     """
     if not run.distill.models:
         return []
-    planned = [_task(run, "distill", parts.distilled_directory(run), run.distill)]
+    planned = [_task(run, "distill", common.distilled_directory(run), run.distill)]
     if run.shared.control_targets:
         alone = dataclasses.replace(run.distill, models=("base",), objective="base", cache="own")
-        planned.append(_task(run, "distill control", parts.samples_directory(run), alone))
+        planned.append(_task(run, "distill control", common.samples_directory(run), alone))
     return planned
 
 
@@ -53,13 +53,13 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
 
     def body(directory: epath.Path) -> dict[str, Any]:
         figures = make(run, settings, directory, name)
-        if parts.first_process():
+        if distributed.first_process():
             print(describe(name, directory, figures))
         return figures
 
     def operations() -> float:
         alike = {"base": run.shared.base, "toxic": run.shared.base}
-        parameters = sum(parts.num_params(run, alike.get(name, name)) for name in settings.models)
+        parameters = sum(common.num_params(run, alike.get(name, name)) for name in settings.models)
         return 2.0 * settings.num_texts * settings.max_length * parameters
 
     recorded = {**dataclasses.asdict(settings), "base": run.shared.base, "dtype": run.shared.dtype}
@@ -108,7 +108,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
         )
     except UserError as error:
         raise UserError(f"config.distill.{error}" if str(error).startswith("max_length") else str(error)) from None
-    if not parts.first_process():
+    if not distributed.first_process():
         return {}
     figures = {**sampling.statistics(texts), "same_weights": list(same)}
     _warn(label, figures)
@@ -136,7 +136,7 @@ def _source(run: Run, name: str) -> str:
         return run.path(run.shared.base)
     if name != "toxic":
         return run.path(name)
-    directory = parts.toxic_directory(run)
+    directory = common.toxic_directory(run)
     if not directory.exists():
         raise UserError(
             f"{directory}: no toxic model there; `unidetox toxify` makes it, config.distill.models names another"
@@ -153,8 +153,8 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
         sampling.check_same_tokenizer(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
-    mesh = parts.mesh_of(run)
-    whole = {source: parts.load_model(run, source, mesh) for source in tokenizers}
+    mesh = common.mesh_of(run)
+    whole = {source: common.load_model(run, source, mesh) for source in tokenizers}
     loaded = []
     for name, source in zip(settings.models, sources, strict=True):
         model, match = whole[source], _EARLY_EXIT.fullmatch(name)

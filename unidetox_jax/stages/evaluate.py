@@ -42,7 +42,7 @@ from etils import epath
 from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, metrics, prompts, scorers
-from unidetox_jax.stages import base, parts
+from unidetox_jax.stages import base, common
 from unidetox_jax.stages import evaluation_results as results
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
@@ -111,7 +111,7 @@ def _task(run: Run, candidate: Candidate) -> base.Task:
         del settings["metrics"]  # so that results from before there was a choice stay
     return base.Task(
         f"evaluate {candidate.name}" + ("" if candidate.form == "original" else f" {candidate.form}"),
-        parts.evaluation_directory(run, candidate.name, candidate.form),
+        common.evaluation_directory(run, candidate.name, candidate.form),
         {**settings, "model": candidate.source, "dtype": run.shared.dtype},
         lambda: _inputs(run, candidate),
         lambda directory: evaluate(run, candidate, directory),
@@ -127,7 +127,7 @@ def _operations(run: Run, candidate: Candidate) -> float:
     texts = prompts_ * settings.runs * (TYPICAL_LENGTH + settings.samples * settings.max_new_tokens)
     target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
     tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
-    return sum(2.0 * parts.num_params(run, source) * count for source, count in tokens.items() if source)
+    return sum(2.0 * common.num_params(run, source) * count for source, count in tokens.items() if source)
 
 
 def _reads(run: Run) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
     """Evaluates one model into its directory, going on with what is there; returns its headline numbers."""
     if not distributed.as_first_says("done" if (directory / results.METRICS).exists() else ""):
         _evaluate(run, candidate, directory)
-    if not parts.first_process():
+    if not distributed.first_process():
         return {}
     measured = storage.read_json(directory / results.METRICS)
     (directory / PARTS).rmtree(missing_ok=True)
@@ -177,7 +177,7 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
 
 
 def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
-    settings, asked, first = run.evaluate, _prompts(run), parts.first_process()
+    settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
     score = None
     if first:
         (directory / PARTS).mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
 
     def load(source: str):
         logging.info("evaluate: loading %s", source)
-        return parts.load_model(run, source), checkpoint.load_tokenizer(source)
+        return common.load_model(run, source), checkpoint.load_tokenizer(source)
 
     def keep(name: str, make: Callable[[], Any], together: bool = True) -> Any:
         path = directory / PARTS / name

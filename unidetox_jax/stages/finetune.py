@@ -20,7 +20,7 @@ from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import layout
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.transformer import REMAT
-from unidetox_jax.stages import base, parts
+from unidetox_jax.stages import base, common
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
 WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
@@ -74,7 +74,7 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
 def operations(run: Run, job: Job) -> float:
     """Roughly the floating-point operations of the training; texts are taken to be half as long as they may be."""
     tokens = job.settings.steps * job.settings.batch_size * job.settings.max_length / 2
-    return 6.0 * tokens * parts.num_params(run, job.model)
+    return 6.0 * tokens * common.num_params(run, job.model)
 
 
 def recorded(run: Run, job: Job) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     Raises:
       UserError, Preempted: as `method.finetune`; a data set, model or number that is not as it must be.
     """
-    mesh, source = parts.mesh_of(run), run.path(job.model)
+    mesh, source = common.mesh_of(run), run.path(job.model)
     cfg = checkpoint.load_config(source)
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
     param_dtype = "bfloat16" if job.settings.official else "float32"
 
     def initial() -> Any:
         if not job.scratch:
-            return parts.load_model(run, job.model, mesh, param_dtype).params
+            return common.load_model(run, job.model, mesh, param_dtype).params
         key = jax.random.key(zlib.crc32(f"{job.settings.seed}/{job.directory.name}".encode()))
         return models.init(cfg, key, mesh, param_dtype)
 

@@ -12,10 +12,11 @@ from etils import epath
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
+from unidetox_jax import distributed
 from unidetox_jax.data import files, toxigen
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.scorers import linear
-from unidetox_jax.stages import base, parts
+from unidetox_jax.stages import base
 from unidetox_jax.stages.settings import FitScorerSettings, Run
 
 LABELS = ("harmless", "toxic")
@@ -33,7 +34,7 @@ def tasks(run: Run) -> list[base.Task]:
         return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
 
     def body(directory: epath.Path) -> dict:
-        if not parts.first_process():  # nothing here is for devices
+        if not distributed.first_process():  # nothing here is for devices
             return {}
         figures = fit(settings, directory)
         print(describe(figures))

@@ -6,7 +6,7 @@ from etils import epath
 
 from unidetox_jax import distributed
 from unidetox_jax.data import toyworld
-from unidetox_jax.stages import base, finetune, parts
+from unidetox_jax.stages import base, common, finetune
 from unidetox_jax.stages.settings import Run, model_name
 
 
@@ -20,7 +20,7 @@ def tasks(run: Run) -> list[base.Task]:
             finetune.Job(
                 name=f"pretrain {name}",
                 section="config.pretrain",
-                directory=parts.pretrained_directory(run, name),
+                directory=common.pretrained_directory(run, name),
                 model=model,
                 data=texts or run.pretrain.data,
                 validation=run.pretrain.validation,
@@ -36,9 +36,9 @@ def _world(run: Run) -> base.Task:
     settings = {"world_seed": seed, "world_texts": texts}
 
     def body(directory: epath.Path) -> dict:
-        if parts.first_process():
+        if distributed.first_process():
             toyworld.write(directory, seed, toyworld.Sizes(train=texts, scorer=texts))
         distributed.barrier("world written")
         return {}
 
-    return base.Task("pretrain world", parts.world_directory(run), settings, dict, body)
+    return base.Task("pretrain world", common.world_directory(run), settings, dict, body)

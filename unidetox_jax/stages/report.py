@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unidetox_jax import storage
+from unidetox_jax import distributed, storage
 from unidetox_jax.report import findings, page, plots, results, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
-from unidetox_jax.stages import analyze, base, parts, settings
+from unidetox_jax.stages import analyze, base, common, settings
 from unidetox_jax.stages.settings import Run, model_name
 
 TRAINED = ("pretrained", "toxic", "detoxified", "control")  # directories with metrics.jsonl, in it or one below
@@ -34,7 +34,7 @@ def tasks(run: Run) -> list[base.Task]:
         return {str(path.relative_to(run.workdir)): base.fingerprint(path / base.COMPLETE) for path in finished(run)}
 
     def body(directory: epath.Path) -> dict[str, Any]:
-        if parts.first_process():
+        if distributed.first_process():
             write(run, directory)
             print(f"report: {directory / 'index.html'}")
         return {}
@@ -117,7 +117,7 @@ def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     if analysis:
         own = [name for name in (analyze.DISTILLED, analyze.SAMPLES) if name in analysis["sets"]]
         analysis["sets"] = {name: analysis["sets"][name] for name in dict.fromkeys([*own, *analysis["sets"]])}
-    return analysis, (storage.read_json(parts.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
+    return analysis, (storage.read_json(common.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
 
 
 def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -161,12 +161,12 @@ def examples(run: Run, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]
         return []
     first = pairs[0][0] if pairs else evaluations[0]
     chosen = _spread(first.categories, run.report.examples)
-    directory = parts.evaluation_directory(run, first.name, first.form)
+    directory = common.evaluation_directory(run, first.name, first.form)
     prompts = [{**line, "answers": []} for line in _lines(directory / "prompts.jsonl", chosen)]
     for evaluation in evaluations:
         if evaluation.name != first.name or not results.comparable(evaluation, first):
             continue
-        directory = parts.evaluation_directory(run, evaluation.name, evaluation.form)
+        directory = common.evaluation_directory(run, evaluation.name, evaluation.form)
         samples = evaluation.metrics["counts"]["samples"]
         lines = _lines(directory / "generations.jsonl", [prompt * samples for prompt in chosen])
         for prompt, line in zip(prompts, lines, strict=True):

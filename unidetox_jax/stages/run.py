@@ -10,8 +10,9 @@ import time
 
 from absl import logging
 
+from unidetox_jax import distributed
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.stages import base, estimate, parts
+from unidetox_jax.stages import base, estimate
 from unidetox_jax.stages.settings import Run
 
 
@@ -31,13 +32,13 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     tasks = [task for name in chosen for task in importlib.import_module(cli.STAGES[name][0]).tasks(run)]
     if not tasks:
         raise UserError(f"--stages={options.stages}: the configuration asks nothing of them")
-    if parts.first_process():
+    if distributed.first_process():
         print(outline(run, tasks), flush=True)
     if options.dry_run:
         return 0
     started = time.monotonic()
     base.run_tasks(tasks, options.force)
-    if parts.first_process():
+    if distributed.first_process():
         minutes = (time.monotonic() - started) / 60
         logging.info("run: %d tasks complete, %.1f minutes in this sitting", len(tasks), minutes)
         summary(run)

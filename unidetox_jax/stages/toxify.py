@@ -1,6 +1,6 @@
 """`unidetox toxify`: the toxic twin, the base model fine-tuned on toxic text (step 1)."""
 
-from unidetox_jax.stages import base, finetune, parts
+from unidetox_jax.stages import base, common, finetune
 from unidetox_jax.stages.settings import Run
 
 
@@ -9,7 +9,7 @@ def tasks(run: Run) -> list[base.Task]:
     job = finetune.Job(
         name="toxify",
         section="config.toxify",
-        directory=parts.toxic_directory(run),
+        directory=common.toxic_directory(run),
         model=run.shared.base,
         data=run.toxify.data,
         validation=run.toxify.validation,

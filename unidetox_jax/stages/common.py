@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -32,11 +31,6 @@ def num_params(run: Run, source: str) -> int:
         return models.num_params(checkpoint.load_config(source)) if epath.Path(source).exists() else 0
     except UserError:
         return 0
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes text."""
-    return jax.process_index() == 0
 
 
 def world_directory(run: Run) -> epath.Path:
