@@ -39,6 +39,15 @@ PLAIN = {
 }
 
 
+# What other programs may be asked to do by the environment would change a command's results, stop it or make it crawl.
+JAX_DEFAULTS = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_disable_jit": False,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 a check failed, 2 a mistake, 75 preempted, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -72,6 +81,7 @@ def _dispatch(argv: list[str]) -> int | None:
     if command not in commands:
         raise UserError(f"no command {command!r}{suggest(command, commands)}")
     _log_plainly()
+    _keep_jax_defaults()
     module = importlib.import_module(commands[command][0])
     parser = _Parser(prog=f"unidetox {command}", description=commands[command][1], allow_abbrev=False)
     if command in PLAIN:
@@ -189,6 +199,16 @@ def _log_plainly() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
+
+
+def _keep_jax_defaults() -> None:
+    import jax
+    from absl import logging
+
+    for name, value in JAX_DEFAULTS.items():
+        if getattr(jax.config, name) != value:
+            logging.info("%s: passed over; commands compute as with %s", name.upper(), value)
+            jax.config.update(name, value)
 
 
 def _print_help(commands: dict[str, tuple[str, str]]) -> None:

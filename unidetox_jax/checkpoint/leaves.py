@@ -20,11 +20,17 @@ PIECE_BYTES = 1 << 26
 TILE = 256  # side of the squares in which transposed matrices are copied: four times as fast as whole rows
 
 
+# What these programs do to memory, they do compiled only: JAX_DISABLE_JIT is for those who look into a model.
+_compiled = jax.disable_jit(False)
+
+
+@_compiled
 def allocate(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
     """Zeros, made in place."""
     return _zeros(shape, np.dtype(dtype), sharding)()
 
 
+@_compiled
 def fill(leaf: jax.Array, first: int, rows: np.ndarray, forget: Callable[[], None]) -> jax.Array:
     """The leaf with `rows` ([n, …], any float dtype, any strides) from row `first` on; `leaf` itself is donated.
 
@@ -47,6 +53,7 @@ def fill(leaf: jax.Array, first: int, rows: np.ndarray, forget: Callable[[], Non
     return leaf
 
 
+@_compiled
 def fetch(leaf: jax.Array | np.ndarray, first: int, count: int) -> np.ndarray:
     """Rows `first` to `first + count` of a leaf in host memory, [count, …]; on every process, where there are many.
 

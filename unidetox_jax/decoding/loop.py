@@ -122,7 +122,7 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
         grown = tuple(models.grow_cache(cache, length) for cache, length in zip(state.caches, lengths, strict=False))
         limit = jnp.minimum(inputs.limit, end)
         state = jax.lax.while_loop(functools.partial(_continues, limit=limit), advance, state._replace(caches=grown))
-    means = state.log_probabilities / jnp.maximum(state.lengths, 1)
+    means = state.log_probabilities / jnp.maximum(state.lengths, 1).astype(jnp.float32)[None]
     output = Output(state.tokens.T, state.lengths, state.ended, means, state.bad, state.step)
     return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
 
@@ -199,7 +199,7 @@ def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> 
         out, written = models.decode_step(tree, token, cfg, cache)
         logits.append(out)
         # Nothing else tells the compiler that the slot is read before it is overwritten; it would copy every cache.
-        after = jnp.maximum(cache.slot, jnp.isnan(out[0, 0]) - 1)  # max(slot, 0 or −1) is the slot
+        after = jnp.maximum(cache.slot, jnp.isnan(out[0, 0]).astype(jnp.int32) - 1)  # max(slot, 0 or −1) is the slot
         cache = cache._replace(keys=written.keys, values=written.values, slot=after)
     return tuple(reversed(logits)), (written,)
 
@@ -214,15 +214,15 @@ def _append_token(logits: Logits, state: State, caches, inputs: Inputs, objectiv
     bad = jnp.stack([~jnp.isfinite(z.max(-1)) for z in (*logits, scores)])
     sums = state.log_probabilities
     if len(sums):
-        sums += jnp.where(live, jnp.stack([_log_probability(z, sampled) for z in logits]), 0.0)
+        sums += jnp.where(live[None], jnp.stack([_log_probability(z, sampled) for z in logits]), 0.0)
     return State(
         step=state.step + 1,
         last=jnp.broadcast_to(token, state.last.shape),
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[None], (state.step, 0)),
-        ended=state.ended | jnp.any(token[:, None] == inputs.eos_ids, -1),
-        lengths=state.lengths + live,
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[None], (state.step, jnp.zeros_like(state.step))),
+        ended=state.ended | jnp.any(token[:, None] == inputs.eos_ids[None], -1),
+        lengths=state.lengths + live.astype(jnp.int32),
         log_probabilities=sums,
-        bad=bad & live,
+        bad=bad & live[None],
         caches=caches,
     )
 

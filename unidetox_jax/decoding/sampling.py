@@ -63,7 +63,7 @@ def sample(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax
         return _sample_vocabulary(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
     # One more than k, to see whether the k-th ties with it; picked by reductions, as a slice would mean a sort.
     values, ids = _candidates(scores, k + 1)
-    rank = jnp.arange(k + 1)
+    rank = jnp.arange(k + 1)[None]
     last, next_ = (jnp.max(values, -1, where=rank == r, initial=-jnp.inf) for r in (k - 1, k))
     tied = (last == next_) & (last > -jnp.inf)
     tokens = _sample_candidates(jnp.where(rank < k, values, -jnp.inf), ids, warpers, keys)
@@ -122,7 +122,7 @@ def _candidates(scores, k):
     stands in front, and in a small vocabulary that is done by putting what is likely in most rows there."""
     if jax.default_backend() != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
         return top_candidates(scores, k)
-    order = jnp.argsort(-scores.mean(0))
+    order = jnp.argsort(-scores.mean(0)).astype(jnp.int32)
     values, places = top_candidates(scores[:, order], k)
     return values, order[places]
 
@@ -135,8 +135,8 @@ def _sample_candidates(values, ids, warpers, keys):
                 values = warper(values)
             case TopP(tail=tail):
                 values, ids = _in_order(values, ids)
-                rank = jnp.arange(values.shape[-1])
-                upto = (rank[:, None] >= rank).astype(jnp.float32)  # as a product: cumulative sums are slow on CPU
+                rank = jnp.arange(values.shape[-1])[None]
+                upto = (rank.T >= rank).astype(jnp.float32)  # as a product: cumulative sums are slow on CPU
                 mass = jnp.dot(jax.nn.softmax(values, -1), upto, precision="highest")
                 kept = (mass > tail) | (rank == 0)
                 values = jnp.where(kept, values, -jnp.inf)

@@ -92,11 +92,11 @@ def outside_tail(probabilities: jax.Array, tail: jax.Array | float) -> jax.Array
     # Among the tokens of the crossing probability, the lowest ids go first, as many as still fit into the
     # tail.
     mass, tied = below(floor), probabilities == floor
-    ids = jnp.arange(size, dtype=jnp.int32)
+    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tied.shape)
     last = jnp.max(jnp.where(tied, ids, 0), -1, keepdims=True)
 
     def fits(cut):
-        return mass + floor * jnp.sum(tied & (ids < cut), -1, keepdims=True) <= tail
+        return mass + floor * jnp.sum(tied & (ids < cut), -1, keepdims=True, dtype=jnp.float32) <= tail
 
     first = bisect(fits, jnp.zeros_like(last), last, steps=size.bit_length())
     return (probabilities > floor) | (tied & (ids >= first))

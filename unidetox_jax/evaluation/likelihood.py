@@ -278,7 +278,7 @@ def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
     logits = models.logits(params, at((start + count)[:, None]), cfg)  # the position that predicts the last token
     sums, greedy = _gather(jnp.broadcast_to(logits, (*last.shape, logits.shape[-1])), last)
     if scored.shape[1]:
-        offsets = jnp.arange(scored.shape[1])
+        offsets = jnp.arange(scored.shape[1])[None]
         positions = start[:, None] + offsets
         pieces = [jnp.moveaxis(x.reshape(x.shape[0], -1, piece), 1, 0) for x in (positions, scored)]
         values, highest = jax.lax.map(lambda piece: score(*piece), tuple(pieces))
@@ -292,6 +292,6 @@ def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
 def _gather(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-softmax at the targets, and whether no logit is above it. By comparison, not by indexing: the vocabulary may
     be split over devices."""
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    chosen = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     values = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     return values - jax.nn.logsumexp(logits, axis=-1), values >= jnp.max(logits, axis=-1)

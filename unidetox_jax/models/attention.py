@@ -164,7 +164,7 @@ def _cudnn_attention(query, key, value, mask):
 
 def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, T, D/2], of each position's angles (Su et al. 2021, with the checkpoint's scaling)."""
-    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)
+    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

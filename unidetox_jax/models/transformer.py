@@ -216,9 +216,13 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
     """Tokens int32 [B,T] more in every row: what meets the head, [B,T,width], and the cache. Padding may stand right,
     where causality hides it, if nothing is read after it."""
     length = tokens.shape[1]
-    mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones(tokens.shape, bool), (0, cache.slot))
-    seen = mask[:, None] & (jnp.arange(cache.length) <= (cache.slot + jnp.arange(length))[:, None])  # [B,T,K]
-    positions = cache.positions[:, None] + jnp.arange(length)
+    mask = jax.lax.dynamic_update_slice(
+        cache.mask, jnp.ones(tokens.shape, bool), (jnp.zeros_like(cache.slot), cache.slot)
+    )
+    seen = (
+        mask[:, None] & (jnp.arange(cache.length)[None] <= (cache.slot + jnp.arange(length))[:, None])[None]
+    )  # [B,T,K]
+    positions = cache.positions[:, None] + jnp.arange(length)[None]
     rotary = _rotary(cfg, positions)
     bias = before = None
     if cfg.alibi:
@@ -264,7 +268,7 @@ def _segments(tokens, attention_mask, segment_ids) -> tuple[jax.Array | None, ja
         return segment_ids, positions_from_segments(segment_ids)
     if attention_mask is None:
         return None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    real = (attention_mask != 0).astype(jnp.int32)
+    real = jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
     return real, jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
 
 

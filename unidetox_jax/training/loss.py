@@ -73,7 +73,7 @@ def total_loss(
 
 def target_mask(batch: Batch) -> jax.Array:
     """Which positions predict a target, bool [B,T]: the mask one to the left, without a row's last position."""
-    return jnp.pad(batch["loss_mask"][:, 1:] != 0, ((0, 0), (0, 1)))
+    return jnp.pad(batch["loss_mask"][:, 1:].astype(bool), ((0, 0), (0, 1)))
 
 
 def _gather(path, leaf: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ def _forward(hidden, matrix, targets, mask, precision):
         hidden, targets, mask = piece
         logits, normalizer, chosen = _log_softmax(hidden, matrix, targets, precision)
         total += _sum_losses(logits, normalizer, chosen, mask)
-        gradient = jnp.where(mask[..., None], jnp.exp(logits - normalizer[..., None]) - chosen, 0.0)
+        gradient = jnp.where(mask[..., None], jnp.exp(logits - normalizer[..., None]) - chosen.astype(jnp.float32), 0.0)
         gradient = gradient.astype(hidden.dtype)
         product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
         matrix_gradient += sharding.constrain(product("bpv,bpd->vd", gradient, hidden), "model", "fsdp")
@@ -130,7 +130,7 @@ def _log_softmax(hidden, matrix, targets, precision) -> tuple[jax.Array, jax.Arr
     indexing, since the vocabulary may be split over devices."""
     logits = jnp.einsum("bpd,vd->bpv", hidden, matrix, precision=precision, preferred_element_type=jnp.float32)
     logits = sharding.constrain_batch(logits, None, "model")
-    return logits, jax.nn.logsumexp(logits, axis=-1), jnp.arange(logits.shape[-1]) == targets[..., None]
+    return logits, jax.nn.logsumexp(logits, axis=-1), jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
 
 
 def _sum_losses(logits, normalizer, chosen, mask) -> jax.Array:

@@ -104,8 +104,9 @@ def make_train_step(
                 key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
             loss, targets, gradients = _gradients(state.params, batch, cfg, accumulation, key, remat)
             gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
-            updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            with jax.numpy_dtype_promotion("standard"):  # which optax needs, whatever the user's code is held to
+                updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
+                params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "grad_norm": global_norm(gradients),
@@ -156,7 +157,7 @@ def _gradients(params, batch: Batch, cfg: ModelConfig, accumulation: int, key, r
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), prepared)
         parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
-        (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), (parts, jnp.arange(accumulation)))
+        (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (parts, jnp.arange(accumulation)))
     return loss, targets, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
 
 
