@@ -1,8 +1,8 @@
 """Continuations of prompts, as text: a prompt's samples side by side, prompts of like length together.
 
-The random numbers of a continuation belong to its prompt and sample, so batches do not matter. A
-continuation is cut where the prompt's own tokens end, decoded together with them, since sentencepiece drops the space before
-a first word; the released code (`official`) removes every occurrence of the prompt instead.
+The random numbers of a continuation belong to its prompt and sample, so batches do not matter. A text is cut where the
+prompt's own tokens end, decoded together with them, since sentencepiece drops the space before a first word; the
+released code (`official`) removes every occurrence of the prompt instead.
 
 P prompts, S samples of a prompt.
 """
