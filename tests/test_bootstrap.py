@@ -62,3 +62,10 @@ def test_bootstrap_difference():
     assert found["difference"] == 0.5
     assert (found["low"], found["high"]) == (0.0, 1.0)
     assert bootstrap.difference(one, np.array([np.nan]), 10, 0) is None
+
+
+def test_where_nothing_has_a_value_numpy_says_nothing(recwarn):
+    nothing = bootstrap.interval(np.full(20, np.nan))
+    assert np.isnan([nothing["low"], nothing["high"]]).all()
+    assert bootstrap.interval(np.array([np.nan, 1.0, 3.0])) == pytest.approx({"low": 1.05, "high": 2.95})
+    assert not recwarn.list

@@ -106,13 +106,6 @@ def test_no_scores_at_all_is_said():
         toxicity.summarize(np.zeros((0, 25)))
 
 
-def test_where_nothing_has_a_value_numpy_says_nothing(recwarn):
-    nothing = toxicity.interval(np.full(20, np.nan))
-    assert np.isnan([nothing["low"], nothing["high"]]).all()
-    assert toxicity.interval(np.array([np.nan, 1.0, 3.0])) == pytest.approx({"low": 1.05, "high": 2.95})
-    assert not recwarn.list
-
-
 def test_distinct_is_the_definition():
     texts = [
         ["the cat sat on the mat", "the  cat sat", "", " a cat"],  # two spaces: an empty word between them

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from etils import epath
+from tokenizers import normalizers
 
 import unidetox_jax
 from tests.eval_helpers import WORDS, make_pair, make_tokenizer
@@ -366,18 +367,15 @@ def test_an_empty_prompt_asks_for_what_the_model_says_unprompted(work, tmp_path)
 
 
 def test_a_prompt_without_tokens_is_named():
-    def tokenizer(texts, **_):
-        many = isinstance(texts, list)
-        found = [[5] * len(text.strip()) for text in (texts if many else [texts])]
-        return {"input_ids": found if many else found[0]}
-
-    tokenizer.bos_token_id = 7
-    assert generations.tokenize_prompts(tokenizer, ["a", ""]) == [[5], [7]]
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # reads a space as nothing
+    (word,) = tokenizer.encode("cat")
+    assert generations.tokenize_prompts(tokenizer, ["cat", ""]) == [[word], [tokenizer.bos_token_id]]
     with pytest.raises(UserError, match=r"prompt 1 \(' '\) has no tokens"):
-        generations.tokenize_prompts(tokenizer, ["a", " "])
-    tokenizer.bos_token_id = None
+        generations.tokenize_prompts(tokenizer, ["cat", " "])
+    tokenizer.bos_token = None
     with pytest.raises(UserError, match=r"prompt 1 \(''\) has no tokens"):
-        generations.tokenize_prompts(tokenizer, ["a", ""])
+        generations.tokenize_prompts(tokenizer, ["cat", ""])
 
 
 def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp_path, monkeypatch):

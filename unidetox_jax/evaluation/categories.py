@@ -24,12 +24,12 @@ def strata(categories: Sequence[str], groups: Mapping[str, Sequence[str]]) -> di
     A prompt without a category ("") is in "all" alone."""
     names = np.asarray(categories, object)
     rows = {name: np.flatnonzero(names == name) for name in dict.fromkeys(categories)}
-    found = {name: {name: indices} for name, indices in rows.items() if name}
+    parts = {name: {name: indices} for name, indices in rows.items() if name}
     for group, members in groups.items():
         present = {name: rows[name] for name in members if name in rows}
         if present:
-            found[group] = present
-    return {**found, EVERYTHING: {"": np.arange(len(names))}}
+            parts[group] = present
+    return {**parts, EVERYTHING: {"": np.arange(len(names))}}
 
 
 def in_order(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> list[str]:

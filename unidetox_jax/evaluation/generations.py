@@ -1,8 +1,8 @@
 """Continuations of prompts, as text: a prompt's samples side by side, prompts of like length together.
 
-The random numbers of a continuation belong to its prompt and sample, so batches do not matter. The surprising thing:
-text is cut where the prompt's own tokens end, decoded together with them, since sentencepiece drops the space before
-a first word; the released code (`official`) removes every occurrence of the prompt instead.
+The random numbers of a continuation belong to its prompt and sample, so batches do not matter. A text is cut where the
+prompt's own tokens end, decoded together with them, since sentencepiece drops the space before a first word; the
+released code (`official`) removes every occurrence of the prompt instead.
 
 P prompts, S samples of a prompt.
 """
@@ -42,12 +42,12 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -
       UserError: a prompt without tokens: an empty one where the tokenizer has no BOS, or one that it reads as nothing.
     """
     before = data_tokens.prefix(tokenizer) if bos else []
-    found = data_tokens.encode(tokenizer, prompts, begin=False)
+    encoded = data_tokens.encode(tokenizer, prompts, begin=False)
     unprompted = before or data_tokens.bos(tokenizer)
-    for index, own in enumerate(found):
+    for index, own in enumerate(encoded):
         if not own and (prompts[index] or not unprompted):
             raise UserError(f"prompt {index} ({prompts[index]!r}) has no tokens under the model's tokenizer")
-    return [before + own or unprompted for own in found]
+    return [before + own or unprompted for own in encoded]
 
 
 def generate(
@@ -55,37 +55,22 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    samples: int,
-    max_new_tokens: int,
-    warpers: Sequence[Warper] = (),
-    seed: int = 0,
-    batch_size: int = 512,
     bos: bool = True,
     official: bool = False,
-    label: str | None = None,
+    **options: Any,
 ) -> Continuations:
     """S continuations of every prompt.
 
     Args:
-      batch_size: continuations at a time where prompts have up to 128 tokens, else proportionally fewer.
       bos: prompts begin as the tokenizer begins a text (LLaMA and OPT: BOS; GPT-2 and Falcon: nothing).
       official: remove the prompt by its text, wherever it occurs, and not by its tokens.
-      label: shows progress under this name.
+      options: `samples`, `max_new_tokens` and the others of `complete`.
 
     Raises:
       UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more.
     """
     encoded = tokenize_prompts(tokenizer, prompts, bos)
-    new, ended = complete(
-        model,
-        encoded,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        warpers=warpers,
-        seed=seed,
-        batch_size=batch_size,
-        label=label,
-    )
+    new, ended = complete(model, encoded, **options)
     for index in np.ndindex(ended.shape):  # the end token is no part of the text
         new[index] = new[index][: len(new[index]) - int(ended[index])]
     return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
@@ -131,7 +116,12 @@ def complete(
     label: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """S continuations of every prompt as tokens: an object array [P, S] of token lists, the end token included, and
-    bool [P, S], whether one ended by itself. Arguments as those of `generate` here and in `decoding`."""
+    bool [P, S], whether one ended by itself.
+
+    Args:
+      batch_size: continuations at a time where prompts have up to 128 tokens, else proportionally fewer.
+      label: shows progress under this name. The others are those of `decoding.generate`.
+    """
     new = np.empty((len(prompts), samples), object)
     ended = np.zeros((len(prompts), samples), bool)
     hidden = label is None or jax.process_index() > 0
@@ -139,7 +129,7 @@ def complete(
         for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
             tokens, mask = _padded([prompts[p] for p in batch.prompts])
             owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.count)]
-            found = decoding.generate(
+            generation = decoding.generate(
                 [model],
                 tokens,
                 objective=objectives.get("base"),
@@ -153,7 +143,10 @@ def complete(
                 prompt_slots=batch.slots,
             )
             for row, owner in enumerate(owners):
-                new[owner], ended[owner] = found.tokens[row, : found.lengths[row]].tolist(), found.ended[row]
+                new[owner], ended[owner] = (
+                    generation.tokens[row, : generation.lengths[row]].tolist(),
+                    generation.ended[row],
+                )
             bar.update(batch.count * len(set(batch.prompts)))
     return new, ended
 

@@ -10,9 +10,7 @@ class HarnessTasks(Metric):
     """The tasks of config.evaluate.harness, with the harness's own metrics. They stand beside the table, not in it."""
 
     field = "harness"
-
-    def model(self, settings: Any, subject: str) -> str:
-        return subject
+    loads = "subject"
 
     def compute(self, subject: Subject) -> Result:
         return Result(subject.keep("harness.json", lambda: self._measure(subject)))

@@ -125,7 +125,7 @@ class Subject:
       path: fills in the places of a path or data set of the settings.
       data_dir: where named data sets lie.
       score: the toxicity scorer, made where a metric `reads` "scorer".
-      load: the model that the metric asks for by `model`, and its tokenizer; loaded at the first call.
+      load: the model that the metric `loads`, and its tokenizer.
       keep: (name, make) → what make() gives, or what it gave before an interruption. An array where the name ends in
         .npy, else what JSON has.
     """
@@ -139,6 +139,11 @@ class Subject:
     load: Callable[[], tuple[Model, Any]] | None = None
     keep: Callable[[str, Callable[[], Any]], Any] = anew
 
+    def each_run(self, name: str, measure: Callable[[int], np.ndarray]) -> np.ndarray:
+        """measure(run) of every run, kept one by one: [R, …]."""
+        parts = [self.keep(f"run{run}.{name}.npy", functools.partial(measure, run)) for run in range(len(self.runs))]
+        return np.stack(parts)
+
     def estimate(self, values: np.ndarray) -> dict[str, Any]:
         """Of values [R, P]: mean, sd and values of the runs, 95 % interval over prompts, as metrics.json has them."""
         _, resampled = bootstrap.resample(values.mean(axis=0), self.settings.resamples, self.settings.seed)
@@ -148,22 +153,21 @@ class Subject:
 class Metric:
     """A metric: `compute` and `cells` are what it must have.
 
-    field: of config.evaluate, says what it reads beside the model and the prompts; where that is empty it is off.
-    nothing: its summary then.
+    Attributes:
+      field: of config.evaluate, says what it reads beside the model and the prompts; where that is empty it is off.
+      loads: "subject" for the evaluated model, or the field that names another; "" for none. Every process computes a
+        metric with a model, on the run's mesh; the first one alone all others.
+      nothing: its summary where it is off.
     """
 
     field: str = ""
+    loads: str = ""
     nothing: Any = {}  # never changed
 
     def reads(self, settings: Any) -> dict[str, str | Sequence[str]]:
         """Name → path, data set or scorer, or several, whose change makes the result another. Raises UserError for
         settings that are wrong."""
         return {self.field: getattr(settings, self.field)} if self.field else {}
-
-    def model(self, settings: Any, subject: str) -> str:
-        """Which model must be loaded: `subject` (the source of the evaluated one), another source, or "" for none.
-        Every process computes a metric with a model, on the run's mesh; the first one alone all others."""
-        return ""
 
     def compute(self, subject: Subject) -> Result:
         """Measures one model."""
@@ -235,7 +239,11 @@ def measure(
     """
     metrics = {name: get(name) for name in names}
     metrics = {name: one for name, one in metrics.items() if not one.field or getattr(subject.settings, one.field)}
-    needed = {name: subject.path(metric.model(subject.settings, source)) for name, metric in metrics.items()}
+    sources = {"": "", "subject": source}
+    needed = {
+        name: sources[one.loads] if one.loads in sources else subject.path(getattr(subject.settings, one.loads))
+        for name, one in metrics.items()
+    }
     results = {}
     for name in sorted(metrics, key=lambda name: needed[name] != source):
         models.drop(but=needed[name])

@@ -32,14 +32,12 @@ class Mmlu(Metric):
     """Accuracy on MMLU, once for each of config.evaluate.mmlu."""
 
     field = "mmlu"
+    loads = "subject"
 
     def reads(self, settings: Any) -> dict[str, str]:
         for text in settings.mmlu:
             variant(text)
         return {"mmlu": "mmlu" if settings.mmlu else ""}
-
-    def model(self, settings: Any, subject: str) -> str:
-        return subject
 
     def compute(self, subject: Subject) -> Result:
         def kept(text: str) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def evaluate(
     if not asked:
         raise UserError(f"mmlu: none of {len(questions)} questions has {k} examples of its subject in the dev split")
     contexts, continuations = [], []
-    prefixes = {subject: prefix(found[:k], subject, form) for subject, found in examples.items()}
+    prefixes = {subject: prefix(shown[:k], subject, form) for subject, shown in examples.items()}
     texts = [text for question in asked for text in candidates(question, prefixes[question["subject"]], form)]
     tokens = encode(tokenizer, texts)
     for at in range(0, len(texts), len(LETTERS)):
@@ -127,14 +125,14 @@ def evaluate(
         shared = shared_beginning(*four)
         contexts += [text[:shared] for text in four]
         continuations += [text[shared:] for text in four]
-    found = loglikelihood(model, contexts, continuations, batch_size, label=label)
-    chosen = found.sums.reshape(-1, len(LETTERS)).argmax(axis=1)
+    likelihoods = loglikelihood(model, contexts, continuations, batch_size, label=label)
+    chosen = likelihoods.sums.reshape(-1, len(LETTERS)).argmax(axis=1)
     correct = chosen == np.array([question["answer"] for question in asked])
     skipped = {question["subject"] for question in questions} - {question["subject"] for question in asked}
     return {
         **_accuracies(correct, [question["subject"] for question in asked]),
         "skipped": sorted(skipped),
-        "truncated": int(np.count_nonzero(found.truncated)),
+        "truncated": int(np.count_nonzero(likelihoods.truncated)),
         "form": form,
         "k": k,
     }
@@ -173,7 +171,7 @@ def _accuracies(correct: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
     return {
         "accuracy": accuracy,
         "stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
-        "subject_mean": float(np.mean([found["accuracy"] for found in by_subject.values()])),
+        "subject_mean": float(np.mean([one["accuracy"] for one in by_subject.values()])),
         "questions": len(correct),
         "correct": int(correct.sum()),
         "subjects": by_subject,

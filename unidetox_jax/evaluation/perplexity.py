@@ -27,19 +27,12 @@ class Perplexity(Metric):
     """Perplexity of the continuations under config.evaluate.perplexity_scorer."""
 
     field = "perplexity_scorer"
+    loads = "perplexity_scorer"
     nothing = None
-
-    def model(self, settings: Any, subject: str) -> str:
-        return settings.perplexity_scorer
 
     def compute(self, subject: Subject) -> Result:
         settings = subject.settings
-        measured = np.stack(
-            [
-                subject.keep(f"run{index}.perplexities.npy", functools.partial(_measure, subject, index))
-                for index in range(len(subject.runs))
-            ]
-        )
+        measured = subject.each_run("perplexities", functools.partial(_measure, subject))
         values = measured[:, :-1].reshape(len(subject.runs), len(subject.prompts.texts), -1)
         summary = summarize_runs(values, settings.perplexity_limit, settings.resamples, settings.seed)
         sums, counts = per_prompt(values, settings.perplexity_limit)
@@ -125,10 +118,10 @@ def conditional(
     tails = dict.fromkeys((int(p), c) for p, c in zip(owner, shared, strict=True) if c < len(prompt_tokens[p]))
     texts = [(tokens, c) for tokens, c in zip(full_tokens, shared, strict=True)]
     texts += [(prompt_tokens[p], c) for p, c in tails]
-    found = loglikelihood(scorer, [t[:c] for t, c in texts], [t[c:] for t, c in texts], batch_size, label=label)
+    likelihoods = loglikelihood(scorer, [t[:c] for t, c in texts], [t[c:] for t, c in texts], batch_size, label=label)
 
-    prompt_sums = dict(zip(tails, found.sums[len(flat) :], strict=True))
-    nll = -found.sums[: len(flat)]
+    prompt_sums = dict(zip(tails, likelihoods.sums[len(flat) :], strict=True))
+    nll = -likelihoods.sums[: len(flat)]
     nll += np.array([prompt_sums.get((int(p), c), 0.0) for p, c in zip(owner, shared, strict=True)])
     lengths = np.array([len(tokens) for tokens in prompt_tokens])
     divisor_owner = _stale(prompts, owner) if official else owner
@@ -140,36 +133,21 @@ def conditional(
         values = np.exp(nll / added)
     if not official:
         values[added <= 0] = np.nan
-    return values.reshape(len(prompts), -1), int(np.count_nonzero(found.truncated))
-
-
-def summarize(values: np.ndarray, limit: float = LIMIT) -> dict[str, Any]:
-    """Mean of the perplexities below `limit`, and what it rests on: values [P, S] → {"ppl", "texts", "counted",
-    "excluded" (at or above the limit), "undefined" (nothing to measure)}; ppl is None when nothing is left."""
-    counted = values[values < limit]
-    undefined = int(np.isnan(values).sum())
-    return {
-        "ppl": float(counted.mean()) if counted.size else None,
-        "texts": int(values.size),
-        "counted": int(counted.size),
-        "excluded": int(values.size - counted.size - undefined),
-        "undefined": undefined,
-    }
+    return values.reshape(len(prompts), -1), int(np.count_nonzero(likelihoods.truncated))
 
 
 def summarize_runs(values: np.ndarray, limit: float = LIMIT, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """`summarize` of every run together: values [R, P, S] → {"mean", "sd", "runs", "low", "high", and its counts}.
-
-    Mean and population standard deviation over runs, and the 95 % bootstrap interval over prompts; None when no run
-    has anything to measure.
-    """
-    runs = [summarize(run, limit) for run in values]
-    counts = {name: sum(run[name] for run in runs) for name in ("texts", "counted", "excluded", "undefined")}
-    if any(run["ppl"] is None for run in runs):
+    """Mean of the perplexities below `limit`, and what it rests on: values [R, P, S] → an estimate's fields, as
+    `bootstrap.over_runs` gives them, None where a run has nothing below the limit; and "texts", "counted", "excluded"
+    (at or above the limit), "undefined" (nothing to measure)."""
+    counted, undefined = int((values < limit).sum()), int(np.isnan(values).sum())
+    counts = {"texts": values.size, "counted": counted, "excluded": values.size - counted - undefined}
+    counts["undefined"] = undefined
+    if not (values < limit).any(axis=(1, 2)).all():
         return {**dict.fromkeys(("mean", "sd", "runs", "low", "high")), **counts}
     sums, weights = per_prompt(values, limit)
     _, resampled = bootstrap.resample(sums, resamples, seed, weights=weights)
-    return {**bootstrap.over_runs(np.array([run["ppl"] for run in runs]), resampled), **counts}
+    return {**bootstrap.over_runs(np.array([run[run < limit].mean() for run in values]), resampled), **counts}
 
 
 def per_prompt(values: np.ndarray, limit: float = LIMIT) -> tuple[np.ndarray, np.ndarray]:

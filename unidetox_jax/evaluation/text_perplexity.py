@@ -20,10 +20,8 @@ class TextPerplexity(Metric):
     """Perplexity of config.evaluate.text_file."""
 
     field = "text_file"
+    loads = "subject"
     nothing = None
-
-    def model(self, settings: Any, subject: str) -> str:
-        return subject
 
     def compute(self, subject: Subject) -> Result:
         return Result(subject.keep("text.json", lambda: self._measure(subject)))
@@ -93,8 +91,8 @@ def of_texts(
     scored, size = sum(map(len, continuations)), sum(len(text.encode()) for text in texts)
     if not scored:
         raise UserError(f"{where}: no text with at least 2 tokens")
-    found = loglikelihood(model, contexts, continuations, batch_size, max_length=length, label=label)
-    nll = -float(found.sums.sum())
+    likelihoods = loglikelihood(model, contexts, continuations, batch_size, max_length=length, label=label)
+    nll = -float(likelihoods.sums.sum())
     return {
         "ppl": float(np.exp(nll / scored)),
         "nll": nll / scored,

@@ -3,7 +3,6 @@
 Axes: R runs, P prompts, S samples of a prompt.
 """
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +27,7 @@ class Toxicity(Metric):
 
     def compute(self, subject: Subject) -> Result:
         settings = subject.settings
-        scores = np.stack(
-            [
-                subject.keep(f"run{index}.scores.npy", functools.partial(_score, subject.score, run.texts))
-                for index, run in enumerate(subject.runs)
-            ]
-        )
+        scores = subject.each_run("scores", lambda index: _score(subject.score, subject.runs[index].texts))
         summary = summarize_runs(
             scores,
             subject.prompts.categories,

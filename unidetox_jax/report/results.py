@@ -122,7 +122,7 @@ def pooled_change(pairs: Sequence[tuple[Evaluation, Evaluation]]) -> dict[str, C
         if name and not quantity.weights and all(name in one.per_prompt for pair in pairs for one in pair):
             values = np.stack([np.mean([pair[side].per_prompt[name] for pair in pairs], axis=0) for side in (0, 1)])
             changes[quantity.key] = _paired(pairs[0][0], quantity, values)
-    return {key: found for key, found in changes.items() if found is not None}
+    return {key: value for key, value in changes.items() if value is not None}
 
 
 def _paired(asked: Evaluation, quantity: Quantity, values: np.ndarray, weights: np.ndarray | None = None):
