@@ -1,4 +1,4 @@
-"""What all tests share: eight host devices, one compilation cache, real data where it lies beside the repository."""
+"""What all tests share: eight host devices, a compilation cache for the processes that they start, real data."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from etils import epath  # noqa: E402
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,14 @@
 """Several processes meet, or say who is missing; an error, a death or a hidden directory ends all of them."""
 
+import subprocess
 import sys
 import time
 import types
 from unittest import mock
 
-import jax
 import pytest
 from finetune_helpers import write_config
-from processes import command, free_port, joined, start, wait
+from processes import command, environment, free_port, joined, start, wait
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
@@ -162,14 +162,12 @@ def test_a_plain_pod_is_one_process_and_asks_nobody(monkeypatch, installed, recw
             distributed._members(None, None, None, None, 300)
 
 
-def test_the_compilation_cache_has_a_place(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        distributed.use_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == before  # JAX_COMPILATION_CACHE_DIR is respected
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        jax.config.update("jax_compilation_cache_dir", None)
-        distributed.use_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "unidetox_jax" / "jax")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+@pytest.mark.parametrize(("devices", "given"), [(1, False), (1, True), (2, True)])
+def test_compiled_programs_are_kept_but_for_several_cpu_devices(devices, given, tmp_path):
+    """Read back, a program for several CPU devices may wait for itself, until XLA aborts the process."""
+    place = tmp_path / "given" if given else tmp_path / "unidetox_jax" / "jax"
+    program = "import jax; from unidetox_jax import distributed; distributed.initialize(); jax.jit(lambda x: x + 1)(1)"
+    changes = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(place) if given else ""}
+    used = {name: value for name, value in {**environment(devices), **changes}.items() if value}
+    subprocess.run([sys.executable, "-c", program], env=used, check=True, timeout=300)
+    assert bool(list(place.glob("*-cache"))) == (devices == 1)

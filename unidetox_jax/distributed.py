@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 from unidetox_jax.errors import Preempted, UserError
 
@@ -64,10 +65,14 @@ def initialize(
     Raises:
       UserError: some of the three are missing or wrong, or a process did not come: which ones.
     """
-    use_compilation_cache()
     members = _members(coordinator, num_processes, process_id, coordinator_port, timeout)
-    if members is None:
-        return
+    if members is not None:
+        _join(members, timeout)
+    use_compilation_cache()
+
+
+def _join(members: Members, timeout: int) -> None:
+    """Makes this process one of several."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _meet(members, timeout)
     jax.distributed.initialize(
@@ -84,7 +89,15 @@ def initialize(
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory."""
+    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory.
+
+    Several CPU devices keep nothing: XLA reads a program for them back without the order of its collectives, which
+    then wait for one another until the process aborts (JAX 0.10.2 to 0.12.0.1).
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax has asked for the switch by now, and asks once
+        return
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))

@@ -64,6 +64,7 @@ def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) ->
     )
 
 
+@functools.cache
 def make_train_step(
     cfg: ModelConfig,
     optimizer: Optimizer,
@@ -118,6 +119,7 @@ def make_train_step(
     return step
 
 
+@functools.cache
 def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any, Batch], Metrics]:
     """A jitted (params, batch) -> {"total": summed nats, "targets": their number}, float32, without dropout."""
     mesh = mesh or sharding.single_device_mesh()
