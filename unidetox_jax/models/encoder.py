@@ -22,7 +22,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
-from unidetox_jax.models.weight_map import Key, heads_in, heads_out, norm, reshaped, same
+from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -228,7 +228,7 @@ def key_table(cfg: EncoderConfig) -> list[Key]:
     table.append(same(f"{names['output']}.bias", "blocks/attention/output/bias"))
     for part in ("attention_norm", "mlp_norm"):
         table += norm(names[part], f"blocks/{part}")
-    linear = {names["up"]: "blocks/mlp/up", names["down"]: "blocks/mlp/down"}
-    for theirs, ours in {**linear, kind.head[0]: "final/dense", kind.head[1]: "final/labels"}.items():
+    feed_forward = {names["up"]: "blocks/mlp/up", names["down"]: "blocks/mlp/down"}
+    for theirs, ours in {**feed_forward, kind.head[0]: "final/dense", kind.head[1]: "final/labels"}.items():
         table += [linear(f"{theirs}.weight", f"{ours}/kernel"), same(f"{theirs}.bias", f"{ours}/bias")]
     return table
