@@ -180,7 +180,6 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
     score = None
     if first:
-        (directory / PARTS).mkdir(parents=True, exist_ok=True)
         if "scorer" in _reads(run):  # before the long work, in case that there is none
             score = scorers.get(run.path(settings.scorer))
 

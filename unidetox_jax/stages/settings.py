@@ -219,7 +219,7 @@ def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -
             f"config.control_targets: {unknown[0]!r} is not one of config.targets; name some of those, or ()"
         )
     parts = {name: parse(config.get(name, {}), kind, f"config.{name}") for name, kind in STAGES.items()}
-    return Run(epath.Path(workdir).expanduser(), shared, **parts)
+    return Run(epath.Path(workdir), shared, **parts)
 
 
 def model_name(source: str) -> str:
