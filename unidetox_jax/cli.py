@@ -194,11 +194,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _log_plainly() -> None:
+    import logging as standard_logging
+
     from absl import logging
 
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
+    standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)  # which backends it does not find, say
 
 
 def _keep_jax_defaults() -> None:
