@@ -8,7 +8,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ class Content(NamedTuple):
     data: bytes
 
     @property
-    def stem(self) -> str:
+    def basename(self) -> str:
         return self.name.rsplit("/", 1)[-1]
 
 
@@ -77,7 +76,7 @@ def content_hash(contents: Iterable[Content], *settings: Any) -> str:
     """
     hasher = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for content in contents:
-        hasher.update(f"{content.stem}\0{len(content.data)}\0".encode())
+        hasher.update(f"{content.basename}\0{len(content.data)}\0".encode())
         hasher.update(content.data)
     return hasher.hexdigest()[:16]
 
@@ -223,7 +222,7 @@ READERS = {".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows, ".parquet"
 
 def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Rows of a csv, jsonl or parquet file, by its suffix; all of them, as they are."""
-    suffix = "." + content.stem.rsplit(".", 1)[-1].lower()
+    suffix = "." + content.basename.rsplit(".", 1)[-1].lower()
     if suffix not in READERS:
         raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(READERS)}")
     return READERS[suffix](content, columns)
@@ -258,17 +257,3 @@ def number_of(value: Any, where: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: found {value!r}, expected a number") from None
-
-
-_SPLIT_TERM = re.compile(r"([A-Za-z_]\w*)((?:\[[^\]]*\])?)")
-
-
-def split_terms(expression: str) -> list[tuple[str, str]]:
-    """(name, slice) of each term of a split such as `train+unknown` or `train[:10%]`."""
-    terms = []
-    for part in expression.split("+"):
-        match = _SPLIT_TERM.fullmatch(part.strip())
-        if match is None:
-            raise UserError(f"split {expression!r}: expected names like 'train', 'train+unknown' or 'train[:10%]'")
-        terms.append((match[1], match[2]))
-    return terms

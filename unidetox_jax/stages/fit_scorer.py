@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from unidetox_jax import distributed
-from unidetox_jax.data import files, toxigen
+from unidetox_jax.data import files
+from unidetox_jax.data.datasets import toxigen
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.stages import base
