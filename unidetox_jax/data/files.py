@@ -37,7 +37,10 @@ def find(path: str, data_dir: epath.PathLike) -> epath.Path:
       UserError: it is in none of these places.
     """
     if path.startswith(HUB):
-        return download(*_hub_parts(path))
+        owner, name, file = (*path.removeprefix(HUB).split("/", 2), "", "")[:3]
+        if not (owner and name and file):
+            raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
+        return download(f"{owner}/{name}", file)
     here = epath.Path(path).expanduser()
     if here.exists():
         return here
@@ -51,9 +54,9 @@ def find(path: str, data_dir: epath.PathLike) -> epath.Path:
 def find_matching(directory: epath.Path, preferences: Sequence[Sequence[str]]) -> list[epath.Path]:
     """Files of `directory` that match the first of several lists of glob patterns that matches anything."""
     for patterns in preferences:
-        found = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-        if found:
-            return found
+        matching = sorted({file for pattern in patterns for file in directory.glob(pattern)})
+        if matching:
+            return matching
     wanted = ", ".join(pattern for patterns in preferences for pattern in patterns)
     raise UserError(f"{directory}: holds none of {wanted}")
 
@@ -97,13 +100,6 @@ def download(repository: str, filename: str) -> epath.Path:
             f"{filename!r} of the hub's data set {repository!r} cannot be had ({type(error).__name__}: {reason}); "
             "with the file on this machine, set data_dir or write its path"
         ) from None
-
-
-def _hub_parts(path: str) -> tuple[str, str]:
-    parts = path.removeprefix(HUB).split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
-    return f"{parts[0]}/{parts[1]}", parts[2]
 
 
 def _neighbours(path: epath.Path) -> str:
@@ -228,14 +224,14 @@ def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     return READERS[suffix](content, columns)
 
 
-def require(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
-    """UserError unless every needed column is among those found, once."""
-    found = list(found)
+def require(where: str, columns: Iterable[str], header: Iterable[str]) -> None:
+    """UserError unless every needed column is in the header, once."""
+    header = list(header)
     for column in columns:
-        if column not in found:
-            raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, found))}")
-        if found.count(column) > 1:
-            raise UserError(f"{where}: the column {column!r} stands there {found.count(column)} times; rename one")
+        if column not in header:
+            raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, header))}")
+        if header.count(column) > 1:
+            raise UserError(f"{where}: the column {column!r} stands there {header.count(column)} times; rename one")
 
 
 def text_of(value: Any) -> str:

@@ -160,7 +160,7 @@ def encode(tokenizer, texts: Sequence[str], begin: bool = True, end: bool = Fals
     backend.no_truncation()
     backend.no_padding()
     before = prefix(tokenizer) if begin and not end else []
-    return [before + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
+    return [before + encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
 
 
 def decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
