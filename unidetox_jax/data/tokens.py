@@ -108,17 +108,17 @@ def tokenize(
     pad_id, size = tokenizer.pad_token_id, math.inf if vocab_size is None else vocab_size
     pad_id = pad_id if pad_id is not None and pad_id < size else _special(tokenizer, "eos_token_id")
     rows = texts.rows if isinstance(texts, Texts) else [{"text": text} for text in texts]
-    kept, indices, truncated = [], [], 0
+    pieces, indices, truncated = [], [], 0
     for index, (row, own) in enumerate(zip(rows, _own_tokens(tokenizer, rows, anew=official), strict=True)):
         if not own or not row["text"].strip():
             continue
         whole = before + own + (suffix if row.get("ended", True) else [])
         truncated += len(whole) > max_length
-        kept.append(np.asarray(whole[:max_length], np.int32))
+        pieces.append(np.asarray(whole[:max_length], np.int32))
         indices.append(index)
-    if not kept:
+    if not pieces:
         raise UserError(f"no text is left to train on: all {len(texts)} are empty")
-    ids = np.concatenate(kept)
+    ids = np.concatenate(pieces)
     if (largest := max(int(ids.max()), pad_id)) >= size:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer gave token {largest} "
@@ -126,12 +126,12 @@ def tokenize(
         )
     tokens = Tokens(
         ids=ids,
-        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
+        offsets=np.cumsum([0, *map(len, pieces)], dtype=np.int64),
         rows=np.asarray(indices, np.int32),
         pad_id=pad_id,
         max_length=max_length,
         truncated=truncated,
-        skipped=len(texts) - len(kept),
+        skipped=len(texts) - len(pieces),
         official=official,
     )
     logging.info("tokenised %s", tokens.report())
