@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import HANGS
 from etils import epath
 from finetune_helpers import ROOT, start
 
@@ -19,9 +20,6 @@ from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
-HANGS = 3600  # seconds, on a machine that is busy with other things; a run takes one or two minutes on an idle one
-pytestmark = pytest.mark.timeout(2 * HANGS)
-HANGS = 4 * 3600  # seconds; a run of a minute takes ten on a busy machine
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
 GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
 SHRUNKEN = (
