@@ -76,12 +76,14 @@ def make_distilled(directory: pathlib.Path, world: pathlib.Path, count: int = 24
     (directory / "stage.json").write_text(json.dumps({"stage": "distill", "settings": {}, "inputs": {}}))
 
 
-def start(*arguments, file_kib: int | None = None, capture: bool = False) -> subprocess.Popen:
+def start(*arguments, file_kib: int | None = None, capture: bool = False, **surroundings: str) -> subprocess.Popen:
     """`unidetox …` as a process with one CPU device and this tree's code.
 
-    file_kib: no file that it writes can grow beyond. capture: what it prints as well as its errors.
+    file_kib: no file that it writes can grow beyond. capture: what it prints as well as its errors. surroundings:
+    more of its environment.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment |= surroundings
     command = [sys.executable, "-m", "unidetox_jax.cli", *map(str, arguments)]
     if file_kib is not None:
         command = ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "unidetox", *command]

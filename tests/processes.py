@@ -7,7 +7,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 
 class Ended(NamedTuple):
@@ -57,7 +57,7 @@ def start(commands: list[list[str]], devices: int = 2) -> list[subprocess.Popen]
     return [subprocess.Popen(arguments, **options) for arguments in commands]
 
 
-def wait(processes: list[subprocess.Popen], timeout: float = 300) -> list[Ended]:
+def wait(processes: list[subprocess.Popen], timeout: float = HANGS) -> list[Ended]:
     """Waits for all of them; whatever runs longer is killed, and the test fails."""
     deadline = time.monotonic() + timeout
     try:

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
-import time
+import tempfile
 import types
 from unittest import mock
 
 import pytest
+from conftest import HANGS
 from finetune_helpers import write_config
 from processes import command, environment, free_port, joined, start, wait
 
@@ -17,10 +18,13 @@ SCRIPT = """
 import sys, time, os, signal
 from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError
-address, count, index, body = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+address, count, index, body, ready, present = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+import jax, pathlib
+pathlib.Path(ready, str(os.getpid())).touch()
+while len(os.listdir(ready)) < int(present):  # they start together, however long a busy machine takes to import jax
+    time.sleep(0.01)
 try:
     distributed.initialize(address, count, index, timeout={timeout})
-    import jax
     exec(body)
     distributed.finish()
 except UserError as error:
@@ -29,12 +33,14 @@ except UserError as error:
 """
 
 
-def run(body: str, count: int, present=None, timeout: float = 60):
+def run(body: str, count: int, present=None, timeout: float = HANGS):
     address = f"127.0.0.1:{free_port()}"
     script = SCRIPT.format(timeout=timeout)
     present = range(count) if present is None else present
-    arguments = [[sys.executable, "-c", script, address, str(count), str(index), body] for index in present]
-    return wait(start(arguments, devices=1), timeout=120)
+    with tempfile.TemporaryDirectory() as ready:
+        command = [sys.executable, "-c", script, address, str(count)]
+        arguments = [[*command, str(index), body, ready, str(len(present))] for index in present]
+        return wait(start(arguments, devices=1))
 
 
 def test_all_come_and_see_all_devices_and_the_same_values():
@@ -45,7 +51,7 @@ def test_all_come_and_see_all_devices_and_the_same_values():
 
 
 def test_missing_processes_are_named_by_all_that_came():
-    ended = run("", 4, present=[0, 2], timeout=4)
+    ended = run("", 4, present=[0, 2], timeout=20)
     for one in ended:
         assert one.code == 2
         assert "of 4, process 1, 3 did not come" in one.last_line and one.err.count("\n") == 1
@@ -57,25 +63,21 @@ def test_without_process_0_the_others_say_so():
 
 
 def test_two_that_claim_to_be_the_same_are_refused():
-    ended = run("", 3, present=[0, 1, 1], timeout=20)
+    ended = run("", 3, present=[0, 1, 1])
     assert [one.code for one in ended] == [2, 2, 2]
     assert all("it is process 1 of 3" in one.last_line for one in ended)
 
 
 def test_an_error_of_one_ends_all_with_one_line_each():
-    began = time.monotonic()
-    ended = run("if index == 1:\n raise UserError('no such field')\ntime.sleep(100)", 3)
-    assert time.monotonic() - began < 60
+    ended = run("if index == 1:\n raise UserError('no such field')\ntime.sleep(7200)", 3)
     assert [one.code for one in ended] == [2, 2, 2]
     assert ended[1].err == "unidetox: no such field\n"
     assert ended[0].err == ended[2].err == "unidetox: no such field (process 1)\n"
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_within_a_minute():
-    began = time.monotonic()
-    ended = run("if index == 1:\n os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)", 3)
-    assert time.monotonic() - began < 60
+def test_a_killed_process_ends_the_others():
+    ended = run("if index == 1:\n os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(7200)", 3)
     assert [one.code for one in ended] == [1, -9, 1]
     assert all("process 1 gave no sign of life" in one.last_line for one in (ended[0], ended[2]))
 
@@ -96,7 +98,7 @@ def test_commands_take_the_addresses_and_a_mistake_ends_all_with_one_line(tmp_pa
     config = write_config(tmp_path / "config.py", fit_scorer__data=f"{tmp_path}/nowhere.csv")
     address = f"127.0.0.1:{free_port()}"
     common = ["fit-scorer", f"--config={config}", f"--workdir={tmp_path}/run"]
-    ended = wait(start([command([*common, *joined(address, 2, index)]) for index in range(2)], devices=1), timeout=120)
+    ended = wait(start([command([*common, *joined(address, 2, index)]) for index in range(2)], devices=1))
     assert [one.code for one in ended] == [2, 2], [one.err for one in ended]
     assert all("nowhere.csv" in one.last_line and "Traceback" not in one.err for one in ended)
     assert ended[1].last_line == f"{ended[0].last_line} (process 0)"  # which alone reads the file
@@ -169,5 +171,5 @@ def test_compiled_programs_are_kept_but_for_several_cpu_devices(devices, given, 
     program = "import jax; from unidetox_jax import distributed; distributed.initialize(); jax.jit(lambda x: x + 1)(1)"
     changes = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(place) if given else ""}
     used = {name: value for name, value in {**environment(devices), **changes}.items() if value}
-    subprocess.run([sys.executable, "-c", program], env=used, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], env=used, check=True, timeout=HANGS)
     assert bool(list(place.glob("*-cache"))) == (devices == 1)

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from conftest import HANGS
 from finetune_helpers import lines_of, make_world, same, start, training, weights, write_config
 
 KILLS = int(os.environ.get("UNIDETOX_KILLS", "2"))  # launch/proofs.sh sets 10
@@ -27,7 +28,7 @@ def toxify(place, name):
     return start("toxify", f"--config={place}/config.py", f"--workdir={place / name}")
 
 
-def wait_for(path, child, seconds=300):
+def wait_for(path, child, seconds=HANGS):
     """Until the file is there."""
     end = time.monotonic() + seconds
     while not path.exists() and child.poll() is None and time.monotonic() < end:
@@ -39,7 +40,7 @@ def wait_for(path, child, seconds=300):
 def alone(place):
     """The run that is left alone; returns the seconds that its training took."""
     child = toxify(place, "alone")
-    _, printed = child.communicate(timeout=600)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 0, printed
     return json.loads((place / "alone/toxic/stage.json").read_text())["figures"]["seconds"]
 
@@ -81,7 +82,7 @@ def test_killed_at_random_moments_it_ends_the_same(place, alone):
     print(f"killed with checkpoints of steps {reached}, {ended} runs ended before")
     assert any(reached)
     child = toxify(place, "killed")
-    _, printed = child.communicate(timeout=600)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 0, printed
     assert_the_same(place, "killed")
     assert lines_of(place / "killed/toxic") == lines_of(place / "alone/toxic")
@@ -94,14 +95,14 @@ def test_sigterm_says_one_line_saves_and_exits_75(place, alone):
     child = toxify(place, "asked")
     wait_for(place / "asked/toxic/checkpoints/20", child)
     child.terminate()
-    _, printed = child.communicate(timeout=300)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 75
     [line] = [line for line in printed.splitlines() if line.startswith("unidetox: ")]
     assert line.startswith("unidetox: toxify: stopped, saved at step ") and "Traceback" not in printed
     saved = int(line.split("step ")[1].split()[0])
     assert (place / f"asked/toxic/checkpoints/{saved}").exists()
     child = toxify(place, "asked")
-    _, printed = child.communicate(timeout=600)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 0 and f"continues from step {saved} of {STEPS}" in printed, printed
     assert_the_same(place, "asked")
 
@@ -112,6 +113,6 @@ def test_sigterm_before_training_exits_75_at_once(place):
     wait_for(place / "early/toxic/stage.partial.json", child)
     time.sleep(0.3)  # it reads the tokenizer, the texts, the weights
     child.terminate()
-    _, printed = child.communicate(timeout=300)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 75
     assert len([line for line in printed.splitlines() if line.startswith("unidetox: ")]) == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import HANGS
 from finetune_helpers import lines_of, start, torch_loss, write_config
 
 from unidetox_jax import data
@@ -33,7 +34,7 @@ def workdir(shared, tmp_path_factory):
     )
     for command in ("toxify", "detoxify"):
         child = start(command, f"--config={config}", f"--workdir={place / 'work'}")
-        _, printed = child.communicate(timeout=600)
+        _, printed = child.communicate(timeout=HANGS)
         assert child.returncode == 0, printed
     return place / "work"
 

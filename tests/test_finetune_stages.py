@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 import transformers
+from conftest import HANGS
 from finetune_helpers import (
     lines_of,
     make_distilled,
@@ -341,7 +342,7 @@ def test_a_full_disk_is_one_line_and_earlier_results_stay(finished, world, tmp_p
     )  # fmt: skip
     before = snapshot(finished)
     child = start("detoxify", f"--config={config}", f"--workdir={finished}", file_kib=20)
-    _, printed = child.communicate(timeout=300)
+    _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 2, printed
     [line] = [line for line in printed.splitlines() if line.startswith("unidetox: ")]
     assert "cannot be written" in line and "Traceback" not in printed

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ["gpu_local.sh", "gpu_slurm.sbatch", "tpu_pod.sh", "tpu_worker.sh", "tpu_jobset.sh"]
@@ -56,7 +56,7 @@ def machine(tmp_path):
 
     def run(script, *arguments, **more):
         return subprocess.run(
-            [LAUNCH / script, *arguments], env=environment | more, capture_output=True, text=True, timeout=60
+            [LAUNCH / script, *arguments], env=environment | more, capture_output=True, text=True, timeout=HANGS
         )
 
     def recorded(name):
@@ -165,7 +165,7 @@ def test_the_environment_is_one_that_jax_accepts(tmp_path):
     )
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PATH": path}
-    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0 and result.stdout.strip() == "2.0", result.stderr
 
 

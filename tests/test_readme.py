@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import HANGS
 from variants import VARIANTS
 
 from unidetox_jax import cli, models
@@ -61,5 +62,5 @@ def test_every_command_names_what_exists():
 @pytest.mark.parametrize("script", sorted({*re.findall(r"launch/[a-z_]+\.(?:sh|sbatch)", README.read_text())}))
 def test_every_script_is_there_and_explains_itself(script):
     path = README.parent / script
-    shown = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, timeout=HANGS)
     assert shown.returncode == 0 and script.split("/")[1].split(".")[0] in shown.stdout

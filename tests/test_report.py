@@ -13,6 +13,7 @@ import subprocess
 import numpy as np
 import pytest
 import report_helpers as made
+from conftest import HANGS
 from matplotlib import image
 
 from unidetox_jax import storage
@@ -382,7 +383,7 @@ def chromium(tmp_path, *arguments):
         "--allow-file-access-from-files"
     ).split()
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True).stdout
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import HANGS
 from etils import epath
 from finetune_helpers import ROOT, start
 
@@ -19,8 +20,6 @@ from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
-HANGS = 3600  # seconds, on a machine that is busy with other things; a run takes one or two minutes on an idle one
-pytestmark = pytest.mark.timeout(2 * HANGS)
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
 GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
 SHRUNKEN = (
@@ -99,6 +98,23 @@ def test_the_effects_table_reads_a_run(alone, capsys):
     printed = capsys.readouterr().out
     assert "| gpt2 |" in printed and "control less contrast" in printed
     assert effect.main([str(workdir / "nothing")]) == 2
+
+
+@pytest.mark.slow
+def test_in_other_surroundings_it_is_the_same(alone, tmp_path):
+    """JAX's settings for other programs, a locale and a terminal of ASCII, a home directory that no shell filled in."""
+    surroundings = {
+        "JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_DISABLE_JIT": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path),
+    }  # fmt: skip
+    (tmp_path / "quickstart.py").write_text((ROOT / "configs/quickstart.py").read_text())
+    arguments = ["run", "--config=~/quickstart.py", "--workdir=~/run", *SHRUNKEN]
+    child = start(*arguments, capture=True, **surroundings)
+    printed, errors = child.communicate(timeout=HANGS)
+    assert child.returncode == 0, errors[-3000:]
+    assert "JAX_DISABLE_JIT: passed over" in errors and "Warning" not in errors
+    assert printed.isascii() and "?" in printed and "as published" in printed
+    assert results(tmp_path / "run") == results(alone[0])
 
 
 @pytest.mark.slow

@@ -127,4 +127,4 @@ class Head(nn.Module):
     def __call__(self):
         cfg = self.cfg
         init = nn.initializers.normal(cfg.initializer_range)
-        return self.param("embedding", init, (cfg.vocab_size, cfg.embedding_size))
+        return self.param("embedding", init, (cfg.vocab_size, cfg.embedding_size), jnp.float32)
