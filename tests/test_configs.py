@@ -5,7 +5,8 @@ from finetune_helpers import ROOT
 
 from unidetox_jax import cli, sharding
 from unidetox_jax.data import toyworld
-from unidetox_jax.stages import plan, settings
+from unidetox_jax.plan import programs
+from unidetox_jax.stages import settings
 
 TINY = toyworld.Sizes(train=400, valid=2, scorer=1, toxic=2, toxic_dev=1, labelled=1, prompts_per_category=1)
 CONFIGS = ["unidetox_gpt2_xl.py", "unidetox_gpt2_xl.py:official,lr=1e-5", "modern.py", "quickstart.py:controls,seed=3"]
@@ -15,7 +16,7 @@ def traced(run):
     """Names of the run's programs, each of which was traced."""
     mesh = sharding.make_mesh(run.shared.mesh)
     names = []
-    for program in plan.programs(run, run.shared.dtype or "bfloat16"):
+    for program in programs.programs(run, run.shared.dtype or "bfloat16"):
         program.lower(mesh)
         names.append(program.name)
     return names

@@ -19,6 +19,7 @@ LOWER = {
     "text_statistics",
     "buckets",
     "extensions",
+    "devices",
 }  # for all
 MAY_IMPORT = {
     "models": set(),
@@ -27,7 +28,18 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
-    "benchmarks": {"stages", "report", "machine", "decoding", "training", "checkpoint", "data", "models", "evaluation"},
+    "benchmarks": {
+        "stages",
+        "plan",
+        "report",
+        "decoding",
+        "training",
+        "checkpoint",
+        "data",
+        "models",
+        "evaluation",
+    },
+    "plan": {"stages", "method", "recipe", "decoding", "training", "models", "evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "report": {"evaluation"},
 }

@@ -1,6 +1,5 @@
 """Plans: topologies by name, memory against the chip's, collectives read from the compiled program."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,14 +7,15 @@ import pytest
 from finetune_helpers import write_config
 from variants import VARIANTS
 
-from unidetox_jax import cli, models, planning, sharding
+from unidetox_jax import cli, devices, models, sharding
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.planning import Chip
-from unidetox_jax.stages import plan, settings
+from unidetox_jax.models import costs
+from unidetox_jax.plan import command, compiler, hlo, programs, topology
+from unidetox_jax.stages import settings
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
-needs_libtpu = pytest.mark.skipif(not planning.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
+needs_libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
 WIDTH = 64
 
 
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 
 
 def test_accelerator_types_are_slices():
-    types = planning.accelerator_types()
+    types = topology.accelerator_types()
     expected = {"v5e-4": "v5e:2x2", "v5e-16": "v5e:4x4", "v5p-8": "v5p:2x2x1", "v4-16": "v4:2x2x2", "v6e-8": "v6e:2x4"}
     assert expected.items() <= types.items()
 
@@ -65,7 +65,7 @@ def test_mistakes_are_one_line(place, capsys):
 
 def _refusal(name):
     with pytest.raises(UserError) as error:
-        planning.topology(name)
+        topology.topology(name)
     return str(error.value)
 
 
@@ -83,15 +83,16 @@ def test_the_devices_that_are_here_are_planned_for(place, capsys):
 def test_what_does_not_fit_gets_a_suggestion_and_exit_code_1(place, capsys, monkeypatch):
     cfg = models.config_from_hf(place / "gpt2")
     state = 3 * 4 * models.num_params(cfg)  # weights and both moments
-    monkeypatch.setitem(planning.CHIPS, "cpu", Chip(int(0.9 * state), 1e12, 1e11, 1e10))
-    monkeypatch.setattr(plan, "programs", lambda run, dtype: [plan.training_program("toxify", cfg, run.toxify)])
+    monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(int(0.9 * state), 1e12, 1e11, 1e10))
+    toxify = lambda run, dtype: [programs.training_program("toxify", cfg, run.toxify)]  # noqa: E731
+    monkeypatch.setattr(programs, "programs", toxify)
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     printed = capsys.readouterr().out
     assert (
         "DOES NOT FIT" in printed
         and "suggestion  --config.toxify.remat=full --config.mesh=fsdp:-1 needs 0.0 GiB" in printed
     )
-    monkeypatch.setitem(planning.CHIPS, "cpu", Chip(1000, 1e12, 1e11, 1e10))
+    monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(1000, 1e12, 1e11, 1e10))
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 1
     assert "none of " in capsys.readouterr().out
 
@@ -99,13 +100,13 @@ def test_what_does_not_fit_gets_a_suggestion_and_exit_code_1(place, capsys, monk
 def decoding(name, layout, rows=8):
     """(collectives, abstract parameters) of two models' decoding on eight devices."""
     cfg = models.config_from_hf({**VARIANTS[name], "vocab_size": 512})
-    program = plan.decoding_program(
+    program = programs.decoding_program(
         "decode", [cfg, cfg], objectives.get("contrastive", alpha=0.1), [warpers.top_k(50)],
         rows=rows, prompt=20, new_tokens=24, batches=1,
     )  # fmt: skip
     mesh = sharding.make_mesh(layout)
-    found = planning.collectives(program.lower(mesh).compile().as_text())
-    return {(one.kind, one.depth): one for one in found}, program.abstract(mesh)
+    found = hlo.collectives(program.lower(mesh).compile().as_text())
+    return {(one.kind, one.depth): one for one in found}, program.resident(mesh)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3", "falcon-7b", "opt-125m"])
@@ -135,11 +136,11 @@ def test_weights_over_fsdp_are_gathered_once_before_the_loop_and_not_in_it():
 
 def test_what_training_keeps_is_counted_to_the_byte():
     cfg = models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 512})
-    program = plan.training_program("train", cfg, settings.TrainingSettings(max_length=32))
+    program = programs.training_program("train", cfg, settings.TrainingSettings(max_length=32))
     mesh = sharding.make_mesh("fsdp:8")
-    report = planning.compile_program(program, mesh, None)
+    report = compiler.compile_program(program, mesh, None)
     batch = 8 // 8 * 32 * (4 + 1 + 4)  # a row a device: tokens, mask, segments
-    assert report.arguments == planning.bytes_per_device(program.abstract(mesh)) + batch
+    assert report.arguments == compiler.bytes_per_device(program.resident(mesh)) + batch
 
 
 HLO = """
@@ -178,12 +179,26 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_at_their_depth_of_loops():
-    found = {(one.kind, one.depth): (one.count, one.bytes, one.largest) for one in planning.collectives(HLO)}
+    found = {(one.kind, one.depth): (one.count, one.bytes, one.largest) for one in hlo.collectives(HLO)}
     assert found == {
         ("all-reduce", 0): (1, 64, "f32[16]"),
         ("all-gather", 1): (1, 1024, "f32[64,4]"),
         ("all-reduce", 2): (2, 70, "bf16[30]"),  # once in each of two loops
     }
+
+
+def test_eight_bit_numbers_are_a_byte():
+    hlo_text = (
+        "ENTRY %main (a: f8e4m3fn[8]) -> f8e4m3fn[16] {\n  %g = f8e4m3fn[16]{0} all-gather(%a), dimensions={0}\n}\n"
+    )
+    assert [(one.bytes, one.largest) for one in hlo.collectives(hlo_text)] == [(16, "f8e4m3fn[16]")]
+
+
+def test_only_model_divides_the_reading_of_weights():
+    cfg = models.published_config("openai-community/gpt2-xl")
+    program = programs.scoring_program("score", cfg, 8, 128, 32, 1)
+    for layout, copies in (("data:2,fsdp:4", 8), ("data:2,model:4", 2)):
+        assert program.traffic(sharding.make_mesh(layout)) == copies * costs.read_bytes(cfg)
 
 
 def test_the_compilers_complaints_are_read():
@@ -192,27 +207,17 @@ def test_the_compilers_complaints_are_read():
         ("the total memory required for HLO temporaries (21.00G) exceeds available HBM (15.75G).", 21 << 30),
         ("something else went wrong", None),
     ):
-        assert planning._needed(message) == expected
-
-
-def test_costs_are_those_of_the_textbook():
-    cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
-    flops = planning.training_flops(cfg, 8, 256, "none")
-    assert flops == pytest.approx(6 * models.num_params(cfg) * 8 * 256, rel=0.05)
-    for layout, copies in (("data:2,fsdp:4", 8), ("data:2,model:4", 2)):
-        read = planning.weight_bytes(cfg, sharding.make_mesh(layout))
-        assert read == pytest.approx(copies * 2 * models.num_params(cfg), rel=0.01)
-    assert planning.cache_bytes(cfg, 3, 10) == 3 * 10 * 2 * 48 * 25 * 64 * 2
+        assert compiler._needed(message) == expected
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_a_slice_that_is_not_here_is_compiled_for(place):
     run = settings.parse_run(cli.load_config(f"{place}/config.py", ["--config.mesh=fsdp:-1"]))
-    topology = planning.topology("v5e-4")
-    assert len(topology.devices) == topology.chips == 4 and topology.chip.memory == 16 << 30
-    assert planning.topology("v4-16").chips == len(planning.topology("v4-16").devices) == 8  # megacore
-    lines = list(plan.table(run, [str(place / "llama-3")], [topology]))
+    v5e, v4 = topology.topology("v5e-4"), topology.topology("v4-16")
+    assert len(v5e.devices) == v5e.chips == 4 and v5e.specs.memory == 16 << 30
+    assert v4.chips == len(v4.devices) == 8  # megacore
+    lines = list(command.table(run, [str(place / "llama-3")], [v5e]))
     assert lines[0] == "| GiB a chip | v5e-4 |" and len(lines) == 4
     assert lines[2].startswith("| distill base, toxic | 0.") and lines[3].startswith("| fine-tune llama-3 | 0.")
     assert all(line.endswith("(fsdp:-1) |") for line in lines[2:])
@@ -221,5 +226,5 @@ def test_a_slice_that_is_not_here_is_compiled_for(place):
 @needs_libtpu
 def test_the_largest_model_is_refused_without_compiling():
     run = settings.parse_run(settings.default_config())
-    lines = list(plan.table(run, ["meta-llama/Llama-3.1-70B"], [planning.topology("v5e-4")], distill=False))
+    lines = list(command.table(run, ["meta-llama/Llama-3.1-70B"], [topology.topology("v5e-4")], distill=False))
     assert "no: at least 1" in lines[-1]

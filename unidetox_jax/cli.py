@@ -29,7 +29,7 @@ STAGES = {
 # command → (module with `add_arguments(parser)` and `run_command(options, run)`, one line of help)
 CONFIGURED = {
     "run": ("unidetox_jax.stages.run", "every stage in order; what is complete is not done again"),
-    "plan": ("unidetox_jax.stages.plan", "compile every stage for a topology that is not here"),
+    "plan": ("unidetox_jax.plan.command", "compile every stage for a topology that is not here"),
     "bench": ("unidetox_jax.benchmarks.bench", "tokens per second, shares of the machine's bounds"),
 }
 # command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)

@@ -84,8 +84,7 @@ def finetune(
 
     Args:
       model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint.
-      texts: strings. Those of `distill` and `data.texts` know which ended by themselves, and get an end token; sampled
-        ones keep their tokens for a model of the same tokenizer.
+      texts: strings; those of `distill` and `data.load` know which ended by themselves, and get an end token.
       recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`.
       validation: texts whose loss is followed.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
@@ -108,21 +107,13 @@ def finetune(
         row_multiple=sharding.batch_shards(mesh) * recipe.accumulation,
         max_shapes=loop.worthwhile_shapes(steps, most=8),
     )
-    optimizer = training.Optimizer(
-        learning_rate=recipe.learning_rate,
-        steps=steps,
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-        official=recipe.official,
-    )
     params, history = training.fit(
         directory,
         model.cfg,
         model.params if callable(model.params) else lambda: jax.tree.map(jnp.copy, model.params),
         batches,
         training.Schedule(steps, recipe.save_every, recipe.keep, recipe.evaluate_every, recipe.log_every),
-        optimizer,
+        optimizer(recipe, steps),
         mesh,
         validation=held_out,
         accumulation=recipe.accumulation,
@@ -132,6 +123,18 @@ def finetune(
     )
     history |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
     return model._replace(params=params, history=history)
+
+
+def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:
+    """AdamW as a recipe says, for a training of that many steps."""
+    return training.Optimizer(
+        learning_rate=recipe.learning_rate,
+        steps=steps,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        official=recipe.official,
+    )
 
 
 def distill(
@@ -254,5 +257,6 @@ def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, offici
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
+        ended=texts.ended if isinstance(texts, Texts) else None,
         official=official,
     )

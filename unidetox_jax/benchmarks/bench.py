@@ -11,6 +11,7 @@ from typing import Any
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.report.tables import aligned
 from unidetox_jax.stages.settings import Run
 
 # what → the module with `measure(run) -> list[dict]` and, where it has one, `COLUMNS` for the table
@@ -34,7 +35,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     for name in run.bench.what:
         if name not in BENCHMARKS:
             raise UserError(f"config.bench.what: no benchmark {name!r}{suggest(name, BENCHMARKS)}")
-    for field in ("new_tokens", "repeats"):
+    for field in ("new_tokens", "repeats", "steps"):
         if getattr(run.bench, field) < 1:
             raise UserError(f"config.bench.{field}: found {getattr(run.bench, field)}, expected at least 1")
     for name in run.bench.what:
@@ -50,11 +51,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
     """The rows' columns, aligned; by default all of them. What a row does not have is a dash."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-    lines = [list(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )  # fmt: skip
+    return aligned([columns, *([_cell(row.get(name)) for name in columns] for row in rows)])
 
 
 def _cell(value: Any) -> str:

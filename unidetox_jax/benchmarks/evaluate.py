@@ -2,8 +2,8 @@
 perplexity of its first target on its prompts.
 
 Beside it, where `bench.against_torch` asks for it, the same work in PyTorch as the released code does it: one prompt at
-a time, scored and measured one text at a time, from 20 of the prompts to all of them by proportion. The surprising
-thing: a linear scorer of the configuration is fitted first, into a directory of its own, outside the timed part.
+a time, scored and measured one text at a time, from 20 of the prompts to all of them by proportion. A linear scorer of
+the configuration is fitted first, into a directory of its own, outside the timed part.
 """
 
 import dataclasses
@@ -12,19 +12,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import storage
+from unidetox_jax import devices, distributed, storage
+from unidetox_jax.benchmarks import contest
 from unidetox_jax.evaluation import prompts, scorers
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import base, evaluate, fit_scorer
 from unidetox_jax.stages.settings import Run
 
 TORCH_PROMPTS = 20  # timed of the PyTorch loop
-COLUMNS = ("implementation", "seconds", "texts", "texts_per_second", "times_torch", "generate", "score", "perplexity")
+TORCH_WORK = ("generate", "score", "perplexity")
+COLUMNS = ("implementation", "seconds", "texts", "texts_per_second", "times_torch", *TORCH_WORK)
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
@@ -34,11 +35,11 @@ def measure(run: Run) -> list[dict[str, Any]]:
         run = _alone(run, epath.Path(scratch))
         if run.fit_scorer.data:
             base.run_tasks(fit_scorer.tasks(run))
-        found = [_ours(run, "jax, first"), _ours(run, "jax, again")]
+        rows = [_ours(run, "jax, first"), _ours(run, "jax, again")]
         if run.bench.against_torch:
-            theirs = _theirs(run, found[0]["prompts"])
-            found = [{**row, "times_torch": theirs["seconds"] / row["seconds"]} for row in found] + [theirs]
-    return found
+            theirs = _theirs(run, rows[0]["prompts"])
+            rows = [{**row, "times_torch": theirs["seconds"] / row["seconds"]} for row in rows] + [theirs]
+    return rows
 
 
 def _alone(run: Run, scratch: epath.Path) -> Run:
@@ -50,23 +51,25 @@ def _alone(run: Run, scratch: epath.Path) -> Run:
     return dataclasses.replace(run, workdir=scratch, shared=shared, evaluate=settings)
 
 
-def _ours(run: Run, name: str) -> dict[str, Any]:
-    (task,) = evaluate.tasks(run)
-    started = time.perf_counter()
-    base.run_tasks([task])
-    seconds = time.perf_counter() - started
-    counts = storage.read_json(task.directory / "metrics.json")["counts"]
-    task.directory.rmtree()
+def _row(run: Run, name: str, prompts: int, texts: int, seconds: float) -> dict[str, Any]:
     return {
         "benchmark": "evaluate",
         "implementation": name,
         "model": run.shared.targets[0],
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "prompts": counts["prompts"],
-        "texts": counts["texts"],
+        "devices": devices.here(),
+        "prompts": prompts,
+        "texts": texts,
         "seconds": seconds,
-        "texts_per_second": counts["texts"] / seconds,
+        "texts_per_second": texts / seconds,
     }
+
+
+def _ours(run: Run, name: str) -> dict[str, Any]:
+    (task,) = evaluate.tasks(run)
+    seconds = devices.seconds(base.run_tasks, [task])
+    counts = storage.read_json(task.directory / "metrics.json")["counts"]
+    task.directory.rmtree()
+    return _row(run, name, counts["prompts"], counts["texts"], seconds)
 
 
 def _theirs(run: Run, total: int) -> dict[str, Any]:
@@ -74,35 +77,26 @@ def _theirs(run: Run, total: int) -> dict[str, Any]:
     settings = run.evaluate
     texts = prompts.load(run.path(settings.prompts), run.shared.data_dir, settings.max_prompts, settings.seed).texts
     chosen = [texts[int(i)] for i in np.linspace(0, len(texts) - 1, min(TORCH_PROMPTS, len(texts)))]
-    loop = _torch_loop(run, scorers.get(run.path(settings.scorer)))
-    loop(chosen[0])  # what is done once is not counted
-    parts = np.zeros(3)
-    with Progress(len(chosen), "prompts", "PyTorch", disable=jax.process_index() > 0) as bar:
+    work = _torch_work(run, scorers.get(run.path(settings.scorer)))
+    work(chosen[0])  # what is done once is not counted
+    times = np.zeros(len(TORCH_WORK))
+    with Progress(len(chosen), "prompts", "PyTorch", disable=not distributed.first_process()) as bar:
         for prompt in chosen:
-            parts += loop(prompt)
+            times += work(prompt)
             bar.update(1)
-    seconds = parts * total / len(chosen)
-    logging.info("PyTorch: %.1f s for %d prompts, %.0f s for all %d", parts.sum(), len(chosen), seconds.sum(), total)
-    names = ("generate", "score", "perplexity")
-    return {
-        "benchmark": "evaluate",
-        "implementation": f"torch, from {len(chosen)} prompts",
-        "model": run.shared.targets[0],
-        "prompts": total,
-        "texts": total * settings.samples,
-        "seconds": float(seconds.sum()),
-        "texts_per_second": total * settings.samples / float(seconds.sum()),
-        **dict(zip(names, map(float, seconds), strict=True)),
-    }
+    seconds = times * total / len(chosen)
+    logging.info("PyTorch: %.1f s for %d prompts, %.0f s for all %d", times.sum(), len(chosen), seconds.sum(), total)
+    name = f"torch, from {len(chosen)} prompts"
+    row = _row(run, name, total, total * settings.samples, float(seconds.sum()))
+    return row | dict(zip(TORCH_WORK, map(float, seconds), strict=True))
 
 
-def _torch_loop(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]:
+def _torch_work(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]:
     """prompt → seconds of generating, scoring and measuring the perplexity of its continuations."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = run.evaluate
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings, device = run.evaluate, contest.torch_device()
 
     def load(source: str):
         model = AutoModelForCausalLM.from_pretrained(run.path(source)).eval().to(device)
@@ -110,7 +104,19 @@ def _torch_loop(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]
 
     model, tokenizer = load(run.shared.targets[0])
     judge, judge_tokenizer = load(settings.perplexity_scorer) if settings.perplexity_scorer else (None, None)
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+
+    def generate(prompt: str) -> list[str]:
+        rows = model.generate(
+            **tokenizer(prompt, return_tensors="pt").to(device),
+            do_sample=True,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_new_tokens=settings.max_new_tokens,
+            num_return_sequences=settings.samples,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        return [tokenizer.decode(row, skip_special_tokens=True).replace(prompt, "") for row in rows]
 
     def nll(text: str) -> float:
         ids = judge_tokenizer(text, return_tensors="pt").input_ids.to(device)
@@ -118,25 +124,14 @@ def _torch_loop(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]
 
     @torch.no_grad()
     def work(prompt: str) -> list[float]:
-        times = [time.perf_counter()]
-        out = model.generate(
-            **tokenizer(prompt, return_tensors="pt").to(device),
-            **sampling,
-            top_k=settings.top_k,
-            max_new_tokens=settings.max_new_tokens,
-            num_return_sequences=settings.samples,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        texts = [tokenizer.decode(row, skip_special_tokens=True).replace(prompt, "") for row in out]
-        times.append(time.perf_counter())
+        started = time.perf_counter()
+        texts = generate(prompt)
+        generated = time.perf_counter()
         for text in texts:
             score([text])
-        times.append(time.perf_counter())
-        if judge is not None:
-            nll(prompt)
-            for text in texts:
-                nll(prompt + text)
-        times.append(time.perf_counter())
-        return np.diff(times).tolist()
+        scored = time.perf_counter()
+        for text in ["", *texts] if judge is not None else ():
+            nll(prompt + text)
+        return [generated - started, scored - generated, time.perf_counter() - scored]
 
     return work

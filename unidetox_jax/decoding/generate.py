@@ -7,7 +7,6 @@ of rows is another program.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import buckets, sharding
-from unidetox_jax import models as models_
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import Model, ModelConfig
+from unidetox_jax.models import Model, ModelConfig, costs
 
 CACHES = ("own", "official")
 GATHER_BYTES = 7 << 30  # weights of all models that fit whole beside their caches on the smallest chip (16 GiB)
@@ -158,13 +156,8 @@ def make_plan(
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
-        gather=sum(_weight_bytes(cfg) for cfg in configs) <= GATHER_BYTES,
+        gather=sum(costs.param_bytes(cfg) for cfg in configs) <= GATHER_BYTES,
     )
-
-
-@functools.cache
-def _weight_bytes(cfg: ModelConfig) -> int:
-    return models_.num_params(cfg) * np.dtype(cfg.dtype).itemsize
 
 
 def default_layer_loop() -> str:

@@ -46,10 +46,15 @@ def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
         lines.append([row.name if row.name != last else "", results.FORMS[row.form], *values])
         lines += [["", "", *changes]] if any(changes) else []
         last = row.name
+    return aligned(lines, left=2)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Lines of cells under one another: the first `left` columns at the left, the others at the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
+            text.ljust(width) if column < left else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

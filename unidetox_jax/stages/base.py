@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
 from absl import logging
 from etils import epath
 
-from unidetox_jax import distributed, storage
+from unidetox_jax import devices, distributed, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.training import preemption
 
@@ -119,7 +118,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
         "figures": _plain(dict(figures)),
         "seconds": round(time.monotonic() - started, 3),  # of the last sitting, where there were several
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": devices.here(),
         "versions": versions(),
     }
     if first:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, models, sharding
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import Model
+from unidetox_jax.models import Model, ModelConfig
 from unidetox_jax.stages.settings import Run
 
 
@@ -22,13 +22,21 @@ def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str
     return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
 
 
+def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:
+    """A model's shape, of which nothing else need be there where it is a published one (`models.PUBLISHED`).
+
+    dtype: its compute dtype; empty: the run's.
+    """
+    cfg = models.published_config(run.path(source)) or checkpoint.load_config(run.path(source))
+    return dataclasses.replace(cfg, dtype=dtype or run.shared.dtype or cfg.dtype)
+
+
 def num_params(run: Run, source: str) -> int:
     """How large a model is, for an estimate; 0 where it is not made yet, and nothing is downloaded to know."""
-    source = run.path(source)
-    if source in models.PUBLISHED:
-        return models.num_params(models.published_config(source))
+    if run.path(source) not in models.PUBLISHED and not epath.Path(run.path(source)).exists():
+        return 0
     try:
-        return models.num_params(checkpoint.load_config(source)) if epath.Path(source).exists() else 0
+        return models.num_params(load_config(run, source))
     except UserError:
         return 0
 

@@ -10,10 +10,13 @@ import time
 
 from absl import logging
 
-from unidetox_jax import distributed
+from unidetox_jax import devices, distributed, models
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.stages import base, estimate
+from unidetox_jax.stages import base
 from unidetox_jax.stages.settings import Run
+
+MATMUL_SHARE = 0.25  # of a matrix product's speed: small models and short texts reach less, large ones more
+OVERHEAD = 10.0  # seconds of compiling, reading and writing a task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +64,27 @@ def choose(text: str, known: tuple[str, ...]) -> list[str]:
 def outline(run: Run, tasks: list[base.Task]) -> str:
     """What will be done, what is done, how long it may take: a line a task."""
     states = [base.state(task) for task in tasks]
-    seconds = [0.0 if state == "done" else estimate.seconds(task) for task, state in zip(tasks, states, strict=True)]
+    seconds = [0.0 if state == "done" else estimate(task) for task, state in zip(tasks, states, strict=True)]
     lines = [f"{run.shared.name} in {run.workdir}:"]
     for task, state, time_left in zip(tasks, states, seconds, strict=True):
-        about = "" if state == "done" else f"about {estimate.readable(time_left)}"
+        about = "" if state == "done" else f"about {readable(time_left)}"
         lines.append(f"  {task.name:<28} {state:<6} {about}".rstrip())
     done = states.count("done")
-    lines.append(f"  {done} of {len(tasks)} done; the rest may take {estimate.readable(sum(seconds))} on this machine")
+    lines.append(f"  {done} of {len(tasks)} done; the rest may take {readable(sum(seconds))} on this machine")
     return "\n".join(lines)
+
+
+def estimate(task: base.Task) -> float:
+    """About how many seconds a task takes here from its beginning: a guess for a person who decides whether to wait."""
+    operations = task.operations() if task.operations else 0.0
+    return OVERHEAD + operations / (MATMUL_SHARE * devices.matmul_rate(models.default_dtype()))
+
+
+def readable(seconds: float) -> str:
+    """Seconds as "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def summary(run: Run) -> None:

@@ -16,9 +16,10 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import data, models, sharding
+from unidetox_jax import data, devices, models, sharding
 from unidetox_jax.checkpoint import Checkpointer
 from unidetox_jax.errors import Preempted, UserError
+from unidetox_jax.models import costs
 from unidetox_jax.progress import Progress
 from unidetox_jax.training import metrics, preemption
 from unidetox_jax.training.optimizer import Optimizer
@@ -168,8 +169,9 @@ class _Report:
         self._batches, self._schedule, self._log, self._bar = batches, schedule, log, bar
         self._checkpoints, self._label = checkpoints, label
         self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._flops = metrics.flops_per_token(cfg, float(batches.tokens.lengths.mean()))
-        self._peak = metrics.peak_flops()
+        device = devices.specs(jax.devices()[0].device_kind)
+        self._peak = device.flops * jax.device_count() if device else None
+        self._flops = costs.training_flops(cfg, float(batches.tokens.lengths.mean()))
 
     def began(self, step: int, figures: dict[str, jax.Array]) -> None:
         """Takes a step's figures, not yet computed, and reads those of `BEHIND` steps earlier."""

@@ -12,25 +12,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from unidetox_jax import models, storage
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 
 FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0  # between writings of the file, beside those that precede every checkpoint
-
-# Dense bfloat16 matmul rate of one device in FLOP/s, by a part of its name; from the makers' data sheets.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "TPU v6": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-}
 
 
 class Log:
@@ -162,20 +148,3 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
     if validations:
         figures |= {"validation_loss_before": validations[0], "validation_loss": validations[-1]}
     return figures
-
-
-def flops_per_token(cfg: models.ModelConfig, length: float) -> float:
-    """FLOPs of training on one token: 6 for each weight of a matmul, and causal attention over texts of `length`.
-
-    Forward and backward, nothing computed twice (Chowdhery et al. 2022, appendix B).
-    """
-    weights = models.num_params(cfg)
-    weights -= 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.embedding_size
-    weights -= cfg.max_position_embeddings * cfg.hidden_size if cfg.position_table else 0
-    return 6.0 * weights + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_size * length
-
-
-def peak_flops() -> float | None:
-    """All devices' matmul rate in FLOP/s by the data sheet; None where it is not known (CPUs)."""
-    kind = jax.devices()[0].device_kind
-    return next((rate * jax.device_count() for name, rate in PEAK_FLOPS.items() if name in kind), None)
