@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Installs the package with its test extra into a virtual environment and runs the tests.
+# Installs the package with its test extra into a virtual environment and runs the tests,
+# after lint, format and types where no arguments are given.
 #   launch/test.sh [pytest arguments]      VENV=DIR uses another environment (default: .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,3s/^# //p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,4s/^# //p' "$0"; exit 0; fi
 venv=${VENV:-.venv}
 [[ -x "$venv/bin/python" ]] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet torch==2.13.0   # first: its CPU build must satisfy what follows
 "$venv/bin/python" -m pip install --quiet --editable '.[test]'
+if (($# == 0)); then   # seconds, against minutes of tests
+  "$venv/bin/ruff" check
+  "$venv/bin/ruff" format --check
+  "$venv/bin/mypy"
+fi
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile -q "$@"
