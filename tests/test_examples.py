@@ -1,0 +1,46 @@
+"""Notebooks of examples/ run from top to bottom, and what they print says what their prose says."""
+
+import re
+
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def run(path):
+    """Everything that the notebook prints; a cell that raises fails the test with its traceback."""
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no plot"
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+@pytest.mark.slow
+def test_the_method_detoxifies_both_models():
+    printed = run(ROOT / "examples/method_on_the_built_in_world.ipynb")
+    for model in ("GPT-2", "LLaMA"):
+        before, after = (
+            [float(mean) for mean in re.search(rf"{model} {state} +(\S+) \[.*?\] +(\S+) \[", printed).groups()]
+            for state in ("before", "after")
+        )
+        assert all(a < 0.6 * b for a, b in zip(after, before, strict=True)), (model, before, after)
+
+
+@pytest.mark.slow
+def test_an_objective_is_swept_without_compiling_again():
+    printed = run(ROOT / "examples/your_own_decoding_objective.ipynb")
+    rows = re.findall(r"one_sided +\{'(\w+)': (\S+)\} +(\S+)% +\S+ +(\d+)$", printed, re.MULTILINE)
+    assert len(rows) == 8
+    assert [int(compiled) for *_, compiled in rows[1:]] == [0] * 7
+    toxic = {float(value): float(share) for name, value, share, _ in rows if name == "strength"}
+    assert toxic[8.0] < 0.5 * toxic[0.0]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
