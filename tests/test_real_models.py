@@ -2,14 +2,13 @@
 
 import csv
 import itertools
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from finetune_helpers import lines_of, start, torch_loss, write_config
+from finetune_helpers import start, write_config
 from safetensors.numpy import load_file
 
 from unidetox_jax import checkpoint, cli, data, decoding, models
@@ -63,7 +62,9 @@ def test_logits_equal_pytorch(length, smollm2, stream):
     logits = np.asarray(models.forward(params, tokens, cfg, mask))
     for row in range(3):
         real = mask[row] == 1
-        np.testing.assert_allclose(logits[row, real], torch_logits(reference, tokens[row, real]), atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            logits[row, real], torch_logits(reference, tokens[row, real]), atol=TOLERANCE, rtol=0
+        )
 
 
 @pytest.mark.slow
@@ -79,7 +80,9 @@ def test_greedy_text_equals_pytorch(smollm2, stream):
     )  # fmt: skip
     for row in range(2):
         whole = [*prompts[row, mask[row] == 1], *ours.tokens[row]]
-        logits = torch_logits(reference, whole)[-81:-1]  # greedy: every token is PyTorch's first choice after the others
+        logits = torch_logits(reference, whole)[
+            -81:-1
+        ]  # greedy: every token is PyTorch's first choice after the others
         second, first = np.sort(logits, axis=-1)[:, -2:].T
         assert (first - second).min() > 2 * TOLERANCE
         assert ours.tokens[row].tolist() == logits.argmax(-1).tolist()
