@@ -9,33 +9,40 @@ from conftest import HANGS
 from unidetox_jax import data
 
 
-def alive():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+def threads() -> set[threading.Thread]:
+    """Those of grain's that are alive."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")}
 
 
-def test_steps_in_order_then_the_end():
-    with data.Prefetch(lambda step: step * step, 3, 8) as ahead:
-        assert list(ahead) == [(step, step * step) for step in range(3, 8)]
-        assert list(ahead) == []
-    assert not alive()
+def ended(some: set[threading.Thread]) -> bool:
+    """Whether they end; leaving the context tells them to, and does not wait."""
+    for thread in some:
+        thread.join(timeout=60)
+    return not any(thread.is_alive() for thread in some)
 
 
-def test_nothing_to_do():
-    with data.Prefetch(lambda step: step, 4, 4) as ahead:
-        assert list(ahead) == []
+def test_items_in_order_then_the_end():
+    with data.ahead(lambda step: step * step, 3, 8) as made:
+        assert list(made) == [step * step for step in range(3, 8)]
+        assert list(made) == []
+    assert ended(threads())
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_nothing_to_do(start):
+    with data.ahead(lambda step: step, start, start) as made:
+        assert list(made) == []
 
 
 def test_it_works_ahead_but_not_too_far():
-    made = []
-    with data.Prefetch(lambda step: made.append(step) or step, 0, 100, depth=2) as ahead:
-        items = iter(ahead)
-        assert next(items) == (0, 0)
+    begun = []
+    with data.ahead(lambda step: begun.append(step) or step, 0, 100) as made:
+        assert next(made) == 0
         deadline = time.monotonic() + HANGS
-        while len(made) < 4 and time.monotonic() < deadline:
+        while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
-        assert made == [0, 1, 2, 3], "one taken, two waiting, one in hand"
-    assert not alive()
+        assert begun == [0, 1, 2], "one taken, two waiting"
 
 
 def test_an_error_is_raised_where_the_item_would_have_come():
@@ -45,16 +52,13 @@ def test_an_error_is_raised_where_the_item_would_have_come():
         return step
 
     taken = []
-    with data.Prefetch(make, 0, 5) as ahead:
-        with pytest.raises(ValueError, match="no such batch"):
-            taken.extend(iter(ahead))
-        assert list(ahead) == []
-    assert not alive()
+    with data.ahead(make, 0, 5) as made, pytest.raises(ValueError, match="no such batch"):
+        taken.extend(made)
+    assert taken == [0, 1]
 
 
 def test_leaving_in_the_middle_ends_the_thread():
-    ahead = data.Prefetch(lambda step: step, 0, 10**9)
-    assert next(iter(ahead)) == (0, 0)
-    ahead.close()
-    ahead.close()
-    assert not alive()
+    with data.ahead(lambda step: step, 0, 10**9) as made:
+        assert next(made) == 0
+        [thread] = threads()
+    assert ended({thread})

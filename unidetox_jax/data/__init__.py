@@ -8,8 +8,8 @@
     batches = data.Batches(tokens, batch_size=8, seed=1, row_multiple=4)    # batches[step] -> numpy arrays [R, T]
     batches.shapes, batches.max_shape, batches.indices(step)                # what to compile, to plan for, to blame
 
-    with data.Prefetch(lambda step: data.place(batches[step], sharding), start, stop) as ahead:
-        for step, batch in ahead: …
+    with data.ahead(lambda step: data.place(batches[step], sharding), start, stop) as made:
+        for batch in made: …
 
     for plan in data.one_pass(tokens, batch_size=8):                        # evaluation: every text once
         batch = data.fill(tokens, *plan)
@@ -20,17 +20,17 @@ Distilled text knows where its model stopped and which tokens it is: hand `data.
 """
 
 from unidetox_jax.data.batches import Batches, fill, one_pass
-from unidetox_jax.data.prefetch import Prefetch, place
+from unidetox_jax.data.prefetch import ahead, place
 from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, is_spec, load, texts
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import Tokens, tokenize
 
 __all__ = [
     "Batches",
-    "Prefetch",
     "Records",
     "Texts",
     "Tokens",
+    "ahead",
     "default_cache_dir",
     "fill",
     "fingerprint",

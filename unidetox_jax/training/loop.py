@@ -95,13 +95,12 @@ def fit(
         if evaluate and start == 0:
             log.validation(0, evaluate(state.params))
         with (
-            data.Prefetch(lambda step: data.place(batches[step], placed), start, schedule.steps) as ahead,
+            data.ahead(lambda step: data.place(batches[step], placed), start, schedule.steps) as made,
             Progress(schedule.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
         ):
             report = _Report(cfg, batches, schedule, log, bar, checkpoints, label)
-            for step, batch in ahead:
+            for step, batch in enumerate(made, start + 1):
                 state, figures = train_step(state, batch)
-                step += 1
                 report.began(step, figures)
                 last, stop = step == schedule.steps, asked_to_stop()
                 evaluation_due = evaluate and (step % schedule.evaluate_every == 0 or last)
@@ -154,8 +153,8 @@ def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule:
     step = make_eval_step(cfg, mesh)
 
     def evaluate(params: Any) -> float:
-        with data.Prefetch(lambda i: data.place(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as ahead:
-            sums = [step(params, batch) for _, batch in ahead]
+        with data.ahead(lambda i: data.place(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as made:
+            sums = [step(params, batch) for batch in made]
         sums = jax.device_get(sums)
         return float(sum(float(one["total"]) for one in sums) / sum(float(one["targets"]) for one in sums))
 
