@@ -114,21 +114,21 @@ def test_publisher(source, name):
 def test_leaning_splits_by_publisher_and_learns_what_publishers_share():
     found = leaning.fit(*articles(), words=3)
     assert found.labels == ("left", "center", "right")
-    folds = [set(fold["publishers"]) for fold in found.figures["folds"]]
+    folds = [set(fold["publishers"]) for fold in found.quality["folds"]]
     assert len(folds) >= 2 and sum(map(len, folds)) == len(set().union(*folds)) == 6
-    assert sum(fold["articles"] for fold in found.figures["folds"]) == 90
-    assert found.figures["accuracy"] == 1.0 == found.figures["accuracy_short"]
+    assert sum(fold["articles"] for fold in found.quality["folds"]) == 90
+    assert found.quality["accuracy"] == 1.0 == found.quality["accuracy_short"]
     probabilities = found.probabilities(["orchard union", "fences and thrift", ""])
     assert probabilities.shape == (3, 3) and probabilities.sum(axis=1) == pytest.approx(1)
     assert probabilities[:2].argmax(axis=1).tolist() == [0, 2]
-    assert probabilities[2].tolist() == pytest.approx(list(found.figures["of_nothing"].values()))
+    assert probabilities[2].tolist() == pytest.approx(list(found.quality["of_nothing"].values()))
 
 
 def test_leaning_of_house_style_alone_is_no_better_than_chance():
     """Each publisher has words of its own and the leanings have none: an accuracy by articles would be perfect."""
     texts, labels, sources = articles()
     style = [f"style{leaning.publisher(source).replace(' ', '')} says so" for source in sources]
-    assert leaning.fit(style, labels, sources).figures["accuracy"] < 0.5
+    assert leaning.fit(style, labels, sources).quality["accuracy"] < 0.5
 
 
 def test_leaning_needs_two_publishers_a_label():

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from unidetox_jax.data import corpora, files, mmlu, toxigen
+from unidetox_jax.data import files
+from unidetox_jax.data.datasets import dghs, mmlu, realtoxicityprompts, toxigen
 from unidetox_jax.errors import UserError
 
 
@@ -172,12 +173,10 @@ def test_toxigen_score_that_is_no_number(tmp_path):
 
 def test_prompts_without_text(tmp_path):
     data = '{"prompt": {"toxicity": 0.1}, "continuation": {"text": "x"}}\n'
-    rows = builder(corpora.RealToxicityPrompts, data, "prompts.jsonl", tmp_path).examples()
+    rows = builder(realtoxicityprompts.RealToxicityPrompts, data, "prompts.jsonl", tmp_path).examples()
     refused(rows, "prompts.jsonl, line 1, prompt: no column 'text'; found 'toxicity'")
 
 
 def test_dghs_label_that_is_unknown(tmp_path):
-    from unidetox_jax.data import dghs
-
     data = "text,label,target,split\na line,maybe,bla,train\n"
     refused(builder(dghs.Dghs, data, "x.csv", tmp_path).examples(), "x.csv, line 2: found label 'maybe'")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from unidetox_jax import data
@@ -37,12 +37,48 @@ ENDING = make_tokenizer("<s> $A </s>", bos_token="<s>")
         (ENDING, {}, [1, 3, 4, 2]),
         (LLAMA, {"add_bos": False}, [3, 4, 2]),
         (LLAMA, {"add_bos": True}, [1, 3, 4, 2]),
-        (LLAMA, {"ended": [False]}, [1, 3, 4]),
         (LLAMA, {"official": True}, [1, 3, 4]),
     ],
 )
 def test_what_stands_around_a_text(tokenizer, settings, expected):
     assert data.tokenize(["a b"], tokenizer, 8, **settings)[0].tolist() == expected
+
+
+def test_a_text_that_was_cut_gets_no_end_token():
+    texts = data.Texts(({"text": "a b", "ended": False}, {"text": "a b", "ended": True}))
+    assert [ids.tolist() for ids in data.tokenize(texts, LLAMA, 8)] == [[1, 3, 4], [1, 3, 4, 2]]
+
+
+def pieces(alphabet, **changes):
+    """A tokenizer that would never cut "ab" in two, as sampling may."""
+    tokenizer = Tokenizer(models.BPE({**alphabet, "ab": 6}, [("a", "b")]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **changes)
+
+
+SAMPLER = pieces({"<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5})
+OTHER = pieces({"<s>": 1, "</s>": 2, "a": 3, "b": 5, "c": 4})
+SAMPLED = {"text": "abc", "ended": True, "tokens": (1, 3, 4, 5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("row", "tokenizer", "settings", "expected"),
+    [
+        (SAMPLED, SAMPLER, {}, [3, 4, 5, 2]),
+        ({**SAMPLED, "ended": False, "tokens": [1, 3, 4, 5]}, SAMPLER, {}, [3, 4, 5]),
+        (SAMPLED, SAMPLER, {"add_bos": True}, [1, 3, 4, 5, 2]),
+        ({**SAMPLED, "tokens": ()}, SAMPLER, {}, [6, 5, 2]),
+        (SAMPLED, OTHER, {}, [6, 4, 2]),
+        ({**SAMPLED, "text": "abca"}, SAMPLER, {}, [6, 5, 3, 2]),
+        ({**SAMPLED, "tokens": (3, 4, 5, 2)}, SAMPLER, {}, [6, 5, 2]),
+        (SAMPLED, SAMPLER, {"official": True}, [6, 5]),
+    ],
+    ids=["sampled", "cut", "bos", "unknown", "other vocabulary", "edited text", "without BOS", "official"],
+)
+def test_sampled_tokens_are_kept_where_the_tokenizer_reads_them_as_the_text(row, tokenizer, settings, expected):
+    texts = data.Texts(({"text": "c", "ended": True}, row, {"text": "c", "ended": True}))
+    assert data.tokenize(texts, tokenizer, 8, **settings)[1].tolist() == expected
 
 
 def test_ragged_storage_and_counts():
@@ -68,8 +104,8 @@ def test_a_cut_text_has_no_end_token_even_if_only_that_did_not_fit():
 
 def test_batches_of_texts_are_joined_in_order(monkeypatch):
     monkeypatch.setattr("unidetox_jax.data.tokens.BATCH", 2)
-    texts = ["a", "b", "c", "d", "a b"]
-    tokens = data.tokenize(texts, PLAIN, 8, ended=[True, False, True, False, True])
+    rows = [{"text": text, "ended": len(text) != 1 or text in "ac"} for text in ("a", "b", "c", "d", "a b")]
+    tokens = data.tokenize(data.Texts(tuple(rows)), PLAIN, 8)
     assert [ids.tolist() for ids in tokens] == [[3, 2], [4], [5, 2], [6], [3, 4, 2]]
 
 
@@ -141,8 +177,8 @@ def test_real_tokenizers(shared):
 def test_the_released_texts_are_cut_and_say_so(shared, tmp_path):
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     spec = "distilled:distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv"
-    records = data.load(spec, data_dir=shared / "data", cache_dir=tmp_path)
-    tokens = data.tokenize(records.column("text"), gpt2, 256, context=1024, ended=records.ended())
+    texts = data.texts(spec, data_dir=shared / "data", cache_dir=tmp_path)
+    tokens = data.tokenize(texts, gpt2, 256, context=1024)
     assert len(tokens) == 640 and tokens.truncated == 0
     assert np.sum(tokens.lengths >= 255) == 498, "most stop where the length limit did"
     assert 50256 not in tokens.ids

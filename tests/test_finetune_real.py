@@ -48,10 +48,9 @@ def test_validation_loss_falls_and_pytorch_agrees(part, texts, workdir, shared):
     assert figures["validation_loss"] < figures["validation_loss_before"] - 0.1
     losses = [line["loss"] for line in lines_of(workdir / part) if "loss" in line]
     assert len(losses) == 8 and losses[-1] < losses[0]
-    records = data.load(record["settings"]["validation"], data_dir=shared / "data")
-    ended = records.ended() or [True] * len(records)
+    validation = data.texts(record["settings"]["validation"], data_dir=shared / "data")
     model = transformers.AutoModelForCausalLM.from_pretrained(workdir / part / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / part / "hf")
     torch.set_num_threads(1)
-    found = torch_loss(model, tokenizer, records.column("text"), LENGTH, ended)
+    found = torch_loss(model, tokenizer, validation, LENGTH, validation.ended)
     np.testing.assert_allclose(found, figures["validation_loss"], rtol=1e-5)

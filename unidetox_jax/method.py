@@ -84,7 +84,8 @@ def finetune(
 
     Args:
       model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint.
-      texts: strings; those of `distill` and `data.load` know which ended by themselves, and get an end token.
+      texts: strings. Those of `distill` and `data.texts` know which ended by themselves, and get an end token; sampled
+        ones keep their tokens for a model of the same tokenizer.
       recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`.
       validation: texts whose loss is followed.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
@@ -257,6 +258,5 @@ def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, offici
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
-        ended=texts.ended if isinstance(texts, Texts) else None,
         official=official,
     )

@@ -40,7 +40,8 @@ def overlap(texts: Sequence[str], corpus: Corpus, n: int) -> dict[str, Any]:
     "longest_run" (words in a row that stand in the corpus as well), "longest_run_text" (its index, None: none)}."""
     split = [text_statistics.words(text) for text in texts]
     known = corpus.grams(n)
-    counts = np.array([[len(grams), sum(gram in known for gram in grams)] for grams in _each(split, n)])
+    grams_of = [text_statistics.ngrams(words, n) for words in split]
+    counts = np.array([[len(grams), sum(gram in known for gram in grams)] for grams in grams_of])
     total, shared = (int(value) for value in counts.sum(axis=0))
     longest, owner = longest_run(split, corpus)
     return {
@@ -77,11 +78,8 @@ def nearest(texts: Sequence[str], corpus: Corpus, count: int) -> list[dict[str, 
     Returns:
       [{"text" (index), "sentence", "corpus_sentence", "similarity" in [0, 1]}, …].
     """
-    owners, sentences = [], []
-    for at, text in enumerate(texts):
-        for sentence in _sentences([text]):
-            owners.append(at)
-            sentences.append(sentence)
+    pairs = [(at, sentence) for at, text in enumerate(texts) for sentence in _sentences([text])]
+    owners, sentences = [at for at, _ in pairs], [sentence for _, sentence in pairs]
     if not sentences or not corpus.sentences:
         return []
     vectorizer = TfidfVectorizer(analyzer=_words_and_pairs, dtype=np.float32)
@@ -92,26 +90,16 @@ def nearest(texts: Sequence[str], corpus: Corpus, count: int) -> list[dict[str, 
         similar = (vectorizer.transform(sentences[start : start + BLOCK]) @ known).tocsr()
         best[start : start + BLOCK] = similar.max(axis=1).toarray().ravel()
         match[start : start + BLOCK] = np.asarray(similar.argmax(axis=1)).ravel()
-    found, used = [], set()
+    result, used = [], set()
     for at in np.argsort(-best, kind="stable"):
         pair = {sentences[at].lower(), f"corpus {match[at]}"}
-        if best[at] <= 0 or len(found) == count:
+        if best[at] <= 0 or len(result) == count:
             break
         if used.isdisjoint(pair):
             used |= pair
-            found.append(
-                {
-                    "text": owners[at],
-                    "sentence": sentences[at],
-                    "corpus_sentence": corpus.sentences[match[at]],
-                    "similarity": min(1.0, float(best[at])),
-                }
-            )
-    return found
-
-
-def _each(split: Sequence[Sequence[str]], n: int):
-    return (text_statistics.ngrams(words, n) for words in split)
+            likeness = {"corpus_sentence": corpus.sentences[match[at]], "similarity": min(1.0, float(best[at]))}
+            result.append({"text": owners[at], "sentence": sentences[at], **likeness})
+    return result
 
 
 def _words_and_pairs(sentence: str) -> list[str]:
@@ -122,4 +110,4 @@ def _words_and_pairs(sentence: str) -> list[str]:
 def _sentences(texts: Sequence[str]) -> list[str]:
     """Distinct sentences of at least `FEWEST_WORDS` words, symbols not counted, white space made plain."""
     pieces = (" ".join(piece.split()) for text in texts for piece in _SENTENCE_END.split(text))
-    return [one for one in dict.fromkeys(pieces) if len(_WORD.findall(one)) >= FEWEST_WORDS]
+    return [piece for piece in dict.fromkeys(pieces) if len(_WORD.findall(piece)) >= FEWEST_WORDS]

@@ -1,9 +1,8 @@
 """Political leaning of texts, by classifiers fitted on labelled news.
 
 A news classifier learns its publishers' house style sooner than their politics. So articles are split by publisher
-into folds, a classifier is fitted on all folds but one, and its accuracy is that on the publishers it never saw. The
-surprising thing: no classifier is fitted on all articles; a text's probabilities are the mean over the very
-classifiers whose accuracy was measured.
+into folds, a classifier is fitted on all folds but one, and its accuracy is that on the publishers it never saw. No
+classifier is fitted on all articles: a text's probabilities are the mean over those whose accuracy was measured.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ ALIASES = {"ap fact check": "associated press"}  # one publisher under two names
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaning:
-    """What scores texts: labels in the order of the columns, texts → probabilities [N, labels], and its figures."""
+    """What scores texts: labels in the order of the columns, texts → probabilities [N, labels], its quality (`fit`)."""
 
     labels: tuple[str, ...]
     probabilities: Callable[[Sequence[str]], np.ndarray]
-    figures: Mapping[str, Any]
+    quality: Mapping[str, Any]
 
 
 def publisher(source: str) -> str:
@@ -50,7 +49,7 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
         0: not.
 
     Returns:
-      figures: {"accuracy" (of all articles, each by the classifier that never saw its publisher), "by_label" (recall),
+      quality: {"accuracy" (of all articles, each by the classifier that never saw its publisher), "by_label" (recall),
       "majority" (share of the commonest label: what guessing it gives), "balanced_accuracy" (mean recall; guessing
       gives 1/labels), "accuracy_short", "balanced_accuracy_short", "words" (for these two), "articles", "publishers",
       "folds": [{"articles", "publishers", "accuracy"}, …], "of_nothing": label → probability of a text without a
@@ -70,7 +69,7 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
     folds = min(FOLDS, *(len(set(groups[labels == name].tolist())) for name in names))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     short = [" ".join(text.split()[:words]) for text in texts] if words else []
-    called, called_short, classifiers, parts = np.empty_like(labels), np.empty_like(labels), [], []
+    called, called_short, classifiers, tested = np.empty_like(labels), np.empty_like(labels), [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a label of few articles: checked above, by publisher
         splits = list(splitter.split(texts, labels, groups))
@@ -82,31 +81,24 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
         if words:
             called_short[test] = _called(classifier, [short[i] for i in test])
         classifiers.append(classifier)
-        accuracy = float((called[test] == labels[test]).mean())
-        seen = sorted(set(groups[test].tolist()))
-        parts.append({"articles": len(test), "publishers": seen, "accuracy": accuracy})
-    recall = _recall(called, labels, names)
-    figures = {
-        "accuracy": float((called == labels).mean()),
-        "by_label": recall,
-        "balanced_accuracy": float(np.mean(list(recall.values()))),
+        accuracy, publishers = float((called[test] == labels[test]).mean()), sorted(set(groups[test].tolist()))
+        tested.append({"articles": len(test), "publishers": publishers, "accuracy": accuracy})
+
+    def probabilities(texts: Sequence[str]) -> np.ndarray:
+        return np.mean([classifier.probabilities(texts) for classifier in classifiers], axis=0)
+
+    quality = {
+        **_accuracy(called, labels, names),
         "majority": max(float((labels == name).mean()) for name in names),
         "articles": len(texts),
         "publishers": len(set(groups.tolist())),
-        "folds": parts,
+        "folds": tested,
+        "of_nothing": dict(zip(names, probabilities([""])[0].tolist(), strict=True)),
     }
     if words:
-        figures |= {
-            "words": words,
-            "accuracy_short": float((called_short == labels).mean()),
-            "balanced_accuracy_short": float(np.mean(list(_recall(called_short, labels, names).values()))),
-        }
-
-    def probabilities(found: Sequence[str]) -> np.ndarray:
-        return np.mean([one.probabilities(found) for one in classifiers], axis=0)
-
-    figures["of_nothing"] = dict(zip(names, probabilities([""])[0].tolist(), strict=True))
-    return Leaning(names, probabilities, figures)
+        on_short = _accuracy(called_short, labels, names)
+        quality |= {f"{key}_short": on_short[key] for key in ("accuracy", "balanced_accuracy")} | {"words": words}
+    return Leaning(names, probabilities, quality)
 
 
 def from_classifier(source: str) -> Leaning:
@@ -141,5 +133,7 @@ def _called(classifier: linear.LinearClassifier, texts: Sequence[str]) -> np.nda
     return np.array(classifier.labels)[classifier.probabilities(texts).argmax(axis=1)]
 
 
-def _recall(called: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    return {name: float((called[labels == name] == name).mean()) for name in names}
+def _accuracy(called: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    recall = {name: float((called[labels == name] == name).mean()) for name in names}
+    accuracy = float((called == labels).mean())
+    return {"accuracy": accuracy, "by_label": recall, "balanced_accuracy": float(np.mean(list(recall.values())))}

@@ -1,7 +1,7 @@
 """Data: from a data set's name or file to the batch of a step.
 
     records = data.load("dghs", split="train", data_dir="../shared/data")   # sequence of dictionaries; sources.py
-    texts   = data.texts("text:valid.txt", data_dir=…)                      # the field `text` of each
+    texts   = data.texts("text:valid.txt", data_dir=…)                      # the field `text` of each; texts.py
     print(data.fingerprint("dghs", data_dir=…))                             # changes with the source: for stage.json
 
     tokens  = data.tokenize(texts, tokenizer, max_length=256, context=1024) # tokens.py; one ragged int32 array
@@ -16,7 +16,7 @@
 
 A batch is {"tokens": int32, "loss_mask": bool} [R, T], and for layout "pack" "segment_ids": int32 as well: hand it to
 `training.loss` as it is. R is a multiple of `row_multiple`: the mesh's data axes times the accumulation.
-Distilled text knows where its model stopped: `data.tokenize(records.texts, …, ended=records.texts.ended)`.
+Distilled text knows where its model stopped and which tokens it is: hand `data.tokenize` the `Texts` themselves.
 """
 
 from unidetox_jax.data.batches import Batches, fill, one_pass

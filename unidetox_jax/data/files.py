@@ -8,7 +8,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ class Content(NamedTuple):
     data: bytes
 
     @property
-    def stem(self) -> str:
+    def basename(self) -> str:
         return self.name.rsplit("/", 1)[-1]
 
 
@@ -38,7 +37,10 @@ def find(path: str, data_dir: epath.PathLike) -> epath.Path:
       UserError: it is in none of these places.
     """
     if path.startswith(HUB):
-        return download(*_hub_parts(path))
+        owner, name, file = (*path.removeprefix(HUB).split("/", 2), "", "")[:3]
+        if not (owner and name and file):
+            raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
+        return download(f"{owner}/{name}", file)
     here = epath.Path(path).expanduser()
     if here.exists():
         return here
@@ -52,9 +54,9 @@ def find(path: str, data_dir: epath.PathLike) -> epath.Path:
 def find_matching(directory: epath.Path, preferences: Sequence[Sequence[str]]) -> list[epath.Path]:
     """Files of `directory` that match the first of several lists of glob patterns that matches anything."""
     for patterns in preferences:
-        found = sorted({file for pattern in patterns for file in directory.glob(pattern)})
-        if found:
-            return found
+        matching = sorted({file for pattern in patterns for file in directory.glob(pattern)})
+        if matching:
+            return matching
     wanted = ", ".join(pattern for patterns in preferences for pattern in patterns)
     raise UserError(f"{directory}: holds none of {wanted}")
 
@@ -77,7 +79,7 @@ def content_hash(contents: Iterable[Content], *settings: Any) -> str:
     """
     hasher = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for content in contents:
-        hasher.update(f"{content.stem}\0{len(content.data)}\0".encode())
+        hasher.update(f"{content.basename}\0{len(content.data)}\0".encode())
         hasher.update(content.data)
     return hasher.hexdigest()[:16]
 
@@ -98,13 +100,6 @@ def download(repository: str, filename: str) -> epath.Path:
             f"{filename!r} of the hub's data set {repository!r} cannot be had ({type(error).__name__}: {reason}); "
             "with the file on this machine, set data_dir or write its path"
         ) from None
-
-
-def _hub_parts(path: str) -> tuple[str, str]:
-    parts = path.removeprefix(HUB).split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
-    return f"{parts[0]}/{parts[1]}", parts[2]
 
 
 def _neighbours(path: epath.Path) -> str:
@@ -223,20 +218,20 @@ READERS = {".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows, ".parquet"
 
 def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Rows of a csv, jsonl or parquet file, by its suffix; all of them, as they are."""
-    suffix = "." + content.stem.rsplit(".", 1)[-1].lower()
+    suffix = "." + content.basename.rsplit(".", 1)[-1].lower()
     if suffix not in READERS:
         raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(READERS)}")
     return READERS[suffix](content, columns)
 
 
-def require(where: str, columns: Iterable[str], found: Iterable[str]) -> None:
-    """UserError unless every needed column is among those found, once."""
-    found = list(found)
+def require(where: str, columns: Iterable[str], header: Iterable[str]) -> None:
+    """UserError unless every needed column is in the header, once."""
+    header = list(header)
     for column in columns:
-        if column not in found:
-            raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, found))}")
-        if found.count(column) > 1:
-            raise UserError(f"{where}: the column {column!r} stands there {found.count(column)} times; rename one")
+        if column not in header:
+            raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, header))}")
+        if header.count(column) > 1:
+            raise UserError(f"{where}: the column {column!r} stands there {header.count(column)} times; rename one")
 
 
 def text_of(value: Any) -> str:
@@ -258,17 +253,3 @@ def number_of(value: Any, where: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: found {value!r}, expected a number") from None
-
-
-_SPLIT_TERM = re.compile(r"([A-Za-z_]\w*)((?:\[[^\]]*\])?)")
-
-
-def split_terms(expression: str) -> list[tuple[str, str]]:
-    """(name, slice) of each term of a split such as `train+unknown` or `train[:10%]`."""
-    terms = []
-    for part in expression.split("+"):
-        match = _SPLIT_TERM.fullmatch(part.strip())
-        if match is None:
-            raise UserError(f"split {expression!r}: expected names like 'train', 'train+unknown' or 'train[:10%]'")
-        terms.append((match[1], match[2]))
-    return terms

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unidetox_jax import buckets
+
 PAD, PACK = "pad", "pack"
 LAYOUTS = (PAD, PACK)
 # Attention's work grows with T: a token in a row of 512 costs about an eighth more than its matmuls at GPT-2's width.
@@ -41,7 +43,7 @@ def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, len
 
     Packed rows may be longer than the longest text, up to `limit` tokens.
     """
-    max_rows = -(-batch_size // row_multiple) * row_multiple
+    max_rows = buckets.multiple(batch_size, row_multiple)
     top = limit if layout == PACK else longest
     lengths = {min(length, limit) for length in range(length_multiple, top + length_multiple, length_multiple)}
     return Grid(layout, row_multiple, max_rows, tuple(sorted(lengths)))
@@ -50,15 +52,15 @@ def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, len
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First fit decreasing: positions of the texts in each row of at most `capacity` tokens; ties keep their order."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens that are left in each row
     for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
         length = lengths[position]
-        row = next((row for row, left in enumerate(room) if left >= length), len(rows))
+        row = next((row for row, left in enumerate(free) if left >= length), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(capacity)
+            free.append(capacity)
         rows[row].append(position)
-        room[row] -= length
+        free[row] -= length
     return rows
 
 
@@ -72,13 +74,17 @@ def arrange(lengths: Sequence[int], shapes: Sequence[Shape], layout: str) -> tup
 
 
 def _fit(lengths: Sequence[int], shape: Shape, layout: str) -> Rows | None:
-    count, length = shape
-    if max(lengths) > length:
+    rows = _rows(lengths, shape[1], layout)
+    if rows is None or len(rows) > shape[0]:
         return None
-    rows = [[position] for position in range(len(lengths))] if layout == PAD else pack(lengths, length)
-    if len(rows) > count:
+    return tuple(tuple(sorted(row)) for row in rows) + ((),) * (shape[0] - len(rows))
+
+
+def _rows(lengths: Sequence[int], capacity: int, layout: str) -> list[list[int]] | None:
+    """Positions of the texts in each row, as few rows as the layout can; None where a text is longer than a row."""
+    if max(lengths) > capacity:
         return None
-    return tuple(tuple(sorted(row)) for row in rows) + ((),) * (count - len(rows))
+    return pack(lengths, capacity) if layout == PACK else [[position] for position in range(len(lengths))]
 
 
 def cost(shape: Shape) -> float:
@@ -96,9 +102,11 @@ def choose_shapes(batches: Sequence[Sequence[int]], grid: Grid, longest: int, mo
     candidates = [shape for shape in grid.shapes() if cost(shape) < cost(whole)]
     if not candidates or most < 2:
         return (whole,)
-    needed = np.array([_rows_needed(lengths, grid) for lengths in batches])  # [batches, lengths]
-    at = {length: index for index, length in enumerate(grid.lengths)}
-    work = np.stack([np.where(needed[:, at[T]] <= R, cost((R, T)), np.inf) for R, T in candidates])
+    needed = {
+        T: np.array([len(_rows(batch, T, grid.layout) or range(grid.max_rows + 1)) for batch in batches])
+        for T in grid.lengths
+    }
+    work = np.stack([np.where(needed[T] <= R, cost((R, T)), np.inf) for R, T in candidates])  # [shapes, batches]
     chosen, best = [whole], np.full(len(batches), cost(whole))
     while len(chosen) < most:
         totals = np.minimum(work, best).sum(1)
@@ -108,12 +116,3 @@ def choose_shapes(batches: Sequence[Sequence[int]], grid: Grid, longest: int, mo
         chosen.append(candidates[pick])
         best = np.minimum(best, work[pick])
     return tuple(chosen)
-
-
-def _rows_needed(lengths: Sequence[int], grid: Grid) -> list[int]:
-    too_many = grid.max_rows + 1
-    longest = max(lengths)
-    return [
-        too_many if longest > capacity else len(lengths) if grid.layout == PAD else len(pack(lengths, capacity))
-        for capacity in grid.lengths
-    ]

@@ -1,4 +1,4 @@
-"""Data sets by a short text, and one function that loads them all.
+"""Data sets by a short text, and the functions that load them all.
 
     dghs            dghs:official      a named data set, and a variant of it
     toxigen         mmlu               looked up in data_dir/NAME, else fetched from the hub
@@ -6,6 +6,7 @@
     text:FILE                          a text a line
     distilled:FILE                     csv with the column Text, or jsonl with the field text
     csv:FILE?text=COLUMN&label=COLUMN  fields of the records from columns; jsonl:FILE likewise
+    package.module:Class               a data set of your own: see `datasets`
 
 `?file=PATH` gives a named data set another file or directory, `?split=NAME` a split (`train`, `train+unknown`,
 `train[:10%]`). A relative FILE is looked up here, then in data_dir; `hf://OWNER/NAME/FILE` is a file on the hub.
@@ -14,45 +15,22 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from unidetox_jax.data import builders, corpora, dghs, files, mmlu, toxigen
+from unidetox_jax.data import datasets, files
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.errors import UserError, suggest
 
 
-@dataclasses.dataclass(frozen=True)
-class Named:
-    """A data set that has a name: its builder, its files in `data_dir/NAME` and on the hub, its variants."""
-
-    builder: type[builders.RecordBuilder]
-    preferences: tuple[tuple[str, ...], ...]
-    hub: str = ""  # repository of data sets; empty: not there
-    hub_files: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
-
-
-NAMED = {
-    "dghs": Named(dghs.Dghs, dghs.PREFERENCES, dghs.HUB, dghs.HUB_FILES, ("official",)),
-    "toxigen": Named(toxigen.Toxigen, toxigen.PREFERENCES, toxigen.HUB, toxigen.HUB_FILES),
-    "mmlu": Named(mmlu.Mmlu, mmlu.PREFERENCES, mmlu.HUB, mmlu.HUB_FILES),
-    "realtoxicityprompts": Named(
-        corpora.RealToxicityPrompts, (("prompts*.jsonl",),), "allenai/real-toxicity-prompts", ("prompts.jsonl",)
-    ),
-    "politics": Named(corpora.Politics, (("*.jsonl",),)),
-}
-FILES = {"text": corpora.Text, "distilled": corpora.Distilled, "csv": corpora.Table, "jsonl": corpora.Table}
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A data set's text, taken apart: `name:argument?key=value&key=value`."""
+class Spec(NamedTuple):
+    """A data set's text, taken apart: `name:argument?key=value&key=value`, and the class that reads it."""
 
     name: str
-    argument: str = ""
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    argument: str
+    options: Mapping[str, str]
+    dataset: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +58,11 @@ class Records(Sequence):
         """One field of every row.
 
         Raises:
-          UserError: the records have no such field; those found are listed.
+          UserError: the records have no such field; those that they have are listed.
         """
         if name not in self.rows[0]:
             raise UserError(f"{self.spec}: the records have no field {name!r}; found {', '.join(self.rows[0])}")
         return [row[name] for row in self.rows]
-
-    @property
-    def texts(self) -> Texts:
-        """The field `text` of every record, with what else is known of each.
-
-        Raises:
-          UserError: the records have no such field.
-        """
-        self.column("text")  # raises where there is none
-        return Texts(self.rows)
-
-    def ended(self) -> list[bool] | None:
-        """Whether each text ended by itself; None where the data set does not say: take it that all did."""
-        return self.texts.ended
 
 
 def load(
@@ -117,24 +81,35 @@ def load(
       UserError: an unknown data set or split, a file that is missing, empty, undecodable or lacks a column.
     """
     parsed = parse_spec(spec)
-    builder = _builder(parsed, data_dir, cache_dir)
-    builder.prepare()
-    split = split or parsed.options.get("split") or builder.default_split
-    return Records(spec, split, f"{builder.fingerprint}-{split}", tuple(builder.read(split)))
+    dataset, argument = parsed.dataset, parsed.argument
+    if dataset.columns is not None:
+        options = {**dataset.columns, **{key: value for key, value in parsed.options.items() if key != "split"}}
+    else:
+        options = {argument: True} if argument in dataset.variants else {}
+    prepared = dataset(_contents(parsed, data_dir), options, epath.Path(cache_dir or default_cache_dir()))
+    prepared.prepare()
+    split = split or parsed.options.get("split") or dataset.default_split
+    return Records(spec, split, f"{prepared.fingerprint}-{split}", tuple(prepared.read(split)))
 
 
 def texts(
     spec: str, split: str | None = None, data_dir: epath.PathLike = "", cache_dir: epath.PathLike | None = None
-) -> list[str]:
-    """The field `text` of every record of `load(…)`."""
-    return load(spec, split, data_dir, cache_dir).column("text")
+) -> Texts:
+    """The field `text` of every record of `load(…)`, with what else is known of each.
+
+    Raises:
+      UserError: as `load`; the records have no such field.
+    """
+    records = load(spec, split, data_dir, cache_dir)
+    records.column("text")  # raises where there is none
+    return Texts(records.rows)
 
 
 def fingerprint(spec: str, data_dir: epath.PathLike = "") -> str:
     """A few characters that change with the source's bytes and with what the spec asks of them, and not with where the
     source lies: an input of `stage.json`."""
     parsed = parse_spec(spec)
-    variant = "" if parsed.name in FILES else parsed.argument
+    variant = parsed.argument if parsed.argument in parsed.dataset.variants else ""
     options = sorted((name, value) for name, value in parsed.options.items() if name != "file")
     return files.content_hash(_contents(parsed, data_dir), parsed.name, variant, options)
 
@@ -147,7 +122,8 @@ def default_cache_dir() -> epath.Path:
 
 def is_spec(text: str) -> bool:
     """Whether a text begins as a data set's does (and is no plain path)."""
-    return text.partition("?")[0].partition(":")[0] in {**NAMED, **FILES}
+    name = text.partition("?")[0]
+    return name.partition(":")[0] in datasets.DATASETS or datasets.is_outside(name)
 
 
 def parse_spec(spec: str) -> Spec:
@@ -157,54 +133,37 @@ def parse_spec(spec: str) -> Spec:
       UserError: an unknown name, variant or option; the nearest known one is named.
     """
     body, _, query = spec.partition("?")
-    name, colon, argument = body.partition(":")
-    options = {}
-    for part in query.split("&") if query else ():
-        key, equals, value = part.partition("=")
-        if not (key and equals and value):
-            raise UserError(f"{spec!r}: found the option {part!r}, expected key=value")
-        options[key] = value
-    known = {**NAMED, **FILES}
-    if name not in known:
-        raise UserError(f"no data set {spec!r}{suggest(name, known)}")
-    if name in FILES and not argument:
+    name, colon, argument = (body, "", "") if datasets.is_outside(body) else body.partition(":")
+    dataset = datasets.get(name)
+    pairs = [part.partition("=") for part in query.split("&")] if query else []
+    for pair in pairs:
+        if not all(pair):
+            raise UserError(f"{spec!r}: found the option {''.join(pair)!r}, expected key=value")
+    options = {key: value for key, _, value in pairs}
+    if not dataset.patterns and not argument:
         raise UserError(f"{spec!r}: expected {name}:FILE")
-    if name in NAMED and colon and argument not in NAMED[name].variants:
-        variants = NAMED[name].variants
-        hint = suggest(argument, variants) if variants else " (it has none)"
+    if dataset.patterns and colon and argument not in dataset.variants:
+        hint = suggest(argument, dataset.variants) if dataset.variants else " (it has none)"
         raise UserError(f"{spec!r}: no variant {argument!r} of {name}{hint}; a file is written {name}?file=PATH")
-    allowed = {"split"} | ({"file"} if name in NAMED else set())
-    if FILES.get(name) is not corpora.Table:
-        for option in options:
-            if option not in allowed:
-                raise UserError(f"{spec!r}: no option {option!r}{suggest(option, allowed)}")
-    return Spec(name, argument, options)
+    known = {"split", "file"} if dataset.patterns else {"split"}
+    unknown = sorted(options.keys() - known) if dataset.columns is None else []
+    if unknown:
+        raise UserError(f"{spec!r}: no option {unknown[0]!r}{suggest(unknown[0], known)}")
+    return Spec(name, argument, options, dataset)
 
 
-def _builder(spec: Spec, data_dir, cache_dir) -> builders.RecordBuilder:
-    contents = _contents(spec, data_dir)
-    cache_dir = epath.Path(cache_dir) if cache_dir else default_cache_dir()
-    if spec.name in NAMED:
-        return NAMED[spec.name].builder(contents, {spec.argument: True} if spec.argument else {}, cache_dir)
-    builder = FILES[spec.name]
-    columns = {}
-    if builder is corpora.Table:
-        columns = {"text": "text", **{key: value for key, value in spec.options.items() if key != "split"}}
-    return builder(contents, columns, cache_dir)
-
-
-def _contents(spec: Spec, data_dir) -> tuple[files.Content, ...]:
-    if spec.name in FILES:
+def _contents(spec: Spec, data_dir: epath.PathLike) -> tuple[files.Content, ...]:
+    dataset = spec.dataset
+    if not dataset.patterns:
         return files.read([files.find(spec.argument, data_dir)])
-    named = NAMED[spec.name]
     if "file" in spec.options:
         place = files.find(spec.options["file"], data_dir)
     elif str(data_dir):
-        place = epath.Path(data_dir) / spec.name
+        place = epath.Path(data_dir) / dataset.name
         if not place.exists():
             raise UserError(f"data_dir: no directory {place} for the data set {spec.name!r}")
-    elif named.hub:
-        return files.read([files.download(named.hub, name) for name in named.hub_files])
+    elif dataset.hub:
+        return files.read([files.download(dataset.hub, name) for name in dataset.hub_files])
     else:
         raise UserError(f"the data set {spec.name!r} is not on the hub: set data_dir, or write {spec.name}?file=PATH")
-    return files.read(files.find_matching(place, named.preferences) if place.is_dir() else [place])
+    return files.read(files.find_matching(place, dataset.patterns) if place.is_dir() else [place])

@@ -9,7 +9,8 @@ from typing import Any
 class Texts(Sequence):
     """A sequence of strings that knows how each was made.
 
-    rows: a dictionary a text: "text", and perhaps "ended" (by itself, before a length limit) and more.
+    rows: a dictionary a text: "text", perhaps "ended" (by itself, before a length limit), perhaps "tokens" (as they
+      were sampled: BOS first, the end last if it ended), and more.
     made_on: the hardware that sampled them, one entry for each kind; empty for text from elsewhere.
     """
 

@@ -3,15 +3,19 @@
 What stands around a text is what its tokenizer puts there: LLaMA's `<s>` and OPT's `</s>` in front, nothing in front
 for GPT-2 and Falcon (as in the released code; `add_bos=True` asks for it). One end token follows a text that ended by
 itself, and none follows a text that was cut, or the model would learn to stop in the middle.
+
+A sampled text keeps the tokens that it was sampled as, for every model whose tokenizer reads them as that text.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
+from unidetox_jax.data.texts import Texts
 from unidetox_jax.errors import UserError
 
 BATCH = 1024  # texts a call of the tokenizer: enough to fill its threads, little enough for memory
@@ -75,21 +79,19 @@ def tokenize(
     *,
     context: int | None = None,
     vocab_size: int | None = None,
-    ended: Sequence[bool] | None = None,
     add_bos: bool | None = None,
     official: bool = False,
 ) -> Tokens:
     """Tokenises texts for training; what is cut or left out is counted and logged.
 
     Args:
-      texts: what to tokenise.
+      texts: strings. Of `Texts` it is known which were cut (no end token follows those) and what was sampled.
       tokenizer: one of `checkpoint.load_tokenizer`'s.
       max_length: most tokens of a text, special ones included; longer texts are cut.
       context: the model's context length, to check max_length against; None checks nothing.
       vocab_size: tokens in the model's embedding: one beyond it is an error, or, if it is the pad token, not used.
-      ended: whether each text ended by itself (no end token otherwise); None: all did.
       add_bos: None leaves the beginning to the tokenizer; True or False decides.
-      official: the released code's form: no end token, padding trained on.
+      official: the released code's form: no end token, padding trained on, every text tokenised anew.
 
     Raises:
       UserError: max_length below 2 or beyond the context, no text left, a token that the tokenizer does not have or
@@ -105,19 +107,18 @@ def tokenize(
     suffix = [] if official else [_special(tokenizer, "eos_token_id")]
     pad_id, size = tokenizer.pad_token_id, math.inf if vocab_size is None else vocab_size
     pad_id = pad_id if pad_id is not None and pad_id < size else _special(tokenizer, "eos_token_id")
-    kept, rows, truncated = [], [], 0
-    for start in range(0, len(texts), BATCH):
-        chunk = list(texts[start : start + BATCH])
-        for index, ids in enumerate(encode(tokenizer, chunk, begin=False), start):
-            if not ids or not texts[index].strip():
-                continue
-            whole = before + ids + (suffix if ended is None or ended[index] else [])
-            truncated += len(whole) > max_length
-            kept.append(np.asarray(whole[:max_length], np.int32))
-            rows.append(index)
-    if not kept:
+    rows = texts.rows if isinstance(texts, Texts) else [{"text": text} for text in texts]
+    pieces, indices, truncated = [], [], 0
+    for index, (row, own) in enumerate(zip(rows, _own_tokens(tokenizer, rows, anew=official), strict=True)):
+        if not own or not row["text"].strip():
+            continue
+        whole = before + own + (suffix if row.get("ended", True) else [])
+        truncated += len(whole) > max_length
+        pieces.append(np.asarray(whole[:max_length], np.int32))
+        indices.append(index)
+    if not pieces:
         raise UserError(f"no text is left to train on: all {len(texts)} are empty")
-    ids = np.concatenate(kept)
+    ids = np.concatenate(pieces)
     if (largest := max(int(ids.max()), pad_id)) >= size:
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer gave token {largest} "
@@ -125,16 +126,28 @@ def tokenize(
         )
     tokens = Tokens(
         ids=ids,
-        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
-        rows=np.asarray(rows, np.int32),
+        offsets=np.cumsum([0, *map(len, pieces)], dtype=np.int64),
+        rows=np.asarray(indices, np.int32),
         pad_id=pad_id,
         max_length=max_length,
         truncated=truncated,
-        skipped=len(texts) - len(kept),
+        skipped=len(texts) - len(pieces),
         official=official,
     )
     logging.info("tokenised %s", tokens.report())
     return tokens
+
+
+def _own_tokens(tokenizer, rows: Sequence[Mapping[str, Any]], anew: bool) -> Iterator[list[int]]:
+    """Each text's tokens without what stands around it: the sampled ones where this tokenizer decodes them to that very
+    text, which another vocabulary does not, nor where the text was edited since; else, or if `anew`, it is encoded."""
+    for start in range(0, len(rows), BATCH):
+        chunk = rows[start : start + BATCH]
+        sampled = [list(row.get("tokens", ())[1 : -1 if row.get("ended") else None]) for row in chunk]
+        texts = [row["text"] for row in chunk]
+        same = [not anew and text == read for text, read in zip(texts, decode(tokenizer, sampled), strict=True)]
+        encoded = iter(encode(tokenizer, [text for text, as_is in zip(texts, same, strict=True) if not as_is], False))
+        yield from (tokens if as_is else next(encoded) for tokens, as_is in zip(sampled, same, strict=True))
 
 
 def encode(tokenizer, texts: Sequence[str], begin: bool = True, end: bool = False) -> list[list[int]]:
@@ -147,7 +160,7 @@ def encode(tokenizer, texts: Sequence[str], begin: bool = True, end: bool = Fals
     backend.no_truncation()
     backend.no_padding()
     before = prefix(tokenizer) if begin and not end else []
-    return [before + found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
+    return [before + encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=end)]
 
 
 def decode(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -121,8 +121,8 @@ def _sentencepiece_like(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
     spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     learner = Tokenizer(models.BPE(unk_token=toy.unk))
     learner.pre_tokenizer = spaces
-    room = toy.vocab_size - len(byte_tokens)
-    trainer = trainers.BpeTrainer(vocab_size=room, special_tokens=list(toy.specials), show_progress=False)
+    size = toy.vocab_size - len(byte_tokens)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(toy.specials), show_progress=False)
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)

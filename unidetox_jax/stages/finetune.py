@@ -102,7 +102,7 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
         return models.init(cfg, key, mesh, param_dtype)
 
     def texts(spec: str) -> data.Texts:
-        return data.load(run.path(spec), data_dir=run.shared.data_dir).texts
+        return data.texts(run.path(spec), data_dir=run.shared.data_dir)
 
     trained = method.finetune(
         method.LanguageModel(initial, cfg, checkpoint.load_tokenizer(source)),

@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from unidetox_jax import distributed
-from unidetox_jax.data import files, toxigen
+from unidetox_jax.data import files
+from unidetox_jax.data.datasets import toxigen
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.stages import base
@@ -41,14 +42,12 @@ def tasks(run: Run) -> list[base.Task]:
         print(f"use it: --config.evaluate.scorer=linear:{directory}")
         return figures
 
-    given = dataclasses.asdict(run.fit_scorer)
-    return [base.Task("fit-scorer", run.workdir / "scorer", given, inputs, body)]
+    return [base.Task("fit-scorer", run.workdir / "scorer", dataclasses.asdict(run.fit_scorer), inputs, body)]
 
 
 def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
     """Fits on the training text, tests on the rest, writes the classifier; returns the figures."""
     texts, toxic = _read(settings.data, settings.text_field, settings.label_field, settings.above, settings.positive)
-    dropped = 0
     if settings.test_data:
         test = _read(
             settings.test_data,
@@ -57,15 +56,16 @@ def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
             settings.test_above if settings.test_label_field else settings.above,
             settings.test_positive if settings.test_label_field else settings.positive,
         )
-        seen = {_plain(text) for text in test[0]}
-        keep = np.array([_plain(text) not in seen for text in texts])
-        dropped = int((~keep).sum())
-        train = [text for text, kept in zip(texts, keep, strict=True) if kept], toxic[keep]
+        train, _ = _divide(texts, toxic, {_plain(text) for text in test[0]})
     else:
-        train, test = _split(texts, toxic, settings)
+        train, test = _divide(texts, toxic, _held_out(texts, settings))
     logging.info("fit-scorer: %d texts to train on, %d to test on", len(train[0]), len(test[0]))
-    _both(train[1], settings.data)
-    _both(test[1], settings.test_data or f"{settings.data}, its held-out part")
+    for labels, where in (
+        (train[1], settings.data),
+        (test[1], settings.test_data or f"{settings.data}, its held-out part"),
+    ):
+        if labels.all() or not labels.any():
+            raise UserError(f"{where}: {int(labels.sum())} toxic texts of {len(labels)}; expected some of each kind")
     classifier = linear.fit(
         train[0],
         [LABELS[int(value)] for value in train[1]],
@@ -81,7 +81,7 @@ def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
         "called_toxic": round(float((scores > 0.5).mean()), 4),
         "train_texts": len(train[0]),
         "train_toxic": int(train[1].sum()),
-        "train_texts_left_out": dropped,
+        "train_texts_left_out": len(texts) - len(train[0]) if settings.test_data else 0,
         "test_texts": len(test[0]),
         "test_toxic": int(test[1].sum()),
         "tested_on": settings.test_data or f"a random {settings.held_out:g} of {settings.data}",
@@ -121,24 +121,21 @@ def _read(path: str, text: str, label: str, above: float, positive: tuple[str, .
     return texts, numbers > above
 
 
-def _split(texts: list[str], toxic: np.ndarray, settings: FitScorerSettings) -> tuple:
-    """Train and test; every occurrence of a text falls on the same side."""
+def _held_out(texts: list[str], settings: FitScorerSettings) -> set[str]:
+    """The plain forms of the texts to test on."""
     distinct = sorted({_plain(text) for text in texts})
     if not 0 < settings.held_out < 1:
         raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")
     if len(distinct) < 10:
         raise UserError(f"{settings.data}: {len(distinct)} different texts, too few to hold some out")
-    _, held = train_test_split(distinct, test_size=settings.held_out, random_state=settings.seed)
-    held = set(held)
-    test = np.array([_plain(text) in held for text in texts])
-    texts = np.array(texts, object)
-    return (texts[~test].tolist(), toxic[~test]), (texts[test].tolist(), toxic[test])
+    return set(train_test_split(distinct, test_size=settings.held_out, random_state=settings.seed)[1])
+
+
+def _divide(texts: list[str], toxic: np.ndarray, tested: set[str]) -> list[tuple[list[str], np.ndarray]]:
+    """The texts to train on and those that are tested, with their labels; every occurrence of a text on one side."""
+    test = np.array([_plain(text) in tested for text in texts])
+    return [([text for text, chosen in zip(texts, side, strict=True) if chosen], toxic[side]) for side in (~test, test)]
 
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _both(toxic: np.ndarray, where: str) -> None:
-    if toxic.all() or not toxic.any():
-        raise UserError(f"{where}: {int(toxic.sum())} toxic texts of {len(toxic)}; expected some of each kind")

@@ -4,7 +4,8 @@ Kept are rows with label `hate` against one of 34 targets. A row's target must *
 against two groups at once (`bla, jew`) is not among them, in the paper's data either.
 """
 
-from unidetox_jax.data import builders, files
+from unidetox_jax.data import files
+from unidetox_jax.data.datasets.base import TEXT, Dataset
 from unidetox_jax.errors import UserError
 
 TARGETS = frozenset(
@@ -13,31 +14,36 @@ TARGETS = frozenset(
     "for jew mus mus.wom other.religion".split()
 )
 SPLITS = ("train", "dev", "test")
-HUB = "LennardZuendorf/Dynamically-Generated-Hate-Speech-Dataset"
-HUB_FILES = ("Dynamically Generated Hate Dataset v0.2.3.csv",)
-# The first that exists in the data set's directory: as published, already filtered, cut to short rows.
-PREFERENCES = (("*v0.2.3*.csv",), ("filtered*.jsonl",), ("db_*.csv",), ("*.csv", "*.jsonl"))
 
 
-class Dghs(builders.RecordBuilder, skip_registration=True):
+class Dghs(Dataset):
     """Splits train, dev, test as the `split` column says; any other value there is the split `unknown`.
 
-    Option `official`: every training sentence twice, since the released code loaded versions 0.2.2 and 0.2.3 at once.
+    Variant `official`: every training sentence twice, since the released code loaded versions 0.2.2 and 0.2.3 at once.
     """
 
     name = "dghs"
-    fields = {"text": builders.TEXT, "target": builders.TEXT, "type": builders.TEXT}
+    fields = {"text": TEXT, "target": TEXT, "type": TEXT}
+    patterns = (
+        ("*v0.2.3*.csv",),
+        ("filtered*.jsonl",),
+        ("db_*.csv",),
+        ("*.csv", "*.jsonl"),
+    )  # as published comes first
+    hub = "LennardZuendorf/Dynamically-Generated-Hate-Speech-Dataset"
+    hub_files = ("Dynamically Generated Hate Dataset v0.2.3.csv",)
+    variants = ("official",)
     split_aliases = {"validation": "dev", "val": "dev"}
 
     def examples(self):
-        kept = [example for content in self.contents for example in _kept(content)]
-        yield from kept
+        examples = [example for content in self.contents for example in _examples(content)]
+        yield from examples
         if self.options.get("official"):
-            yield from (example for example in kept if example[0] == "train")
+            yield from (example for example in examples if example[0] == "train")
 
 
-def _kept(content: files.Content):
-    columns = ("text", "split") if content.stem.endswith(".jsonl") else ("text", "label", "target", "split")
+def _examples(content: files.Content):
+    columns = ("text", "split") if content.basename.endswith(".jsonl") else ("text", "label", "target", "split")
     for where, row in files.rows(content, columns):
         # A filtered jsonl has no label, and a target for some rows only: what it says must agree, what it omits may.
         label, target = row.get("label", "hate"), row.get("target")

@@ -5,74 +5,50 @@ differ between the two as well.
 """
 
 import ast
-import collections
-from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from unidetox_jax.data import builders, files
+from unidetox_jax.data import files
+from unidetox_jax.data.datasets.base import TEXT, Dataset
 from unidetox_jax.errors import UserError
 
 # Category → the published names of its groups, of both files
 CATEGORIES = {
     "gender_lgbtq": ("women", "lgbtq", "lgbtq+ folks"),
     "race_nationalities": (
-        "black",
-        "black folks / african-americans",
-        "black/african-american folks",
-        "asian",
-        "asian folks",
-        "latino",
-        "latino/hispanic folks",
-        "chinese",
-        "chinese folks",
-        "mexican",
-        "mexican folks",
-        "middle_east",
-        "middle eastern folks",
-        "native_american",
-        "native american/indigenous folks",
-        "native american folks",
+        "black", "black folks / african-americans", "black/african-american folks", "asian", "asian folks", "latino",
+        "latino/hispanic folks", "chinese", "chinese folks", "mexican", "mexican folks", "middle_east",
+        "middle eastern folks", "native_american", "native american/indigenous folks", "native american folks",
     ),
     "religion": ("jewish", "jewish folks", "muslim", "muslim folks"),
     "disability": (
-        "mental_dis",
-        "folks with mental disabilities",
-        "physical_dis",
-        "folks with physical disabilities",
+        "mental_dis", "folks with mental disabilities", "physical_dis", "folks with physical disabilities",
     ),
-}
-HUB = "toxigen/toxigen-data"
-HUB_FILES = ("annotated_train.csv", "annotated_test.csv")
-PREFERENCES = (("annotated_train.csv", "annotated_test.csv"), ("*.csv",))
-VALIDATION_SEED, VALIDATION_SHARE = 42, 0.1  # the released code's draw
+}  # fmt: skip
 _CATEGORY_OF = {group: category for category, groups in CATEGORIES.items() for group in groups}
+_SCORES = ("toxicity_human", "toxicity_ai", "intent")
+VALIDATION_SEED, VALIDATION_SHARE = 42, 0.1  # as the released code samples it
 
 
-class Toxigen(builders.RecordBuilder, skip_registration=True):
-    """Splits train and test as published; `validation` is the tenth of train that the released code draws
+class Toxigen(Dataset):
+    """Splits train and test as published; `validation` is the tenth of train that the released code takes
     (896 of 8,960 rows, which stay in train as well).
 
     `category` is one of CATEGORIES, or empty for a group in none. Scores are 1 to 5, the annotators' mean; NaN: absent.
     """
 
     name = "toxigen"
-    fields = {
-        "text": builders.TEXT,
-        "target_group": builders.TEXT,
-        "category": builders.TEXT,
-        "toxicity_human": builders.FLOAT,
-        "toxicity_ai": builders.FLOAT,
-        "intent": builders.FLOAT,
-        "label": builders.TEXT,
-    }
+    fields = {"text": TEXT, "target_group": TEXT, "category": TEXT, **dict.fromkeys(_SCORES, np.float32), "label": TEXT}
+    hub = "toxigen/toxigen-data"
+    hub_files = ("annotated_train.csv", "annotated_test.csv")
+    patterns = (hub_files, ("*.csv",))
     default_split = "test"
     split_aliases = {"dev": "validation", "val": "validation"}
 
     def examples(self):
         for content in self.contents:
             rows = list(_rows(content))
-            split = "train" if "train" in content.stem else "test"
+            split = "train" if "train" in content.basename else "test"
             yield from ((split, row) for row in rows)
             if split == "train":
                 order = np.random.default_rng(VALIDATION_SEED).permutation(len(rows))
@@ -83,12 +59,6 @@ class Toxigen(builders.RecordBuilder, skip_registration=True):
 def category(group: str) -> str:
     """The category of a published group name; an empty string for none."""
     return _CATEGORY_OF.get(group.strip().lower(), "")
-
-
-def count_categories(records: Iterable[Mapping[str, str]]) -> dict[str, int]:
-    """Rows in each category, and under `""` those in none."""
-    counts = collections.Counter(record["category"] for record in records)
-    return {name: counts[name] for name in (*CATEGORIES, "")}
 
 
 def clean(text: str, where: str = "text") -> str:
@@ -104,16 +74,11 @@ def clean(text: str, where: str = "text") -> str:
 
 
 def _rows(content: files.Content):
-    columns = ("text", "target_group", "toxicity_human", "toxicity_ai", "intent")
-    for where, row in files.csv_rows(content, columns):
-        scores = {
-            name: files.number_of(row[name], f"{where}, {name}") for name in ("toxicity_human", "toxicity_ai", "intent")
-        }
-        group = row["target_group"]
+    for where, row in files.csv_rows(content, ("text", "target_group", *_SCORES)):
         yield {
             "text": clean(row["text"], where),
-            "target_group": group,
-            "category": category(group),
+            "target_group": row["target_group"],
+            "category": category(row["target_group"]),
             "label": row.get("label", ""),
-            **scores,
+            **{name: files.number_of(row[name], f"{where}, {name}") for name in _SCORES},
         }
