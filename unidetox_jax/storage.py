@@ -137,7 +137,7 @@ def read_array(path: epath.PathLike) -> np.ndarray:
 def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an npz file, as `write_bytes` does."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **dict[str, Any](arrays))
     write_bytes(path, buffer.getvalue())
 
 

@@ -102,7 +102,7 @@ def write(directory: epath.Path, model: models.Model, dtype: str | None = None) 
     if len(shards) > 1:
         storage.write_json(directory / INDEX, _index(shards))
     write_generation_config(directory, cfg)
-    stored = collections.Counter()
+    stored: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
         stored[tensor.spec.dtype.name] += tensor.spec.nbytes
     name = stored.most_common(1)[0][0]  # transformers 5 reads the first, 4 the second

@@ -80,7 +80,7 @@ def _model(proto, added: Mapping[int, AddedToken], unknown: int) -> models.BPE:
 
 
 def _normalizer(spec) -> normalizers.Normalizer | None:
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -93,7 +93,7 @@ class Cell:
     @classmethod
     def of(cls, summary: Mapping[str, Any], **counts: int) -> "Cell":
         """From an estimate of metrics.json, {"mean", "sd", "low", "high", …}."""
-        return cls(**{name: summary.get(name) for name in ("mean", "sd", "low", "high")}, **counts)
+        return cls(summary["mean"], *(summary.get(name) for name in ("sd", "low", "high")), **counts)
 
 
 class PerText(NamedTuple):

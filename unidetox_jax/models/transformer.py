@@ -238,7 +238,7 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
             prefix = None
             if cache.prefix is not None:
                 stored = (kv.read(part, index) for part in cache.prefix[:2])
-                prefix = Prefix(*stored, cache.prefix.mask, before)
+                prefix = Prefix(*stored, mask=cache.prefix.mask, bias=before)
             return attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix), (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
