@@ -190,7 +190,7 @@ def _targets(weights, names, cfg, abstract, mesh: Mesh, param_dtype: str | None)
     """Path → shape, dtype and sharding of every leaf."""
     shardings = _by_path(sharding.param_shardings(abstract, mesh))
     shapes = _by_path(abstract)
-    targets = {}
+    targets: dict[str, Any] = {}
     for key in models.key_table(cfg):
         stored = {weights.specs[names[name]].dtype: names[name] for _, name in _tensors_of(key, cfg)}
         for dtype, name in stored.items():

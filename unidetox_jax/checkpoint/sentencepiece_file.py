@@ -36,7 +36,7 @@ def read(path: epath.Path, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, 
       UserError: not a model of sentencepiece, or one whose tokens come out differently.
     """
     content = path.read_bytes()
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at run time
     try:
         proto.ParseFromString(content)
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
