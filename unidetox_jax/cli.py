@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(argv) or 0
     except (UserError, Preempted) as error:
-        line, code, cause = " ".join(str(error).split()), error.exit_code, error
+        line, code = " ".join(str(error).split()), error.exit_code
+        cause: BaseException = error
     except KeyboardInterrupt as error:
         line, code, cause = "interrupted; the same command continues", 130, error
     except Exception as error:  # what is left is a fault of ours: name it, and say how to see it whole

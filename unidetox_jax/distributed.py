@@ -7,6 +7,7 @@ where one does not come or dies, jax aborts all others with a stack trace that n
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
@@ -14,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,7 +30,8 @@ INTERVAL = 1.0  # seconds between signs of life
 HELLO = re.compile(r"unidetox (\d+) of (\d+) on (\S+)")
 
 
-class Members(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Members:
     """Who takes part: the address where all meet, how many there are, and which one this is."""
 
     coordinator: str
@@ -98,7 +100,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # jax has asked for the switch by now, and asks once
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # made by jax at run time
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))
 
@@ -173,7 +175,7 @@ def _detected(port: int | str | None, timeout: int) -> Members | None:
     found = next((kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present()), None)
     if found is None or found.get_process_count() == 1:
         return None
-    coordinator = found.get_coordinator_address(timeout, port and str(port))
+    coordinator = found.get_coordinator_address(timeout, str(port) if port else None)
     return Members(coordinator, found.get_process_count(), found.get_process_id(), _devices(found))
 
 
@@ -269,7 +271,7 @@ class _Watch:
         from jax._src.distributed import global_state
 
         self.members = members
-        self._client = global_state.client
+        self._client: Any = global_state.client
         self._ending = threading.Lock()
         self._rounds = 0
         self._over = threading.Event()

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import fsspec
 import jax
@@ -101,7 +101,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any] | None:
+def read_json(path: epath.PathLike) -> Any:
     """A JSON file's content; None when there is no such file."""
     path = epath.Path(path)
     if not path.exists():
@@ -137,7 +137,7 @@ def read_array(path: epath.PathLike) -> np.ndarray:
 def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an npz file, as `write_bytes` does."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **dict[str, Any](arrays))
     write_bytes(path, buffer.getvalue())
 
 
@@ -206,12 +206,13 @@ def written_locally(directory: epath.Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def local_file(path: epath.Path, offset: int = 0, nbytes: int | None = None) -> Iterator[tuple[BinaryIO, int]]:
+def local_file(path: epath.Path, offset: int = 0, nbytes: int | None = None) -> Iterator[tuple[IO[bytes], int]]:
     """Context: (named binary file, offset) where the `nbytes` at `offset` of `path` can be mapped. None: all of it.
 
     Raises:
       UserError: it cannot be read.
     """
+    file: IO[bytes]
     with contextlib.ExitStack() as stack:
         try:
             if is_remote(path):
@@ -225,7 +226,7 @@ def local_file(path: epath.Path, offset: int = 0, nbytes: int | None = None) -> 
         yield file, offset
 
 
-def _copy(path: epath.Path, offset: int, nbytes: int, file: BinaryIO) -> None:
+def _copy(path: epath.Path, offset: int, nbytes: int, file: IO[bytes]) -> None:
     with path.open("rb") as source:
         source.seek(offset)
         while nbytes and (chunk := source.read(min(nbytes, COPY_BYTES))):

@@ -90,7 +90,8 @@ def nearest(texts: Sequence[str], corpus: Corpus, count: int) -> list[dict[str, 
         similar = (vectorizer.transform(sentences[start : start + BLOCK]) @ known).tocsr()
         best[start : start + BLOCK] = similar.max(axis=1).toarray().ravel()
         match[start : start + BLOCK] = np.asarray(similar.argmax(axis=1)).ravel()
-    result, used = [], set()
+    result: list[dict[str, Any]] = []
+    used: set[str] = set()
     for at in np.argsort(-best, kind="stable"):
         pair = {sentences[at].lower(), f"corpus {match[at]}"}
         if best[at] <= 0 or len(result) == count:

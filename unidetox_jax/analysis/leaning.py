@@ -20,7 +20,7 @@ from unidetox_jax.evaluation.scorers import linear
 
 FOLDS = 3
 ORDER = ("left", "center", "right")  # of the labels, where the data has these
-SETTINGS = {"analyses": ("words",), "strength": 1.0, "max_features": 30_000, "balanced": True}
+SETTINGS: dict[str, Any] = {"analyses": ("words",), "strength": 1.0, "max_features": 30_000, "balanced": True}
 ALIASES = {"ap fact check": "associated press"}  # one publisher under two names in Baly et al. (2020)
 
 
@@ -58,45 +58,45 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
     Raises:
       UserError: a label that fewer than two publishers have, so that it cannot be both learnt and tested.
     """
-    labels, groups = np.array(labels), np.array([publisher(source) for source in sources])
-    names = tuple(sorted(set(labels.tolist()), key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)))
+    said, groups = np.array(labels), np.array([publisher(source) for source in sources])
+    names = tuple(sorted(set(said.tolist()), key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)))
     if len(names) < 2:
         raise UserError(f"leaning: the articles have the label {', '.join(names)} only, expected at least two labels")
     for name in names:
-        known = sorted(set(groups[labels == name].tolist()))
+        known = sorted(set(groups[said == name].tolist()))
         if len(known) < 2:
             raise UserError(f"leaning: all articles labelled {name!r} are by {known[0]!r}; expected several publishers")
-    folds = min(FOLDS, *(len(set(groups[labels == name].tolist())) for name in names))
+    folds = min(FOLDS, *(len(set(groups[said == name].tolist())) for name in names))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     short = [" ".join(text.split()[:words]) for text in texts] if words else []
-    called, called_short, classifiers, tested = np.empty_like(labels), np.empty_like(labels), [], []
+    called, called_short, classifiers, tested = np.empty_like(said), np.empty_like(said), [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a label of few articles: checked above, by publisher
-        splits = list(splitter.split(texts, labels, groups))
+        splits = list(splitter.split(texts, said, groups))
     for train, test in splits:
-        if set(labels[train].tolist()) != set(names):
+        if set(said[train].tolist()) != set(names):
             raise UserError("leaning: a label's publishers all fell into one fold; another config.analyze.seed may do")
-        classifier = linear.fit([texts[i] for i in train], labels[train].tolist(), names, **SETTINGS)
+        classifier = linear.fit([texts[i] for i in train], said[train].tolist(), names, **SETTINGS)
         called[test] = _called(classifier, [texts[i] for i in test])
         if words:
             called_short[test] = _called(classifier, [short[i] for i in test])
         classifiers.append(classifier)
-        accuracy, publishers = float((called[test] == labels[test]).mean()), sorted(set(groups[test].tolist()))
+        accuracy, publishers = float((called[test] == said[test]).mean()), sorted(set(groups[test].tolist()))
         tested.append({"articles": len(test), "publishers": publishers, "accuracy": accuracy})
 
     def probabilities(texts: Sequence[str]) -> np.ndarray:
         return np.mean([classifier.probabilities(texts) for classifier in classifiers], axis=0)
 
     quality = {
-        **_accuracy(called, labels, names),
-        "majority": max(float((labels == name).mean()) for name in names),
+        **_accuracy(called, said, names),
+        "majority": max(float((said == name).mean()) for name in names),
         "articles": len(texts),
         "publishers": len(set(groups.tolist())),
         "folds": tested,
         "of_nothing": dict(zip(names, probabilities([""])[0].tolist(), strict=True)),
     }
     if words:
-        on_short = _accuracy(called_short, labels, names)
+        on_short = _accuracy(called_short, said, names)
         quality |= {f"{key}_short": on_short[key] for key in ("accuracy", "balanced_accuracy")} | {"words": words}
     return Leaning(names, probabilities, quality)
 

@@ -1,7 +1,7 @@
 """What the benchmarks share: contenders that take turns, the cost of compiling, the same shape in PyTorch."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,10 +25,10 @@ def race(contenders: Mapping[str, Work], rounds: int, bar: Progress) -> dict[str
     return times
 
 
-def compile_programs(lower: Mapping[Hashable, Callable[[], Any]]) -> tuple[dict[Hashable, Any], dict[str, float]]:
+def compile_programs(lower: Mapping[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[str, float]]:
     """Programs, each from a function that traces it, and what they cost: seconds of tracing and compiling all of them,
     with the persistent cache off, and the memory that the largest takes."""
-    cached = jax.config.jax_enable_compilation_cache
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # made by jax at run time
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         started = time.perf_counter()

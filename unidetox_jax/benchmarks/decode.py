@@ -24,7 +24,7 @@ from unidetox_jax.stages.settings import Run
 
 TOP_K = 50
 ALPHA = 0.1
-SETTINGS = {"objective": objectives.get("contrastive", alpha=ALPHA), "warpers": (warpers.top_k(TOP_K),)}
+SETTINGS: dict[str, Any] = {"objective": objectives.get("contrastive", alpha=ALPHA), "warpers": (warpers.top_k(TOP_K),)}
 LAYER_LOOPS = ("unroll", "scan")
 COLUMNS = ("implementation", "batch", "layer_loop", "tokens_per_second", "ms_per_step", "bandwidth_share",
            "matmul_share", "times_torch", "compile_seconds", "program_gigabytes")  # fmt: skip
@@ -99,7 +99,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str
 
 def _ours(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, seed: int) -> Any:
     prompts = _prompts(pair[0].cfg, batch)
-    options = {"max_new_tokens": new_tokens, "eos_id": (), "layer_loop": layer_loop, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": (), "layer_loop": layer_loop, "seed": seed}
     return generate(pair, prompts, **SETTINGS, **options)
 
 

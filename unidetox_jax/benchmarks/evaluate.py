@@ -98,12 +98,15 @@ def _torch_work(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]
 
     settings, device = run.evaluate, contest.torch_device()
 
-    def load(source: str):
+    def load(source: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(run.path(source)).eval().to(device)
         return model, AutoTokenizer.from_pretrained(run.path(source))
 
     model, tokenizer = load(run.shared.targets[0])
-    judge, judge_tokenizer = load(settings.perplexity_scorer) if settings.perplexity_scorer else (None, None)
+    judge: Any = None
+    judge_tokenizer: Any = None
+    if settings.perplexity_scorer:
+        judge, judge_tokenizer = load(settings.perplexity_scorer)
 
     def generate(prompt: str) -> list[str]:
         rows = model.generate(

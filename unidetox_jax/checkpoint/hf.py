@@ -102,7 +102,7 @@ def write(directory: epath.Path, model: models.Model, dtype: str | None = None) 
     if len(shards) > 1:
         storage.write_json(directory / INDEX, _index(shards))
     write_generation_config(directory, cfg)
-    stored = collections.Counter()
+    stored: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
         stored[tensor.spec.dtype.name] += tensor.spec.nbytes
     name = stored.most_common(1)[0][0]  # transformers 5 reads the first, 4 the second
@@ -190,7 +190,7 @@ def _targets(weights, names, cfg, abstract, mesh: Mesh, param_dtype: str | None)
     """Path → shape, dtype and sharding of every leaf."""
     shardings = _by_path(sharding.param_shardings(abstract, mesh))
     shapes = _by_path(abstract)
-    targets = {}
+    targets: dict[str, Any] = {}
     for key in models.key_table(cfg):
         stored = {weights.specs[names[name]].dtype: names[name] for _, name in _tensors_of(key, cfg)}
         for dtype, name in stored.items():

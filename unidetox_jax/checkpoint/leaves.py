@@ -9,6 +9,7 @@ across shards would make the compiler gather the whole leaf on every device.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,7 @@ def fill(leaf: jax.Array, first: int, rows: np.ndarray, forget: Callable[[], Non
     Either some layers of a stacked leaf, or all rows of another (`first` 0). Returns when they are in place.
     `forget` is called after each piece, to free what was read of `rows`.
     """
-    ways, spec = _first_axis(leaf.sharding)
-    sharding = NamedSharding(leaf.sharding.mesh, spec)
+    ways, sharding = _first_axis(leaf.sharding)
     count = len(rows) // ways  # in each shard of the first axis
     for start, stop in _pieces(leaf, count, ways):
 
@@ -64,8 +64,7 @@ def fetch(leaf: jax.Array | np.ndarray, first: int, count: int) -> np.ndarray:
         return leaf[first : first + count]
     ways, sharding = 1, None
     if isinstance(leaf.sharding, NamedSharding):
-        ways, spec = _first_axis(leaf.sharding)
-        sharding = NamedSharding(leaf.sharding.mesh, spec)
+        ways, sharding = _first_axis(leaf.sharding)
     rows = np.empty((ways, count // ways, *leaf.shape[1:]), leaf.dtype)
     for start, stop in _pieces(leaf, count // ways, ways):
         piece = _slice(sharding, ways, stop - start)(leaf, first + start)
@@ -95,12 +94,12 @@ def _pieces(leaf: jax.Array, count: int, ways: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _first_axis(sharding: NamedSharding) -> tuple[int, PartitionSpec]:
+def _first_axis(sharding: Any) -> tuple[int, NamedSharding]:
     """(shards of the first axis, sharding of a leaf reshaped to [shards, rows of each, …])."""
     first, *rest = sharding.spec or (None,)
     axes = first if isinstance(first, tuple) else (first,)
     ways = math.prod(sharding.mesh.shape[axis] for axis in axes if axis)
-    return ways, PartitionSpec(first, None, *rest)
+    return ways, NamedSharding(sharding.mesh, PartitionSpec(first, None, *rest))
 
 
 @functools.cache

@@ -96,13 +96,13 @@ def _restore_in_parts(checkpointer: ocp.Checkpointer, directory: epath.Path, tar
     leaves, structure = jax.tree.flatten(target)
     restored: list[Any] = [None] * len(leaves)
     for part in _parts([_nbytes(leaf) for leaf in leaves]):
-        wanted = structure.unflatten([leaf if i in part else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)])
+        wanted = jax.tree.unflatten(structure, [x if i in part else ocp.PLACEHOLDER for i, x in enumerate(leaves)])
         found = jax.tree.leaves(checkpointer.restore(directory, args=_restore_args(wanted)))
         for i in part:
             restored[i] = found[i].block_until_ready()
         del found
         gc.collect()
-    return structure.unflatten(restored)
+    return jax.tree.unflatten(structure, restored)
 
 
 def _parts(sizes: list[int]) -> list[list[int]]:

@@ -36,7 +36,7 @@ def read(path: epath.Path, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, 
       UserError: not a model of sentencepiece, or one whose tokens come out differently.
     """
     content = path.read_bytes()
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at run time
     try:
         proto.ParseFromString(content)
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -80,7 +80,7 @@ def _model(proto, added: Mapping[int, AddedToken], unknown: int) -> models.BPE:
 
 
 def _normalizer(spec) -> normalizers.Normalizer | None:
-    steps = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -178,7 +178,7 @@ def _surround(
     if begin or end:
         backend.post_processor = processors.TemplateProcessing(
             single=[token for token in (begin, "$A", end) if token],
-            special_tokens=[(token, backend.token_to_id(token)) for token in {begin, end} - {None}],
+            special_tokens=[(token, backend.token_to_id(token)) for token in {begin, end} if token],
         )
 
 

@@ -16,8 +16,7 @@ def place(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> d
     The rows' number must be a multiple of the sharding's axes (`Batches(row_multiple=…)`).
     """
     return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-        for name, array in batch.items()
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
     }
 
 

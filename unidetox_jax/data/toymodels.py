@@ -59,7 +59,7 @@ _LLAMA = {
     "max_position_embeddings": MAX_POSITIONS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
 }  # fmt: skip
-_SENTENCEPIECE = {
+_SENTENCEPIECE: dict[str, Any] = {
     "specials": ("<unk>", "<s>", "</s>"), "bos": "<s>", "eos": "</s>", "unk": "<unk>", "spaces": "pieces",
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import dataclasses
 import random
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -262,7 +262,7 @@ def write(directory: epath.PathLike, seed: int = 0, sizes: Sizes | None = None) 
     train, valid = texts("train", sizes.train), texts("valid", sizes.valid)
     toxic = texts("toxic", sizes.toxic + sizes.toxic_dev, ID_CATEGORIES, 1.0)
     labelled = texts("labelled", sizes.labelled, hostility=0.5)
-    files = {
+    files: dict[str, list[dict[str, Any]]] = {
         "train": [{"text": text} for text, _ in train],
         "scorer": [{"text": text} for text, _ in texts("scorer", sizes.scorer)],
         "valid": [{"text": text} for text, _ in valid],

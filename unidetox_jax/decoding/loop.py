@@ -11,7 +11,7 @@ B batch, V vocabulary, P slots of a model's prompt but its last token, S new tok
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -53,16 +53,16 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """What is traced beside parameters and settings."""
+    """What is traced beside parameters and settings. Arrays of JAX or NumPy, or their shapes or shardings."""
 
-    prompts: tuple[jax.Array, ...]  # int32 [B/samples,P+1] for each model
-    masks: tuple[jax.Array, ...]  # bool [B/samples,P+1], padding on the left
-    row_ids: jax.Array  # int32 [B]
-    live: jax.Array  # bool [B]: false for rows that only fill up the batch
-    seed: jax.Array  # uint32
-    limit: jax.Array  # int32: new tokens wanted, at most S
-    eos_ids: jax.Array  # int32 [E]: tokens that end a row
-    pad: jax.Array  # int32: what follows the end
+    prompts: Any  # int32 [B/samples,P+1] for each model
+    masks: Any  # bool [B/samples,P+1] for each model, padding on the left
+    row_ids: Any  # int32 [B]
+    live: Any  # bool [B]: false for rows that only fill up the batch
+    seed: Any  # uint32
+    limit: Any  # int32: new tokens wanted, at most S
+    eos_ids: Any  # int32 [E]: tokens that end a row
+    pad: Any  # int32: what follows the end
 
 
 class State(NamedTuple):
@@ -128,7 +128,7 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
 
 
 @functools.cache
-def program_of_backend(rows: int) -> Callable[..., Output]:
+def program_of_backend(rows: int) -> jax.stages.Wrapped:
     """`program` with the options under which the default backend decodes so many rows fastest; use it with
     `transpose_head` on CPU.
 
@@ -143,7 +143,7 @@ def program_of_backend(rows: int) -> Callable[..., Output]:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # an XLA that does not know the option
         return program
-    return jax.jit(program.__wrapped__, static_argnames="plan", compiler_options=options)
+    return jax.jit(inspect.unwrap(program), static_argnames="plan", compiler_options=options)
 
 
 def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:

@@ -32,8 +32,7 @@ class Range:
         return above and (value <= high if self.text[-1] == "]" else value < high)
 
 
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -49,11 +48,11 @@ class Objective:
       settings: every setting with its value, those with their defaults too.
     """
 
-    name: str = _static()
-    function: Callable[..., jax.Array] = _static(repr=False)
-    arguments: tuple[str, ...] = _static()
-    constants: tuple[tuple[str, Any], ...] = _static()
-    number_names: tuple[str, ...] = _static()
+    name: str = dataclasses.field(metadata=STATIC)
+    function: Callable[..., jax.Array] = dataclasses.field(metadata=STATIC, repr=False)
+    arguments: tuple[str, ...] = dataclasses.field(metadata=STATIC)
+    constants: tuple[tuple[str, Any], ...] = dataclasses.field(metadata=STATIC)
+    number_names: tuple[str, ...] = dataclasses.field(metadata=STATIC)
     number_values: tuple[Any, ...]
 
     @property
@@ -156,7 +155,7 @@ def _checked(where: str, value: Any, default: Any, hint: Any) -> tuple[Any, bool
         expected = f"a {'whole ' if kind is int else ''}number{f' in {interval.text}' if interval else ''}"
         if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
             raise UserError(f"{where}: found {value!r}, expected {expected}")
-        if interval and value not in interval:
+        if interval and float(value) not in interval:
             raise UserError(f"{where}: found {value!r}, expected {expected}")
         return kind(value), kind is float
     if kind in (bool, str) and not isinstance(value, kind):

@@ -31,7 +31,7 @@ _SMALL_VOCABULARY = 4096  # tokens, sorted in no time
 _ROW_STREAM = 0xFFFFFFFF  # folded in for a row's uniform number; no token has this id
 
 
-def row_keys(seed: int, row_ids: jax.Array) -> jax.Array:
+def row_keys(seed: jax.typing.ArrayLike, row_ids: jax.Array) -> jax.Array:
     """One key a row: int32 [B] → keys [B]; Threefry, whatever JAX's default is: the same on every backend."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), row_ids)
 
@@ -184,7 +184,8 @@ def inverse_cdf(scores: jax.Array, uniform: jax.Array, axis: str | None = None) 
         top = lax.pmax(top, axis)
     mass = jnp.pad(jnp.exp(scores - top), ((0, 0), (0, blocks * _BLOCK - size))).reshape(batch, blocks, _BLOCK)
     sums = mass.sum(-1)
-    first, owned = 0, True
+    first: jax.typing.ArrayLike = 0
+    owned: jax.typing.ArrayLike = True
     if axis:
         parts = lax.all_gather(sums.sum(-1), axis, axis=1)
         part, uniform = _step_into(parts, uniform * parts.sum(-1))
@@ -209,7 +210,7 @@ def _step_into(mass, target):
     return index, jnp.maximum(target - before, 0.0)
 
 
-def _mesh_axes(shape: tuple[int, int]) -> tuple[tuple[str, ...] | None, str | None, bool]:
+def _mesh_axes(shape: tuple[int, ...]) -> tuple[tuple[str, ...] | None, str | None, bool]:
     """How the mesh splits scores [B,V]: the rows' axes, the vocabulary's axis, and whether there is a mesh.
 
     What an axis does not divide stays whole on it, but is still computed device by device: left to

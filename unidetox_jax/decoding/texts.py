@@ -174,7 +174,7 @@ def statistics(texts: Texts) -> dict[str, Any]:
         "texts": len(texts),
         "tokens": sum(lengths),  # with BOS and the end
         "mean_tokens": round(sum(lengths) / len(lengths), 2),
-        "ended": sum(texts.ended),
+        "ended": sum(texts.ended or ()),
         "degenerate": text_statistics.degenerate_counts(texts),
         "duplicates": text_statistics.duplicates(texts),
         "repeated_4grams": round(float(np.mean([text_statistics.repeated_share(text) for text in texts])), 4),

@@ -13,7 +13,7 @@ applies them to the k candidates only, see `sampling`; the forms here define wha
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,12 +125,13 @@ def min_p(p: float) -> MinP:
 
 
 def _number(name: str, value: Any, low: float, high: float, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not known or not low <= value <= high or math.isinf(value):
         raise UserError(f"{name}: found {value!r}, expected {expected}")
     return float(value)
 
 
-_OFF = {temperature: None, top_k: 0, top_p: 1.0, min_p: 0.0}
+_OFF: dict[Callable[[Any], Warper], float | None] = {temperature: None, top_k: 0, top_p: 1.0, min_p: 0.0}
 
 
 def choose(**settings: float) -> tuple[Warper, ...]:

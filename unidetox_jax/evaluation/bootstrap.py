@@ -72,7 +72,8 @@ def change(estimates: np.ndarray, resampled: np.ndarray | None = None) -> dict[s
         if resampled is not None:
             spread = 100 * (resampled[1] / resampled[0] - 1)
             wide = interval(np.where(np.isfinite(spread), spread, np.inf))
-            bounds = wide if np.isfinite(list(wide.values())).all() else bounds
+            if np.isfinite(list(wide.values())).all():
+                bounds.update(wide)
     return {"percent": float(percent), **bounds}
 
 

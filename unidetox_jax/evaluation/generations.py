@@ -128,7 +128,7 @@ def complete(
     with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
         for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
             tokens, mask = _padded([prompts[p] for p in batch.prompts])
-            owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.count)]
+            owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.samples)]
             generation = decoding.generate(
                 [model],
                 tokens,
@@ -139,7 +139,7 @@ def complete(
                 attention_mask=mask,
                 eos_id=eos_id,
                 row_ids=[p * samples + s for p, s in owners],
-                samples=batch.count,
+                samples=batch.samples,
                 prompt_slots=batch.slots,
             )
             for row, owner in enumerate(owners):
@@ -147,17 +147,17 @@ def complete(
                     generation.tokens[row, : generation.lengths[row]].tolist(),
                     generation.ended[row],
                 )
-            bar.update(batch.count * len(set(batch.prompts)))
+            bar.update(batch.samples * len(set(batch.prompts)))
     return new, ended
 
 
 class _Batch(NamedTuple):
-    """Prompts by index (the last may come again, to fill up), their samples first … first + count − 1, and the room
+    """Prompts by index (the last may come again, to fill up), their samples first … first + samples − 1, and the room
     for a prompt."""
 
     prompts: list[int]
     first: int
-    count: int
+    samples: int
     slots: int
 
 

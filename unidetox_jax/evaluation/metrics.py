@@ -86,14 +86,15 @@ class Cell:
     sd: float | None = None
     low: float | None = None
     high: float | None = None
-    change: Mapping[str, float | None] | None = None
+    change: Mapping[str, Any] | None = None
     prompts: int | None = None
     texts: int | None = None
 
     @classmethod
-    def of(cls, summary: Mapping[str, Any], **counts: int) -> "Cell":
+    def of(cls, summary: Mapping[str, Any], prompts: int | None = None, texts: int | None = None) -> "Cell":
         """From an estimate of metrics.json, {"mean", "sd", "low", "high", …}."""
-        return cls(**{name: summary.get(name) for name in ("mean", "sd", "low", "high")}, **counts)
+        sd, low, high = (summary.get(name) for name in ("sd", "low", "high"))
+        return cls(summary["mean"], sd, low, high, prompts=prompts, texts=texts)
 
 
 class PerText(NamedTuple):
@@ -113,6 +114,11 @@ class Result(NamedTuple):
     summary: Any
     per_prompt: Mapping[str, np.ndarray] = {}
     per_text: Mapping[str, PerText] = {}
+
+
+def not_asked_for(*_: Any) -> Any:
+    """In place of a scorer or model."""
+    raise TypeError("a metric has the scorer and the model that its `reads` and `loads` name, and no others")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +141,8 @@ class Subject:
     runs: Sequence[Continuations]
     path: Callable[[str], str] = str
     data_dir: str = ""
-    score: Scorer | None = None
-    load: Callable[[], tuple[Model, Any]] | None = None
+    score: Scorer = not_asked_for
+    load: Callable[[], tuple[Model, Any]] = not_asked_for
     keep: Callable[[str, Callable[[], Any]], Any] = anew
 
     def each_run(self, name: str, measure: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -164,7 +170,7 @@ class Metric:
     loads: str = ""
     nothing: Any = {}  # never changed
 
-    def reads(self, settings: Any) -> dict[str, str | Sequence[str]]:
+    def reads(self, settings: Any) -> Mapping[str, str | Sequence[str]]:
         """Name → path, data set or scorer, or several, whose change makes the result another. Raises UserError for
         settings that are wrong."""
         return {self.field: getattr(settings, self.field)} if self.field else {}

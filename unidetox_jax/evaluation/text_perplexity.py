@@ -29,7 +29,7 @@ class TextPerplexity(Metric):
     def _measure(self, subject: Subject) -> dict[str, Any]:
         settings = subject.settings
         place = subject.path(settings.text_file)
-        options = {"batch_size": settings.score_batch_size, "label": "text"}
+        options: dict[str, Any] = {"batch_size": settings.score_batch_size, "label": "text"}
         if data.is_spec(place):
             texts = data.texts(place, data_dir=subject.data_dir)
             measured = of_texts(*subject.load(), texts, place, **options)

@@ -100,7 +100,7 @@ def branch_cache(cache: Cache, times: int, length: int) -> Cache:
     )
 
 
-def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: jax.Array) -> Layers:
+def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array) -> Layers:
     """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may."""
     zero, slot = jnp.zeros((), jnp.int32), jnp.asarray(slot, jnp.int32)
     if isinstance(layers, tuple):

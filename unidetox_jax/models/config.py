@@ -66,10 +66,10 @@ class Rotary:
         scaling: dict[str, Any] | None = None
         if self.kind != "default":
             scaling = {"rope_type": self.kind, "factor": self.factor}
-        if self.kind == "llama3":
-            scaling["low_freq_factor"] = self.low_frequency_factor
-            scaling["high_freq_factor"] = self.high_frequency_factor
-            scaling["original_max_position_embeddings"] = self.original_length
+            if self.kind == "llama3":
+                scaling["low_freq_factor"] = self.low_frequency_factor
+                scaling["high_freq_factor"] = self.high_frequency_factor
+                scaling["original_max_position_embeddings"] = self.original_length
         return {"rope_theta": self.theta, "rope_scaling": scaling}
 
 
@@ -213,7 +213,7 @@ def token_ids(config: PreTrainedConfig) -> dict[str, Any]:
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
     """Token ids of a field that may hold none, one or several."""
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def token_ids_to_hf(cfg: ModelConfig) -> dict[str, Any]:

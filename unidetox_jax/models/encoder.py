@@ -71,7 +71,8 @@ IGNORED = (
 class EncoderConfig(ModelConfig):
     """A sequence classifier. `labels`: names in the order of the logits. `problem_type`: SINGLE, MULTI, REGRESSION."""
 
-    family: str  # of KINDS
+    family: str  # type: ignore[misc]  # of KINDS: one class for several
+    pad_token_id: int = 0
     token_types: int  # 0: none
     labels: tuple[str, ...]
     problem_type: str
@@ -202,9 +203,10 @@ def forward(params: Any, tokens: jax.Array, cfg: EncoderConfig, mask: jax.Array)
     def layer(x, block):
         return Block(cfg).apply({"params": block}, x, attend, None, 0, True)
 
-    x = Embed(cfg).apply({"params": params["embed"]}, tokens, positions, True)
+    x: Any = Embed(cfg).apply({"params": params["embed"]}, tokens, positions, True)
     x, _ = jax.lax.scan(layer, x, params["blocks"])
-    return Final(cfg).apply({"params": params["final"]}, x[:, 0]).astype(jnp.float32)
+    logits: Any = Final(cfg).apply({"params": params["final"]}, x[:, 0])
+    return logits.astype(jnp.float32)
 
 
 def key_table(cfg: EncoderConfig) -> list[Key]:

@@ -68,7 +68,7 @@ def to_hf(cfg: LlamaConfig) -> dict[str, Any]:
         "attention_dropout": cfg.attention_dropout,
         "attention_bias": cfg.attention_bias,
         "mlp_bias": cfg.mlp_bias,
-        **cfg.rotary.to_hf(),
+        **(cfg.rotary.to_hf() if cfg.rotary else {}),
         **token_ids_to_hf(cfg),
     }
 

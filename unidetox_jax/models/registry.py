@@ -81,7 +81,7 @@ def _family_name(config: Mapping[str, Any], where: str) -> str:
     if kind is None:
         is_gpt2 = GPT2_OPTIONS <= config.keys() and not config.keys() & NOT_GPT2
         kind = next(iter(of_class.values()), "gpt2" if is_gpt2 and not named else None)
-    family = OLDER_TYPES.get(kind, kind)
+    family = OLDER_TYPES.get(str(kind), kind)
     if family not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not implemented (known: {', '.join(FAMILIES)})")
     for name in named:

@@ -237,8 +237,8 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
             key, value = kv.read(keys, index), kv.read(values, index)
             prefix = None
             if cache.prefix is not None:
-                stored = (kv.read(part, index) for part in cache.prefix[:2])
-                prefix = Prefix(*stored, cache.prefix.mask, before)
+                stored = [kv.read(part, index) for part in cache.prefix[:2]]
+                prefix = Prefix(stored[0], stored[1], cache.prefix.mask, before)
             return attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix), (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)

@@ -6,7 +6,7 @@ Configurations of well-known checkpoints come with the package, so a plan needs 
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 from absl import logging
@@ -82,7 +82,7 @@ def describe(program: Program, report: Report, mesh: Mesh, place: Topology) -> I
     )
     bounds = compiler.bounds(program, report, mesh, place)
     if bounds:
-        bound = max(bounds, key=bounds.get)
+        bound = max(bounds, key=bounds.__getitem__)
         seconds = bounds[bound] / program.utilisation
         total = program.steps * seconds
         yield (
@@ -128,7 +128,7 @@ def suggest(run: Run, program: Program, place: Topology) -> str:
     return "none of " + ", ".join(meshes) + " fits; take more chips, accumulation or a smaller batch"
 
 
-def table(run: Run, names: Iterable[str], places: Iterable[Topology], distill: bool = True) -> Iterator[str]:
+def table(run: Run, names: Iterable[str], places: Sequence[Topology], distill: bool = True) -> Iterator[str]:
     """Lines of a Markdown table: GiB a chip of distillation and of fine-tuning each model, slice by slice.
 
     Each cell is the first that fits of: the run's mesh without and with recomputation, then other meshes.

@@ -1,8 +1,8 @@
 """Collectives read from the text of a compiled program: their kinds, their sizes, and how often each runs."""
 
+import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^ENTRY %?([\w.\-]+)", re.MULTILINE)
@@ -17,7 +17,8 @@ _CALL = re.compile(
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
 
 
-class Collectives(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collectives:
     """One kind of collective at one depth of loops: how many, bytes that each device receives, the largest result."""
 
     kind: str
@@ -31,7 +32,7 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
     """The collectives of a compiled program's text, by depth of loops: 0 once a call, 1 in every round of a loop, 2 in
     a loop within (a decoding step's scan over layers)."""
     computations = dict(_COMPUTATION.findall(hlo))
-    entry = _ENTRY.search(hlo)[1]
+    entry = _ENTRY.findall(hlo)[0]
     placed: dict[str, tuple[int, str]] = {}  # computation → its depth, and the loop's body (or entry) it is part of
 
     def place(name: str, depth: int, loop: str) -> None:

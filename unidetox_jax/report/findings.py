@@ -43,14 +43,14 @@ def statements(
     """The most important first; none where nothing was evaluated or analysed."""
     pairs = results.pairs([row.evaluation for row in rows], ORIGINAL, DETOXIFIED)
     pooled = results.pooled_change(pairs)
-    sentences = [_primary(rows, quantity, pooled) for quantity in quantities if pairs and quantity.primary]
+    found = [_primary(rows, quantity, pooled) for quantity in quantities if pairs and quantity.primary]
     others = [_from_to(rows, quantity) for quantity in quantities if pairs and not quantity.primary]
-    sentences += [Finding(f"Beside these: {'; '.join(filter(None, others))}.")] if any(others) else []
+    found += [Finding(f"Beside these: {'; '.join(filter(None, others))}.")] if any(others) else []
     if pairs and "perplexity" not in {quantity.key for quantity in quantities}:
-        sentences.append(Finding("Perplexity was not measured, so what detoxification cost in fluency is not known."))
+        found.append(Finding("Perplexity was not measured, so what detoxification cost in fluency is not known."))
     if rows and not pairs:
-        sentences.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
-    sentences = [*filter(None, sentences), *_control(rows)]
+        found.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
+    sentences = [*filter(None, found), *_control(rows)]
     if any("over prompts" in finding.sentence for finding in sentences):
         sentences.append(Finding(INTERVALS))
     if analysis and "distilled" in analysis["sets"]:
@@ -87,14 +87,14 @@ def _from_to(rows: Sequence[Row], quantity: Quantity) -> str:
     return f"{quantity.title} {before:.{quantity.digits}f} → {after:.{quantity.digits}f} ({change})"
 
 
-def _before_after(rows: Sequence[Row], key: str) -> tuple[float, float, list[Mapping[str, float | None]]]:
+def _before_after(rows: Sequence[Row], key: str) -> tuple[float, float, list[Mapping[str, Any]]]:
     """The mean over the detoxified models that have a change, before and after, and their changes."""
     originals = {row.name: row.cells for row in rows if row.form == ORIGINAL}
     cells = [
         (originals[row.name][key], row.cells[key]) for row in rows if row.form == DETOXIFIED and _changed(row, key)
     ]
     before, after = (sum(pair[side].mean for pair in cells) / max(1, len(cells)) for side in (0, 1))
-    return before, after, [cell.change for _, cell in cells]
+    return before, after, [cell.change for _, cell in cells if cell.change]
 
 
 def _changed(row: Row, key: str) -> bool:
@@ -240,11 +240,11 @@ def _degenerate(evaluation: Evaluation) -> float:
     return sum(evaluation.metrics["counts"]["degenerate"].values()) / evaluation.metrics["counts"]["texts"]
 
 
-def _direction(change: Mapping[str, float | None]) -> str:
+def _direction(change: Mapping[str, Any]) -> str:
     return {-1: "fell", 1: "rose", 0: "did not change beyond chance,"}[results.beyond_chance(change)]
 
 
-def _interval(change: Mapping[str, float | None]) -> str:
+def _interval(change: Mapping[str, Any]) -> str:
     if change["low"] is None:
         return "too rare for an interval"
     return f"95\u00a0% interval over prompts {signed(change['low'])} to {signed(change['high'])}\u00a0%"

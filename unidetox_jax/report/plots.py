@@ -74,7 +74,7 @@ class Plot:
         svg = re.sub(r"font-family: [^\";]*;? ?", "", svg)  # the page's own
         for variable, color in COLORS.items():
             svg = svg.replace(color, f"var(--{variable})")
-        box = re.search(r'viewBox="([^"]*)"', svg)[1]
+        box = re.findall(r'viewBox="([^"]*)"', svg)[0]
         head = f'<svg viewBox="{box}" role="img" aria-label="{self.title}" xmlns:xlink="http://www.w3.org/1999/xlink">'
         return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
 
@@ -127,17 +127,13 @@ def changes(rows: Sequence[Row], quantities: Sequence[Quantity]) -> Plot | None:
     """The changes of primary quantities that have an interval, a panel for each; None without one."""
     panels = {}
     for quantity in quantities:
-        changed = [row for row in rows if quantity.key in row.cells and row.cells[quantity.key].change]
-        points = [Point(row.name, row.form, **_change(row.cells[quantity.key].change)) for row in changed]
+        changed = [(row, row.cells[quantity.key].change) for row in rows if quantity.key in row.cells]
+        points = [Point(row.name, row.form, x["percent"], x["low"], x["high"]) for row, x in changed if x]
         if quantity.primary and any(point.low is not None for point in points):
             panels[quantity.title] = points
     figure = _intervals(panels, "change in percent, with its 95 % interval", lines=dict.fromkeys(panels, 0))
     caption = "Change from the model as published in percent; an interval that crosses 0 shows nothing."
-    return figure and Plot("changes", "What changed", caption, figure)
-
-
-def _change(change: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {"mean": change["percent"], "low": change["low"], "high": change["high"]}
+    return Plot("changes", "What changed", caption, figure) if figure else None
 
 
 @styled
@@ -156,7 +152,7 @@ def categories(rows: Sequence[Row]) -> Plot | None:
         "Probability of a toxic continuation for each category of prompts. Unseen: the toxic model's training text "
         "says nothing of them."
     )
-    return figure and Plot("categories", "By category", caption, figure)
+    return Plot("categories", "By category", caption, figure) if figure else None
 
 
 @styled
@@ -179,7 +175,7 @@ def leaning(analysis: Mapping[str, Any]) -> Plot | None:
         panels, "mean probability (dashed: of a text of no known word)", lines=scale.get("of_nothing", {}), sharex=True
     )
     caption = "Mean probability of each leaning over a set's texts, with 95 % intervals over texts."
-    return figure and Plot("leaning", "Political leaning", caption, figure)
+    return Plot("leaning", "Political leaning", caption, figure) if figure else None
 
 
 @styled
@@ -188,7 +184,7 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot | None
     curves = {name: lines for name, lines in curves.items() if any("loss" in line for line in lines)}
     if not curves:
         return None
-    series = {
+    series: dict[str, dict[str, Any]] = {
         "loss": {"label": "training", "color": COLORS["after"], "lw": 1.2},
         "validation_loss": {"label": "held out", "color": COLORS["before"], "marker": "o", "ms": 4, "lw": 1},
     }

@@ -22,7 +22,7 @@ ORIGINAL, DETOXIFIED, CONTROL = "original", "detoxified", "control"
 FORMS = {ORIGINAL: "as published", DETOXIFIED: "detoxified", CONTROL: "samples-only control"}
 RESAMPLES, SEED = 2000, 0
 
-Change = Mapping[str, float | None]  # "percent", "low", "high"
+Change = Mapping[str, Any]  # "percent", "low", "high"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,12 +102,12 @@ def comparable(one: Evaluation, other: Evaluation) -> bool:
 def change(before: Evaluation, after: Evaluation, quantity: Quantity) -> Change | None:
     """The change in percent; None where either lacks the quantity, it was 0 before, or they do not compare."""
     sides = (before, after)
-    cells = [cells_of(one.metrics).get(quantity) for one in sides]
-    if None in cells or any(before.metrics[key] != after.metrics[key] for key in quantity.same):
+    first, second = (cells_of(one.metrics).get(quantity) for one in sides)
+    if first is None or second is None or any(before.metrics[key] != after.metrics[key] for key in quantity.same):
         return None
     arrays = [name for name in (quantity.per_prompt, quantity.weights) if name]
     if not arrays or not all(name in one.per_prompt for one in sides for name in arrays):
-        return bootstrap.change(np.array([cell.mean for cell in cells]))
+        return bootstrap.change(np.array([first.mean, second.mean]))
     return _paired(before, quantity, *(np.stack([one.per_prompt[name] for one in sides]) for name in arrays))
 
 

@@ -170,12 +170,12 @@ def value(cell: Cell, quantity: Quantity) -> str:
     return f"{cell.mean:.{quantity.digits}f}{deviation}"
 
 
-def percent(change: Mapping[str, float | None]) -> str:
+def percent(change: Mapping[str, Any]) -> str:
     """`−38.7 %`; the space does not break."""
     return f"{signed(change['percent'])}\u00a0%"
 
 
-def bounds(change: Mapping[str, float | None]) -> str:
+def bounds(change: Mapping[str, Any]) -> str:
     """`[−41.2, −36.0]`; empty where the change has no interval."""
     return "" if change["low"] is None else f"[{signed(change['low'])}, {signed(change['high'])}]"
 

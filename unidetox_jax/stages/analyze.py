@@ -93,7 +93,8 @@ def analyze(run: Run, settings: AnalyzeSettings) -> tuple[dict[str, Any], list[R
     corpus, words = copying.Corpus(toxic), keywords.keywords(sets, settings.keywords)
     lean = _leaning(run, settings, sets)
     scorer = scorers.get(run.path(settings.scorer)) if settings.scorer else None
-    results, rows, balances = {}, [], {}
+    results: dict[str, dict[str, Any]] = {}
+    rows, balances = [], {}
     for name, texts in sets.items():
         result = results[name] = {
             "source": specs[name].replace(str(run.workdir), "{workdir}"),
@@ -140,9 +141,9 @@ def _leaning(run: Run, settings: AnalyzeSettings, sets: Mapping[str, Sequence[st
     if settings.leaning.startswith(CLASSIFIER):
         return leaning.from_classifier(run.path(settings.leaning.removeprefix(CLASSIFIER)))
     records = data.load(run.path(settings.leaning), data_dir=run.shared.data_dir)
-    columns = [records.column(field) for field in ("text", "label", "source")]
-    length = int(np.median([len(text.split()) for texts in sets.values() for text in texts]))
-    return leaning.fit(*columns, words=length, seed=settings.seed)
+    texts, labels, publishers = (records.column(field) for field in ("text", "label", "source"))
+    length = int(np.median([len(text.split()) for of_set in sets.values() for text in of_set]))
+    return leaning.fit(texts, labels, publishers, words=length, seed=settings.seed)
 
 
 def _toxicity(scores: np.ndarray, settings: AnalyzeSettings, threshold: float) -> dict[str, Any]:

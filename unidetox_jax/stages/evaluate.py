@@ -193,7 +193,7 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
 
     models, source = metrics.OneModel(load), run.path(candidate.source)
     runs = generations.runs(functools.partial(models, source), asked.texts, settings, keep)
-    subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score)
+    subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score or metrics.not_asked_for)
     measured = metrics.measure(settings.metrics, subject, source, models, keep, first)
     if first:
-        results.write(directory, subject, dataclasses.asdict(candidate), measured)
+        results.write(directory, subject, settings.prompts, dataclasses.asdict(candidate), measured)

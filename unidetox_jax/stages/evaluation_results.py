@@ -19,10 +19,12 @@ from unidetox_jax.evaluation.prompts import Prompts
 METRICS, PER_PROMPT, GENERATIONS, PROMPTS = "metrics.json", "per_prompt.npz", "generations.jsonl", "prompts.jsonl"
 
 
-def write(directory: epath.Path, subject: Subject, model: Mapping[str, str], results: Mapping[str, Result]) -> None:
+def write(
+    directory: epath.Path, subject: Subject, prompt_source: str, model: Mapping[str, str], results: Mapping[str, Result]
+) -> None:
     """Writes everything, metrics.json last: it says that all is there.
 
-    model: name, form, source. results: of each metric by name.
+    prompt_source: where the prompts are from. model: name, form, source. results: of each metric by name.
 
     Raises:
       UserError: two metrics give something the same name.
@@ -35,7 +37,7 @@ def write(directory: epath.Path, subject: Subject, model: Mapping[str, str], res
         "model": dict(model),
         "scorer": settings.scorer,
         "perplexity_scorer": settings.perplexity_scorer,
-        "prompt_source": settings.prompts,
+        "prompt_source": prompt_source,
         "groups": categories.groups(settings),
         "counts": _counts(asked, subject.runs, per_text),
     }

@@ -6,6 +6,7 @@ result's settings and may differ when a run is continued.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -63,9 +64,9 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
             job.name,
             job.directory,
             recorded(run, job),
-            lambda job=job: inputs(job),
-            lambda directory, job=job: train(run, job, directory),
-            lambda job=job: operations(run, job),
+            functools.partial(inputs, job),
+            functools.partial(train, run, job),
+            functools.partial(operations, run, job),
         )
         for job in jobs
     ]

@@ -108,7 +108,7 @@ def fit(
                 if evaluation_due or save_due or last:
                     report.settle()
                     log.line()
-                if evaluation_due:
+                if evaluate and evaluation_due:
                     log.validation(step, evaluate(state.params))
                 if save_due:
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
@@ -129,8 +129,7 @@ def _begin(
     checkpoints: Checkpointer | None, cfg, initial, optimizer: Optimizer, mesh: Mesh, steps: int, label: str
 ) -> tuple[int, TrainState]:
     """(finished steps, state) to go on from."""
-    restored = checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh)) if checkpoints else None
-    if restored is None:
+    if checkpoints is None or (restored := checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh))) is None:
         return 0, init_state(initial(), optimizer)
     step, state = restored
     if step > steps:

@@ -32,7 +32,7 @@ class Log:
         self._path = epath.Path(directory or "") / FILE
         self._writer = directory is not None and jax.process_index() == 0
         self.lines = [line for line in read(self._path) if line["step"] <= step] if directory is not None else []
-        last = next((line for line in reversed(self.lines) if "tokens" in line), {})
+        last: dict[str, Any] = next((line for line in reversed(self.lines) if "tokens" in line), {})
         self._tokens, self._seconds = last.get("tokens", 0), last.get("seconds", 0.0)
         self._began = self._flushed = time.monotonic()
         self._latest: dict[str, Any] = {}
@@ -91,7 +91,8 @@ class _Events:
     """
 
     def __init__(self, directory: epath.Path, step: int):
-        self._directory, self._step, self._file = directory, step, None
+        self._directory, self._step = directory, step
+        self._file: Any = None
 
     def write(self, scalars: list[tuple[int, str, float]]) -> None:
         from tensorboardX import event_file_writer, summary

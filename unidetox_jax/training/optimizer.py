@@ -85,7 +85,7 @@ def global_norm(gradients: Any) -> jax.Array:
 class Bfloat16State(NamedTuple):
     """The number of updates, and both moments in bfloat16."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, and of checkpoints; a tuple has a method of it
     mu: Any
     nu: Any
 

@@ -25,7 +25,7 @@ from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimiz
 class TrainState(NamedTuple):
     """All that a step changes. step: int32, updates done; params: float32, or bfloat16 where `official`."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -73,8 +73,8 @@ def make_train_step(
     accumulation: int = 1,
     remat: str = "none",
     dropout_seed: int | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted step(state, batch) -> (state, metrics); it has `.lower`, and donates the state.
+) -> jax.stages.Wrapped:
+    """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
 
     Args:
       cfg: its dtype is the compute dtype (bfloat16 with `optimizer.official`).

@@ -23,7 +23,7 @@ from unidetox_jax.errors import UserError
 TEXT = tfds.features.Text()
 
 
-class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS is untyped
     """A data set; its source files were read already.
 
     Attributes:

@@ -15,4 +15,4 @@ class Politics(Dataset):
         columns = {"text": "content", "label": "bias_text"}
         for content in self.contents:
             for _, row in files.json_rows(content, ("content", "bias_text", "source")):
-                yield "train", {name: files.text_of(row.get(columns.get(name, name))) for name in self.fields}
+                yield "train", {name: files.text_of(row.get(columns.get(name) or name)) for name in self.fields}

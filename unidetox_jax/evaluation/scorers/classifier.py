@@ -104,8 +104,8 @@ def scorer(source: str, label: str = ""):
 def load(source: str) -> Classifier:
     """A classifier with its tokenizer; see the module's text for what `source` may be."""
     if source.endswith(".ckpt"):
-        weights = Released(epath.Path(source))
-        cfg, tokenizer = weights.cfg, load_tokenizer(weights.tokenizer)
+        weights: Weights = (released := Released(epath.Path(source)))
+        cfg, tokenizer = released.cfg, load_tokenizer(released.tokenizer)
     else:
         directory = find(source).directory
         cfg, weights, tokenizer = encoder.from_hf(directory), Weights(directory), load_tokenizer(directory)
@@ -167,7 +167,7 @@ def _store(found: np.ndarray, members: Sequence[int], result: jax.Array) -> int:
 # ------------------------------------------------------------------------------------------------- loading
 
 
-class Released:
+class Released(Weights):
     """Detoxify's `.ckpt`: its tensors as `Weights` gives those of a directory, `cfg`, and where its tokenizer is.
 
     Weights lie under `state_dict`, label names and the architecture's name under `config`; a head that is wider than
