@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the package with its test extra into a virtual environment and runs the tests, after lint and format where
-# no arguments are given.
+# Installs the package with its test extra into a virtual environment and runs the tests, after lint, format and types
+# where no arguments are given.
 #   launch/test.sh [pytest arguments]
 # VENV=DIR uses another environment (default: .venv), PYTHON=python3.12 makes it with another Python (default: python3),
 # EXTRA=quick leaves out PyTorch, lm_eval and the TPU's compiler, and with them the tests that import them.
@@ -18,5 +18,6 @@ fi
 if (($# == 0)); then # seconds, against minutes of tests
   "$venv/bin/ruff" check
   "$venv/bin/ruff" format --check
+  "$venv/bin/mypy"
 fi
 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile -q "$@"
