@@ -136,7 +136,9 @@ def add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of whatever works in a working directory."""
     from unidetox_jax import distributed
 
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; local or gs://")
+    parser.add_argument(
+        "--workdir", required=True, type=os.path.expanduser, metavar="DIR", help="where the run lives; local or gs://"
+    )
     parser.add_argument("--force", action="store_true", help="make anew what was made with other settings")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
     distributed.add_arguments(parser)
