@@ -39,8 +39,9 @@ def shared() -> pathlib.Path:
 def real_models() -> pathlib.Path:
     """SmolLM2-135M and Gemma 3 270M; a test that needs them is skipped where they are absent."""
     path = pathlib.Path(os.environ.get("UNIDETOX_REAL_MODELS", ROOT.parent / "real_models"))
-    if not path.is_dir():
-        pytest.skip("real models are not here: UNIDETOX_REAL_MODELS names no folder")
+    missing = [name for name in ("smollm2-135m", "gemma3-270m") if not (path / name).is_dir()]
+    if missing:
+        pytest.skip(f"real models are not here: UNIDETOX_REAL_MODELS names no folder with {' and '.join(missing)}")
     return path
 
 

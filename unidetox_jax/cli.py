@@ -197,11 +197,12 @@ class _Parser(argparse.ArgumentParser):
 def _log_plainly() -> None:
     import logging as standard_logging
 
-    from absl import logging
+    from absl import flags, logging
 
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold("info")
+    flags.FLAGS["logtostderr"].value = True
+    flags.FLAGS.mark_as_parsed()  # or absl warns that nobody has: this program's arguments are not absl's
     standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)  # which backends it does not find, say
 
 
