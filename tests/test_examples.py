@@ -2,10 +2,11 @@
 
 import re
 
-import nbclient
-import nbformat
 import pytest
 from conftest import ROOT
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 

@@ -37,6 +37,14 @@ def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 # ----------------------------------------------------------------------------------------------- get and its checks
 
 
+def test_a_scorer_from_outside(tmp_path, monkeypatch):
+    (tmp_path / "my_scorer.py").write_text("def shouting(texts):\n    return [float(t.isupper()) for t in texts]\n")
+    monkeypatch.chdir(tmp_path)
+    assert scorers.get("my_scorer:shouting")(["a", "B", ""]).tolist() == [0, 1, 0]
+    with pytest.raises(UserError, match="scorer 'my_scorer:shoting': .*did you mean 'shouting'"):
+        scorers.get("my_scorer:shoting")
+
+
 def test_lexicon_scores_the_built_in_world():
     scores = scorers.get("lexicon")(["the Plorins are kind.", "the Plorins are rude and dull."])
     assert scores.dtype == np.float64

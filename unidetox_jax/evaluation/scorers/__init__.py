@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from unidetox_jax import extensions
 from unidetox_jax.errors import UserError, suggest
 
 Scorer = Callable[[Sequence[str]], np.ndarray]
@@ -19,12 +20,14 @@ def get(spec: str) -> Scorer:
     Args:
       spec: `lexicon` (the built-in world's own), `linear:DIRECTORY` (made by `unidetox fit-scorer`),
         or `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT, RoBERTa, XLM-R or DistilBERT: a Hugging Face directory or id,
-        or a Detoxify `.ckpt`).
+        or a Detoxify `.ckpt`), or `package.module:function` (yours: list of texts → [N] in [0, 1]).
 
     Raises:
       UserError: no such scorer, nothing at its path, no such label.
     """
     kind, _, argument = spec.partition(":")
+    if kind not in _KINDS and all(part.isidentifier() for part in [*kind.split("."), argument]):
+        return _checked(extensions.load(spec, "scorer"), spec)
     if kind not in _KINDS:
         raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, _KINDS)}")
     make, wants = _KINDS[kind]
