@@ -1,5 +1,7 @@
 """Orbax trees and series: any mesh, donated arrays, damaged and missing files, disks that are full."""
 
+import asyncio
+import gc
 import pathlib
 import resource
 import shutil
@@ -189,3 +191,16 @@ def test_relative_directories_will_do(tmp_path, monkeypatch):
     with orbax_io.Checkpointer("series") as series:
         series.save(3, tree, wait=True)
         assert series.restore_latest(target)[0] == 3
+
+
+def test_a_write_that_failed_after_another_prints_no_traceback(caplog):
+    async def fails():
+        raise OSError("No space left on device")
+
+    async def another_was_faster():
+        asyncio.create_task(fails())
+        await asyncio.sleep(0.01)
+
+    asyncio.run(another_was_faster())
+    gc.collect()
+    assert not caplog.records

@@ -36,10 +36,11 @@ class _Chatter(standard_logging.Filter):
 
 
 def _quieten(previous=sys.unraisablehook) -> None:
-    """Installs the filter, and keeps Python from printing tracebacks of reads that came too late.
+    """Installs the filter, and keeps Python from printing tracebacks of what came too late.
 
     When a damaged file ends a restore, TensorStore delivers what it was still reading to an event loop that
-    is closed, from its own thread and at any later time; the error itself has been reported by then.
+    is closed, from its own thread and at any later time; when the disk is full, every write fails, and asyncio tells
+    of all but the first whenever it frees them. The error itself has been reported by then.
     """
 
     def hook(unraisable) -> None:
@@ -47,6 +48,8 @@ def _quieten(previous=sys.unraisablehook) -> None:
             previous(unraisable)
 
     standard_logging.getLogger("absl").addFilter(_Chatter())
+    asyncio_log = standard_logging.getLogger("asyncio")
+    asyncio_log.addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     sys.unraisablehook = hook
 
 
