@@ -1,6 +1,6 @@
 """AdamW with a linear decay, exactly as transformers.Trainer with torch.optim.AdamW takes its steps.
 
-The surprising thing: pure bfloat16 (`official`) is torch's arithmetic, one rounding after each of its operations. At
+Pure bfloat16 (`official`) is torch's arithmetic, one rounding after each of its operations. At
 a learning rate of 1e-5 most of those updates round to nothing; it is here to reproduce the released code.
 """
 
