@@ -1,9 +1,9 @@
 """Leaves on devices, filled from host arrays and read back, a piece at a time.
 
 A leaf is allocated once with its sharding. A piece is some rows of its first axis (of a stacked leaf: a layer), made
-where it is wanted (every device copies its own part of the host array) and written by a donated update. Where
-the first axis itself is sharded (vocabularies), rows of all its shards travel side by side, because an update
-across shards would make the compiler gather the whole leaf on every device.
+where it is wanted (every device copies its own part of the host array) and written by a donated update. Where the
+first axis itself is sharded (vocabularies), rows of all its shards travel side by side, because an update across
+shards would make the compiler gather the whole leaf on every device.
 """
 
 import functools

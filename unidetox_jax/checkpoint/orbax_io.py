@@ -1,9 +1,9 @@
 """Orbax, all of it that is used here: trees of arrays on disk, and a training run's series of them.
 
-A tree is always restored into an explicit target (shapes, dtypes, shardings), so that what was written on
-one mesh is read on any other, and each process reads only its own part. Two of Orbax's defaults are
-changed: it would copy a whole tree to host memory before it writes, and compress weights (half the speed, to save 8 % of
-the size). What it has read stays in reference cycles, so memory is collected after each large leaf.
+A tree is always restored into an explicit target (shapes, dtypes, shardings), so that what was written on one mesh is
+read on any other, and each process reads only its own part. Two of Orbax's defaults are changed: it would copy a whole
+tree to host memory before it writes, and compress weights (half the speed, to save 8 % of the size). What it has read
+stays in reference cycles, so memory is collected after each large leaf.
 """
 
 import gc

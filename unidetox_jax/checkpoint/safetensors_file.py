@@ -1,7 +1,7 @@
 """One safetensors file: tensors read through maps of their own byte range, or written one after another.
 
-The format: 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes. Pages of
-a map count as the process's memory, so each tensor gets its own map, which the reader can be told to forget.
+The format: 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes. Pages of a map count
+as the process's memory, so each tensor gets its own map, which the reader can be told to forget.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Models in and out of directories, whichever form they have.
 
-A model comes back in the dtype that it was stored in, while `cfg.dtype`, what it computes in, follows the machine (float32 on CPU, bfloat16 on accelerators).
+A model comes back in the dtype that it was stored in, while `cfg.dtype`, what it computes in, follows the machine
+(float32 on CPU, bfloat16 on accelerators).
 """
 
 import dataclasses

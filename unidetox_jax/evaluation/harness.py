@@ -4,8 +4,8 @@
     harness.evaluate(model, tokenizer, ["hellaswag", "my_task.yaml"])      # or, for anything else that lm_eval does:
     lm_eval.simple_evaluate(model=harness.HarnessLM(model, tokenizer), …)
 
-The harness is an extra (`pip install unidetox-jax[harness]`). A stop string ends a row on the device where a single token
-contains it; where two tokens make it up the row runs on, and the text is cut afterwards.
+The harness is an extra (`pip install unidetox-jax[harness]`). A stop string ends a row on the device where a single
+token contains it; where two tokens make it up the row runs on, and the text is cut afterwards.
 """
 
 import functools

@@ -90,8 +90,8 @@ def _scores(query, key, mask, bias, precision) -> jax.Array:
 
 
 def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
-    """einsum of [B,N,G,Q,·] and [B,N,K,D]. On CPU the product with one vector is a loop that the compiler writes; with a
-    few it is a library call for each row and head, up to seven times as slow."""
+    """einsum of [B,N,G,Q,·] and [B,N,K,D]. On CPU the product with one vector is a loop of the compiler's; with a few
+    it is a library call for each row and head, up to seven times as slow."""
     product = functools.partial(jnp.einsum, equation, precision=precision, preferred_element_type=dtype)
     groups, length = queries.shape[2:4]
     if length == 1 and 1 < groups <= MOST_VECTORS and jax.default_backend() == "cpu":

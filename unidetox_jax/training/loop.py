@@ -1,7 +1,7 @@
 """The training loop: restore, step, tell, evaluate, save; from any step on, to the same parameters.
 
-The loop never waits for the step that it has just begun: a step's metrics are read when two more are under way. All are
-read before a checkpoint is written, so that no state that followed a bad loss is ever saved.
+The loop never waits for the step that it has just begun: a step's metrics are read when two more are under way. All
+are read before a checkpoint is written, so that no state that followed a bad loss is ever saved.
 """
 
 import collections

@@ -1,7 +1,8 @@
 """Language-modelling loss: float32, masked, never the logits of a whole batch at once.
 
-The head runs over pieces of the positions. A piece's gradient is made in the forward pass, while its logits are at hand, so nothing of the vocabulary's size is stored or computed twice (the head is a third of GPT-2
-small's work); the backward pass only scales it.
+The head runs over pieces of the positions. A piece's gradient is made in the forward pass, while its logits are at
+hand, so nothing of the vocabulary's size is stored or computed twice (the head is a third of GPT-2 small's work); the
+backward pass only scales it.
 
 Axes: B rows, T tokens, P positions of a piece, V vocabulary, D width of what meets the head.
 """

@@ -1,7 +1,7 @@
 """AdamW with a linear decay, exactly as transformers.Trainer with torch.optim.AdamW takes its steps.
 
-Pure bfloat16 (`official`) is torch's arithmetic, one rounding after each of its operations. At
-a learning rate of 1e-5 most of those updates round to nothing; it is here to reproduce the released code.
+Pure bfloat16 (`official`) is torch's arithmetic, one rounding after each of its operations. At a learning rate of 1e-5
+most of those updates round to nothing; it is here to reproduce the released code.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """One optimizer step as one compiled, donated, sharded program.
 
-It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. Derivatives
-are taken with respect to the weights in the compute dtype, cast once a step, so that an accumulation of micro-batches
-does not cast them again. Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2
-small's shape unrolled ones took 6 to 13 % more processor time a step, and three times as long to compile.
+It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. Derivatives are
+taken with respect to the weights in the compute dtype, cast once a step, so that an accumulation of micro-batches does
+not cast them again. Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2 small's shape
+unrolled ones took 6 to 13 % more processor time a step, and three times as long to compile.
 """
 
 import dataclasses
