@@ -38,6 +38,7 @@ def rows_of(printed):
 
 
 def test_decoding_beside_pytorch(config, capsys):
+    pytest.importorskip("torch")
     assert cli.main(["bench", f"--config={config}", "--config.bench.against_torch=True"]) == 0
     printed = capsys.readouterr().out
     rows = rows_of(printed)
@@ -58,6 +59,7 @@ def test_decoding_beside_pytorch(config, capsys):
 
 
 def test_the_contenders_do_the_same_work(config):
+    pytest.importorskip("torch")
     """Both give as many tokens as asked for, PyTorch too, and never the end alone."""
     cfg = models.config_from_hf(str(config.parent / "gpt2"))
     pair = [models.Model(models.init(cfg, jax.random.key(i)), cfg) for i in range(2)]

@@ -22,6 +22,7 @@ def get_config():
 
 @pytest.mark.parametrize("texts", ["random", "real"])
 def test_training_beside_pytorch(capsys, tmp_path, texts):
+    pytest.importorskip("torch")
     toymodels.write(tmp_path, SENTENCES)
     (tmp_path / "config.py").write_text(CONFIG.format(model=str(tmp_path / "gpt2")))
     unequal = [" ".join(text.split()[: 2 + index % 5]) for index, text in enumerate(SENTENCES)]
