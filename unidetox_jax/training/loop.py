@@ -114,9 +114,10 @@ def fit(
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)
                 if stop:
-                    raise Preempted(
-                        f"{label}: stopped, saved at step {step} of {schedule.steps}; the same command continues"
-                    )
+                    where = f"at step {step} of {schedule.steps}"
+                    if checkpoints:
+                        raise Preempted(f"{label}: stopped, saved {where}; the same command continues")
+                    raise Preempted(f"{label}: stopped {where}; without a directory nothing is kept")
         log.flush()
     return state.params, metrics.summary(log.lines)
 
