@@ -55,6 +55,14 @@ def bucket():
         yield epath.Path("gs://bucket")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A module's compiled programs go with it: all of them together take more memory maps than a process may have, and
+    XLA then dies in the middle of a compilation."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
     """Hundreds of small programs: their compilation is all the time that these tests take."""
