@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
 
-from unidetox_jax import data
+from unidetox_jax import data, sharding
 from unidetox_jax.data import layout
 from unidetox_jax.data.tokens import Tokens
 from unidetox_jax.errors import UserError
@@ -192,14 +192,14 @@ def test_one_pass_holds_every_text_once(tokens):
     assert len({shape for shape, _ in plans}) <= 6
 
 
-def test_place_gives_each_device_its_rows(tokens):
+def test_put_gives_each_device_its_rows(tokens):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    placement = NamedSharding(mesh, PartitionSpec("data"))
     batch = data.Batches(tokens, 6, seed=0, row_multiple=4)[0]
-    placed = data.place(batch, sharding)
+    placed = sharding.put(batch, placement)
     for name, array in batch.items():
         np.testing.assert_array_equal(placed[name], array)
-        assert placed[name].sharding == sharding
+        assert placed[name].sharding == placement
         rows = array.shape[0] // 4
         for shard in placed[name].addressable_shards:
             assert shard.data.shape == (rows, array.shape[1])

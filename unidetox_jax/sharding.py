@@ -134,7 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put(tree: Any, placement: NamedSharding) -> Any:
-    """Host arrays on devices. Every process holds the same whole arrays and fills the parts on its own devices."""
+    """Host arrays as global ones: every process holds them whole, and each device receives its own part and no more."""
 
     def place(x):
         return jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index])

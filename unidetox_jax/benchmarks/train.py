@@ -108,7 +108,7 @@ def _rates(cfg: ModelConfig, batches: data.Batches, times: list[float], shapes: 
 def _ours(cfg: ModelConfig, mesh: Mesh, batches: data.Batches, count: int) -> tuple[contest.Work, dict[str, float]]:
     """Our step, compiled beforehand for every shape of batch that comes, and what that cost."""
     optimizer = training.Optimizer(LEARNING_RATE, STEPS)
-    placed = [data.place(batches[step], sharding.batch_sharding(mesh)) for step in range(count)]
+    placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(count)]
     state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh), optimizer)
     train_step = training.make_train_step(cfg, optimizer, mesh, dropout_seed=SEED)
     lower = {batch["tokens"].shape: functools.partial(train_step.lower, state, batch) for batch in placed}

@@ -8,7 +8,7 @@
     batches = data.Batches(tokens, batch_size=8, seed=1, row_multiple=4)    # batches[step] -> numpy arrays [R, T]
     batches.shapes, batches.max_shape, batches.indices(step)                # what to compile, to plan for, to blame
 
-    with data.ahead(lambda step: data.place(batches[step], sharding), start, stop) as made:
+    with data.ahead(lambda step: sharding.put(batches[step], placement), start, stop) as made:
         for batch in made: …
 
     for plan in data.one_pass(tokens, batch_size=8):                        # evaluation: every text once
@@ -20,7 +20,7 @@ Distilled text knows where its model stopped and which tokens it is: hand `data.
 """
 
 from unidetox_jax.data.batches import Batches, fill, one_pass
-from unidetox_jax.data.prefetch import ahead, place
+from unidetox_jax.data.prefetch import ahead
 from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, is_spec, load, texts
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import Tokens, tokenize
@@ -37,7 +37,6 @@ __all__ = [
     "is_spec",
     "load",
     "one_pass",
-    "place",
     "texts",
     "tokenize",
 ]

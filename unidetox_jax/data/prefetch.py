@@ -1,23 +1,10 @@
 """The next batches are made and sent to the devices by a thread while the step runs."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import numpy as np
-
 WAITING = 2  # items made and not yet asked for, at most
-
-
-def place(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """A batch that every host has, as global arrays: each device receives its own rows and nothing else.
-
-    The rows' number must be a multiple of the sharding's axes (`Batches(row_multiple=…)`).
-    """
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()
-    }
 
 
 @contextlib.contextmanager

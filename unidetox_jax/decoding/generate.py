@@ -98,7 +98,7 @@ def generate(
         samples=samples,
         prompt_slots=prompt_slots,
     )
-    prompt_rows = -len(prompts[0]) % sharding.batch_shards(mesh) + len(prompts[0])
+    prompt_rows = buckets.multiple(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
     inputs = loop.Inputs(
         prompts=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),

@@ -86,16 +86,13 @@ def fit(
     )
     evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size, schedule)
     placed = sharding.batch_sharding(mesh)
-    with (
-        preemption.noted() as asked_to_stop,
-        _checkpointer(directory, schedule.keep) as checkpoints,
-    ):
+    with preemption.noted() as asked_to_stop, _checkpointer(directory, schedule.keep) as checkpoints:
         start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
         log = metrics.Log(directory, start)
         if evaluate and start == 0:
             log.validation(0, evaluate(state.params))
         with (
-            data.ahead(lambda step: data.place(batches[step], placed), start, schedule.steps) as made,
+            data.ahead(lambda step: sharding.put(batches[step], placed), start, schedule.steps) as made,
             Progress(schedule.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
         ):
             report = _Report(cfg, batches, schedule, log, bar, checkpoints, label)
@@ -114,12 +111,15 @@ def fit(
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)
                 if stop:
-                    where = f"at step {step} of {schedule.steps}"
-                    if checkpoints:
-                        raise Preempted(f"{label}: stopped, saved {where}; the same command continues")
-                    raise Preempted(f"{label}: stopped {where}; without a directory nothing is kept")
+                    raise _preempted(f"at step {step} of {schedule.steps}", bool(checkpoints), label)
         log.flush()
     return state.params, metrics.summary(log.lines)
+
+
+def _preempted(where: str, saved: bool, label: str) -> Preempted:
+    if saved:
+        return Preempted(f"{label}: stopped, saved {where}; the same command continues")
+    return Preempted(f"{label}: stopped {where}; without a directory nothing is kept")
 
 
 def _checkpointer(directory: epath.PathLike | None, keep: int):
@@ -153,7 +153,7 @@ def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule:
     step = make_eval_step(cfg, mesh)
 
     def evaluate(params: Any) -> float:
-        with data.ahead(lambda i: data.place(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as made:
+        with data.ahead(lambda i: sharding.put(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as made:
             sums = [step(params, batch) for batch in made]
         sums = jax.device_get(sums)
         return float(sum(float(one["total"]) for one in sums) / sum(float(one["targets"]) for one in sums))
