@@ -329,6 +329,7 @@ def test_default_cache_directory(monkeypatch, tmp_path):
     ("spec", "message"),
     [
         ("dhgs", "no data set 'dhgs'; did you mean 'dghs'"),
+        ("dhgs:official", "no module 'dhgs'.*did you mean 'dghs'"),
         ("dghs:oficial", "no variant 'oficial' of dghs; did you mean 'official'"),
         ("toxigen:official", "no variant 'official' of toxigen \\(it has none\\)"),
         ("text", "expected text:FILE"),

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from unidetox_jax.errors import UserError, suggest
@@ -37,8 +38,10 @@ def parse(text: str, what: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def load(path: str, what: str, kind: str = "function") -> Any:
+def load(path: str, what: str, kind: str = "function", known: Iterable[str] = ()) -> Any:
     """The callable at "package.module:attribute"; modules in the current directory are found as well.
+
+    known: the names that need no module, one of which may have been misspelt before its colon.
 
     Raises:
       UserError: no such module or attribute, or a module whose import fails.
@@ -54,6 +57,8 @@ def load(path: str, what: str, kind: str = "function") -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = f"no module {error.name!r}, neither installed nor in {here}"
+        if known and error.name == module_name.partition(".")[0]:
+            missing += suggest(module_name, known)
         raise UserError(f"{what} {path!r}: {missing}") from error
     except Exception as error:  # the user's file is wrong: say where, in one line
         frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]

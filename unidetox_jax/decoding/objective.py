@@ -92,7 +92,7 @@ def resolve(text: str, settings: Mapping[str, Any], known: Mapping[str, Callable
     name, written = extensions.parse(text, "objective")
     for twice in written.keys() & settings.keys():
         raise UserError(f"objective {name}: setting {twice} is given twice, in the text and beside it")
-    function = extensions.load(name, "objective") if ":" in name else known.get(name)
+    function = extensions.load(name, "objective", known=known) if ":" in name else known.get(name)
     if function is None:
         tail = f"{suggest(name, known)}; your own is written package.module:function"
         raise UserError(f"objective: unknown name {name!r}{tail}")

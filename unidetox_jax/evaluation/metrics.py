@@ -199,7 +199,7 @@ def get(text: str) -> Metric:
         raise UserError(
             f"metric: unknown name {name!r}{suggest(name, METRICS)}; your own is written package.module:Class"
         )
-    made = extensions.load(METRICS.get(name, name), "metric", "class")
+    made = extensions.load(METRICS.get(name, name), "metric", "class", METRICS)
     try:
         metric = made(**settings)
     except TypeError as error:

@@ -46,4 +46,4 @@ def get(name: str) -> Any:
     """
     if name not in DATASETS and not is_outside(name):
         raise UserError(f"no data set {name!r}{suggest(name, DATASETS)}")
-    return extensions.load(DATASETS.get(name, name), "data set", "class")
+    return extensions.load(DATASETS.get(name, name), "data set", "class", DATASETS)

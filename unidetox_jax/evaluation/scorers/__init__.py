@@ -27,7 +27,7 @@ def get(spec: str) -> Scorer:
     """
     kind, _, argument = spec.partition(":")
     if kind not in _KINDS and all(part.isidentifier() for part in [*kind.split("."), argument]):
-        return _checked(extensions.load(spec, "scorer"), spec)
+        return _checked(extensions.load(spec, "scorer", known=_KINDS), spec)
     if kind not in _KINDS:
         raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, _KINDS)}")
     make, wants = _KINDS[kind]
