@@ -8,6 +8,7 @@ from conftest import HANGS, ROOT
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
+CELL = r"[\d.]+ \[[\d.]+, [\d.]+\]"
 EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -25,10 +26,11 @@ def test_the_method_detoxifies_both_models():
     printed = run(ROOT / "examples/method_on_the_built_in_world.ipynb")
     for model in ("GPT-2", "LLaMA"):
         before, after = (
-            [float(mean) for mean in re.search(rf"{model} {state} +(\S+) \[.*?\] +(\S+) \[", printed).groups()]
-            for state in ("before", "after")
+            [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in re.findall(CELL, line)[:2]]
+            for line in (re.search(rf"{model} {state} .*", printed).group() for state in ("before", "after"))
         )
-        assert all(a < 0.6 * b for a, b in zip(after, before, strict=True)), (model, before, after)
+        for (_, lowest, _), (_, _, highest) in zip(before, after, strict=True):  # ID, OOD: mean and interval
+            assert highest < lowest, (model, before, after)
 
 
 @pytest.mark.slow
