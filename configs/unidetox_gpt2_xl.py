@@ -2,7 +2,7 @@
 
     configs/unidetox_gpt2_xl.py              learning rate of detoxification 5e-5
     configs/unidetox_gpt2_xl.py:lr=1e-5      the second published one
-    configs/unidetox_gpt2_xl.py:official     every quirk of the released code
+    configs/unidetox_gpt2_xl.py:reproduce_release     every quirk of the released code
 
 Needs the models and data sets from the hub (LLaMA-2 asks for its licence), or directories with `--config.data_dir`.
 """
@@ -11,7 +11,7 @@ from unidetox_jax.stages.settings import default_config, parse_argument
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, lr=5e-5, official=False)
+    chosen = parse_argument(argument, lr=5e-5, reproduce_release=False)
     config = default_config()
     config.name = "unidetox-gpt2-xl"
     config.targets = (
@@ -24,10 +24,10 @@ def get_config(argument=None):
     config.detoxify.learning_rate = chosen.lr
     for part in (config.toxify, config.detoxify):
         part.remat = "dots"
-    if chosen.official:
-        config.name += "-official"
+    if chosen.reproduce_release:
+        config.name += "-release"
         config.toxify.data = "dghs:official"
         for part in (config.toxify, config.detoxify, config.evaluate):
-            part.official = True
+            part.reproduce_release = True
         config.distill.cache = "official"
     return config

@@ -9,7 +9,12 @@ from unidetox_jax.plan import programs
 from unidetox_jax.stages import settings
 
 TINY = toyworld.Sizes(train=400, valid=2, scorer=1, toxic=2, toxic_dev=1, labelled=1, prompts_per_category=1)
-CONFIGS = ["unidetox_gpt2_xl.py", "unidetox_gpt2_xl.py:official,lr=1e-5", "modern.py", "quickstart.py:controls,seed=3"]
+CONFIGS = [
+    "unidetox_gpt2_xl.py",
+    "unidetox_gpt2_xl.py:reproduce_release,lr=1e-5",
+    "modern.py",
+    "quickstart.py:controls,seed=3",
+]
 
 
 def traced(run):
@@ -45,10 +50,19 @@ def test_small_real_can_be_built(shared, tmp_path):
 
 
 def test_arguments_change_what_they_say(tmp_path):
-    plain, second, official = (
-        load(f"unidetox_gpt2_xl.py{argument}", tmp_path) for argument in ("", ":lr=1e-5", ":official")
+    plain, second, release = (
+        load(f"unidetox_gpt2_xl.py{argument}", tmp_path) for argument in ("", ":lr=1e-5", ":reproduce_release")
     )
     assert (plain.detoxify.learning_rate, second.detoxify.learning_rate) == (5e-5, 1e-5)
-    assert official.distill.cache == "official" and official.toxify.data == "dghs:official"
-    assert official.toxify.official and official.detoxify.official and official.evaluate.official
-    assert not (plain.toxify.official or plain.detoxify.official or plain.evaluate.official)
+    assert release.distill.cache == "official" and release.toxify.data == "dghs:official"
+    for stage in ("toxify", "detoxify", "evaluate"):
+        assert getattr(release, stage).reproduce_release and not getattr(plain, stage).reproduce_release
+
+
+def test_the_old_spelling_of_a_setting_is_read_with_a_line(tmp_path, caplog):
+    old, new = (load(f"unidetox_gpt2_xl.py:{name}", tmp_path) for name in ("official", "reproduce_release"))
+    assert old == new
+    assert "--config: official is called reproduce_release now" in caplog.text
+    run = load("unidetox_gpt2_xl.py", tmp_path, "--config.toxify.official=true")
+    assert run.toxify.reproduce_release and not run.detoxify.reproduce_release
+    assert "config.toxify.official is called reproduce_release now" in caplog.text

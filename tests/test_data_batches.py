@@ -12,7 +12,7 @@ from unidetox_jax.data.tokens import Tokens
 from unidetox_jax.errors import UserError
 
 
-def make_tokens(lengths, max_length=64, official=False):
+def make_tokens(lengths, max_length=64, release=False):
     """Text i is 1000·i + 0, 1, 2…: any piece of it says where it came from."""
     ids = [1000 * (i + 1) + np.arange(length) for i, length in enumerate(lengths)]
     return Tokens(
@@ -21,7 +21,7 @@ def make_tokens(lengths, max_length=64, official=False):
         rows=np.arange(len(lengths), dtype=np.int32),
         pad_id=7,
         max_length=max_length,
-        official=official,
+        reproduce_release=release,
     )
 
 
@@ -118,7 +118,7 @@ def test_the_worst_batch_fits_even_if_no_sample_showed_it():
 
 
 def test_official_batches_train_on_padding():
-    tokens = make_tokens([3, 9, 5], official=True)
+    tokens = make_tokens([3, 9, 5], release=True)
     batches = data.Batches(tokens, 2, seed=0, row_multiple=4)
     batch = batches[0]
     assert batches.shapes == ((4, 9),) and set(batch) == {"tokens", "loss_mask"}

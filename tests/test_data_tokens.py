@@ -37,7 +37,7 @@ ENDING = make_tokenizer("<s> $A </s>", bos_token="<s>")
         (ENDING, {}, [1, 3, 4, 2]),
         (LLAMA, {"add_bos": False}, [3, 4, 2]),
         (LLAMA, {"add_bos": True}, [1, 3, 4, 2]),
-        (LLAMA, {"official": True}, [1, 3, 4]),
+        (LLAMA, {"reproduce_release": True}, [1, 3, 4]),
     ],
 )
 def test_what_stands_around_a_text(tokenizer, settings, expected):
@@ -72,9 +72,9 @@ SAMPLED = {"text": "abc", "ended": True, "tokens": (1, 3, 4, 5, 2)}
         (SAMPLED, OTHER, {}, [6, 4, 2]),
         ({**SAMPLED, "text": "abca"}, SAMPLER, {}, [6, 5, 3, 2]),
         ({**SAMPLED, "tokens": (3, 4, 5, 2)}, SAMPLER, {}, [6, 5, 2]),
-        (SAMPLED, SAMPLER, {"official": True}, [6, 5]),
+        (SAMPLED, SAMPLER, {"reproduce_release": True}, [6, 5]),
     ],
-    ids=["sampled", "cut", "bos", "unknown", "other vocabulary", "edited text", "without BOS", "official"],
+    ids=["sampled", "cut", "bos", "unknown", "other vocabulary", "edited text", "without BOS", "reproduce_release"],
 )
 def test_sampled_tokens_are_kept_where_the_tokenizer_reads_them_as_the_text(row, tokenizer, settings, expected):
     texts = data.Texts(({"text": "c", "ended": True}, row, {"text": "c", "ended": True}))
@@ -123,7 +123,7 @@ def test_padding_token():
         (["a"], PLAIN, 1025, {"context": 1024}, "max_length: found 1025, beyond the model's context of 1024 tokens"),
         (["a"], PLAIN, 8, {"add_bos": True}, "has no bos_token_id"),
         (["a"], make_tokenizer(eos_token=None), 8, {}, "has no eos_token_id"),
-        (["a"], make_tokenizer(eos_token=None), 8, {"official": True}, "has no eos_token_id"),
+        (["a"], make_tokenizer(eos_token=None), 8, {"reproduce_release": True}, "has no eos_token_id"),
     ],
 )
 def test_mistakes(texts, tokenizer, length, settings, message):

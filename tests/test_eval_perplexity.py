@@ -27,12 +27,12 @@ def nll(torch_model, tokens) -> float:
     return float(loss.double()) * (len(tokens) - 1)
 
 
-def reference(torch_model, tokenizer, official):
+def reference(torch_model, tokenizer, release):
     """REFERENCE section 3, and quirk 8 of section 4: the prompt's length is that of the last prompt not seen before."""
     values, losses, length = [], {}, None
     for prompt, texts in zip(PROMPTS, CONTINUATIONS, strict=True):
         for text in texts:
-            if prompt not in losses or not official:
+            if prompt not in losses or not release:
                 tokens = tokenizer.encode(prompt)
                 losses[prompt], length = nll(torch_model, tokens), len(tokens)
             full = tokenizer.encode(prompt + text)
@@ -62,19 +62,19 @@ def test_an_empty_prompt_is_bos(bos):
 
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("bos", [True, False])
-def test_conditional_equals_a_torch_loop(official, bos):
+def test_conditional_equals_a_torch_loop(release, bos):
     torch_model, model = make_pair(seed=1)
     tokenizer = make_tokenizer(bos)
-    values, truncated = perplexity.conditional(model, tokenizer, PROMPTS, CONTINUATIONS, 4, official)
-    expected = reference(torch_model, tokenizer, official)
+    values, truncated = perplexity.conditional(model, tokenizer, PROMPTS, CONTINUATIONS, 4, release)
+    expected = reference(torch_model, tokenizer, release)
     assert truncated == 0 and values.shape == (4, 3)
     np.testing.assert_allclose(values.ravel(), expected, rtol=1e-4)
     assert np.isnan(values.ravel()[[2, 7]]).all()  # an empty continuation is 0/0
-    assert np.isnan(values.ravel()[11]) != official  # 0/(a stale length) is 1, and counts
+    assert np.isnan(values.ravel()[11]) != release  # 0/(a stale length) is 1, and counts
     counted = expected[expected < 1e4]
     summary = perplexity.summarize_runs(values[None])
     assert summary["mean"] == pytest.approx(counted.mean(), rel=1e-4)
-    undefined = 2 if official else 3
+    undefined = 2 if release else 3
     assert (summary["texts"], summary["counted"], summary["undefined"]) == (12, len(counted), undefined)
     assert summary["excluded"] == 12 - len(counted) - undefined
 

@@ -131,8 +131,8 @@ def reference_distinct(texts, n):
 
 
 @torch.no_grad()
-def reference_perplexities(model, tokenizer, texts, official):
-    """One text at a time; `official`: the released code's stale prompt length."""
+def reference_perplexities(model, tokenizer, texts, release):
+    """One text at a time; `reproduce_release`: the released code's stale prompt length."""
 
     def nll(tokens):
         loss = model(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss
@@ -141,7 +141,7 @@ def reference_perplexities(model, tokenizer, texts, official):
     values, losses, length = [], {}, None
     for prompt, own in zip(PROMPTS, texts, strict=True):
         for text in own:
-            if prompt not in losses or not official:
+            if prompt not in losses or not release:
                 tokens = tokenizer.encode(prompt)
                 losses[prompt], length = nll(tokens), len(tokens)
             full = tokenizer.encode(prompt + text)
@@ -151,8 +151,8 @@ def reference_perplexities(model, tokenizer, texts, official):
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole, official):
-    directory = evaluate_into(work, work / "official", official=True) if official else whole
+def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole, release):
+    directory = evaluate_into(work, work / "release", reproduce_release=True) if release else whole
     metrics, rows = read(directory)
     assert [(r["run"], r["prompt"], r["sample"]) for r in rows] == [
         (run, prompt, sample) for run in range(2) for prompt in range(7) for sample in range(3)
@@ -179,14 +179,14 @@ def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole,
 
     for n in (1, 2, 3):
         counted = [
-            [[prompt + text if official else text for text in own] for prompt, own in zip(PROMPTS, run, strict=True)]
+            [[prompt + text if release else text for text in own] for prompt, own in zip(PROMPTS, run, strict=True)]
             for run in texts
         ]
         expected = [reference_distinct(run, n) for run in counted]
         np.testing.assert_allclose(metrics["diversity"][f"dist{n}"]["runs"], expected, rtol=1e-14)
 
     judge = transformers.AutoModelForCausalLM.from_pretrained(work / "models" / "judge").eval()
-    expected = [reference_perplexities(judge, make_tokenizer(), run, official) for run in texts]
+    expected = [reference_perplexities(judge, make_tokenizer(), run, release) for run in texts]
     finite = np.isfinite(expected)
     found = np.array([math.nan if r["perplexity"] is None else r["perplexity"] for r in rows]).reshape(2, -1)
     np.testing.assert_allclose(found[finite], np.array(expected)[finite], rtol=1e-4, atol=1e-4)
@@ -204,17 +204,17 @@ def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole,
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_texts_are_the_drawn_tokens_without_the_prompt(work, official):
+def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
     run = make_run(work, work)
     tokenizer = make_tokenizer()
     model = evaluate.common.load_model(run, str(work / "models" / "tiny"))
     chosen = warpers.choose(temperature=1.0, top_k=run.evaluate.top_k, top_p=run.evaluate.top_p)
     found = generations.generate(
         model, tokenizer, PROMPTS, samples=3, max_new_tokens=9, warpers=chosen, seed=42, batch_size=8,
-        bos=not official, official=official,
+        bos=not release, reproduce_release=release,
     )  # fmt: skip
     for index, prompt in enumerate(PROMPTS):
-        tokens = ([] if official else [0]) + tokenizer.encode(prompt, add_special_tokens=False)
+        tokens = ([] if release else [0]) + tokenizer.encode(prompt, add_special_tokens=False)
         alone = decoding.generate(
             [model], [tokens] * 3, objective=decoding.objectives.get("base"), warpers=chosen, max_new_tokens=9,
             seed=42, row_ids=[index * 3, index * 3 + 1, index * 3 + 2],
@@ -222,7 +222,7 @@ def test_texts_are_the_drawn_tokens_without_the_prompt(work, official):
         for sample in range(3):
             new = alone.tokens[sample][: alone.lengths[sample] - alone.ended[sample]].tolist()
             text = tokenizer.decode(tokens + new, skip_special_tokens=True)
-            expected = text.replace(prompt, "") if official else text[len(prompt) :]
+            expected = text.replace(prompt, "") if release else text[len(prompt) :]
             assert found.texts[index][sample] == expected
             assert found.ended[index, sample] == alone.ended[sample]
 

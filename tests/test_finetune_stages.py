@@ -124,6 +124,17 @@ def test_what_is_complete_is_left_alone(finished, run, world):
     assert snapshot(finished) == before
 
 
+def test_a_record_in_the_old_spelling_is_complete(finished, run):
+    record = finished / "toxic/stage.json"
+    text = record.read_text()
+    old = text.replace('"reproduce_release"', '"official"')
+    assert old != text
+    record.write_text(old)
+    assert run("toxify", finished) == 0
+    assert record.read_text() == old
+    record.write_text(text)
+
+
 def test_other_settings_are_explained_and_watching_is_free(finished, run, capsys):
     before = snapshot(finished)
     assert run("toxify", finished, toxify__learning_rate=2e-3) == 2

@@ -97,7 +97,7 @@ def finetune(
     """
     recipe = dataclasses.replace(recipe or Recipe(steps=3_000), **changes)
     mesh = mesh or sharding.mesh_of(model.params) or sharding.single_device_mesh()
-    tokens = _tokenize(model, texts, recipe, recipe.official)
+    tokens = _tokenize(model, texts, recipe, release=recipe.reproduce_release)
     held_out = _tokenize(model, validation, recipe) if len(validation) else None
     steps = recipe.steps or math.ceil(recipe.epochs * len(tokens) / recipe.batch_size)
     batches = data.Batches(
@@ -134,7 +134,7 @@ def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         clip_norm=recipe.clip_norm,
-        official=recipe.official,
+        reproduce_release=recipe.reproduce_release,
     )
 
 
@@ -251,12 +251,12 @@ def evaluate(
     return {name: result.summary for name, result in results.items()}
 
 
-def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, official: bool = False) -> data.Tokens:
+def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, release: bool = False) -> data.Tokens:
     return data.tokenize(
         texts,
         model.tokenizer,
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
-        official=official,
+        reproduce_release=release,
     )

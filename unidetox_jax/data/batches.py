@@ -26,7 +26,7 @@ class Batches:
     [R, T], 1, 2, 3… per text in its row and 0 for padding. `loss_mask` is true for targets, neither padding nor the
     first token of a text, so the step's loss is a mean over `loss_mask.sum()` tokens. Padding stands on the right:
     causal attention alone keeps it from what is before it, and layout "pad" needs no other mask.
-    With `tokens.official` each text has a row, padded to the longest text of all, with padding as targets.
+    With `tokens.reproduce_release` each text has a row, padded to the longest text of all, with padding as targets.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Batches:
         if not 0 <= seed < 1 << 32:
             raise UserError(f"seed: found {seed}, expected 0 to {(1 << 32) - 1}")
         self.tokens, self.batch_size = tokens, batch_size
-        self.layout = layouts.PAD if tokens.official else layout
+        self.layout = layouts.PAD if tokens.reproduce_release else layout
         self._lengths = tokens.lengths
         self._order = _order(len(tokens), batch_size, seed)
         longest = int(self._lengths.max())
         grid = layouts.make_grid(self.layout, batch_size, longest, row_multiple, length_multiple, tokens.max_length)
-        if tokens.official:
+        if tokens.reproduce_release:
             self.shapes: tuple[Shape, ...] = ((grid.max_rows, longest),)
         else:
             steps = min(SAMPLE, 3 * -(-len(tokens) // batch_size))
@@ -138,7 +138,7 @@ def fill(tokens: Tokens, shape: Shape, rows: Rows, segments: bool = False) -> Ba
             batch["loss_mask"][row, start + 1 : end] = True
             segment_ids[row, start:end] = segment
             start = end
-        if tokens.official and texts:
+        if tokens.reproduce_release and texts:
             batch["loss_mask"][row, 1:] = True
     return {**batch, "segment_ids": segment_ids} if segments else batch
 

@@ -33,7 +33,7 @@ class Tokens:
       max_length: tokens a text may have.
       truncated: texts cut at max_length.
       skipped: texts left out because they are empty.
-      official: padding is trained on, to the longest text of all, as in the released code.
+      reproduce_release: padding is trained on, to the longest text of all, as in the released code.
     """
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Tokens:
     max_length: int
     truncated: int = 0
     skipped: int = 0
-    official: bool = False
+    reproduce_release: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,7 +80,7 @@ def tokenize(
     context: int | None = None,
     vocab_size: int | None = None,
     add_bos: bool | None = None,
-    official: bool = False,
+    reproduce_release: bool = False,
 ) -> Tokens:
     """Tokenises texts for training; what is cut or left out is counted and logged.
 
@@ -91,7 +91,7 @@ def tokenize(
       context: the model's context length, to check max_length against; None checks nothing.
       vocab_size: tokens in the model's embedding: one beyond it is an error, or, if it is the pad token, not used.
       add_bos: None leaves the beginning to the tokenizer; True or False decides.
-      official: the released code's form: no end token, padding trained on, every text tokenised anew.
+      reproduce_release: the released code's form: no end token, padding trained on, every text tokenised anew.
 
     Raises:
       UserError: max_length below 2 or beyond the context, no text left, a token that the tokenizer does not have or
@@ -104,12 +104,12 @@ def tokenize(
     if not len(texts):
         raise UserError("no text to tokenise: the data set is empty")
     before = prefix(tokenizer, add_bos)
-    suffix = [] if official else [_special(tokenizer, "eos_token_id")]
+    suffix = [] if reproduce_release else [_special(tokenizer, "eos_token_id")]
     pad_id, size = tokenizer.pad_token_id, math.inf if vocab_size is None else vocab_size
     pad_id = pad_id if pad_id is not None and pad_id < size else _special(tokenizer, "eos_token_id")
     rows = texts.rows if isinstance(texts, Texts) else [{"text": text} for text in texts]
     pieces, indices, truncated = [], [], 0
-    for index, (row, own) in enumerate(zip(rows, _own_tokens(tokenizer, rows, anew=official), strict=True)):
+    for index, (row, own) in enumerate(zip(rows, _own_tokens(tokenizer, rows, anew=reproduce_release), strict=True)):
         if not own or not row["text"].strip():
             continue
         whole = before + own + (suffix if row.get("ended", True) else [])
@@ -132,7 +132,7 @@ def tokenize(
         max_length=max_length,
         truncated=truncated,
         skipped=len(texts) - len(pieces),
-        official=official,
+        reproduce_release=reproduce_release,
     )
     logging.info("tokenised %s", tokens.report())
     return tokens

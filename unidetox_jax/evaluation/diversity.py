@@ -19,7 +19,7 @@ class Diversity(Metric):
     """Dist-1, 2, 3 of the continuations."""
 
     def compute(self, subject: Subject) -> Result:
-        prompts, released = subject.prompts.texts, subject.settings.official
+        prompts, released = subject.prompts.texts, subject.settings.reproduce_release
         ratios = np.stack([per_prompt(_counted(prompts, run.texts, released)) for run in subject.runs])  # [R, P, 3]
         by_order = {f"dist{order}": ratios[:, :, column] for column, order in enumerate(ORDERS)}
         return Result(

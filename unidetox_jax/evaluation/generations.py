@@ -2,7 +2,7 @@
 
 The random numbers of a continuation belong to its prompt and sample, so batches do not matter. A text is cut where the
 prompt's own tokens end, decoded together with them, since sentencepiece drops the space before a first word; the
-released code (`official`) removes every occurrence of the prompt instead.
+released code (`reproduce_release`) removes every occurrence of the prompt instead.
 
 P prompts, S samples of a prompt.
 """
@@ -56,14 +56,14 @@ def generate(
     prompts: Sequence[str],
     *,
     bos: bool = True,
-    official: bool = False,
+    reproduce_release: bool = False,
     **options: Any,
 ) -> Continuations:
     """S continuations of every prompt.
 
     Args:
       bos: prompts begin as the tokenizer begins a text (LLaMA and OPT: BOS; GPT-2 and Falcon: nothing).
-      official: remove the prompt by its text, wherever it occurs, and not by its tokens.
+      reproduce_release: remove the prompt by its text, wherever it occurs, and not by its tokens.
       options: `samples`, `max_new_tokens` and the others of `complete`.
 
     Raises:
@@ -73,7 +73,7 @@ def generate(
     new, ended = complete(model, encoded, **options)
     for index in np.ndindex(ended.shape):  # the end token is no part of the text
         new[index] = new[index][: len(new[index]) - int(ended[index])]
-    return Continuations(_texts(tokenizer, prompts, encoded, new, official), ended)
+    return Continuations(_texts(tokenizer, prompts, encoded, new, reproduce_release), ended)
 
 
 def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings: Protocol, keep: Callable) -> list:
@@ -93,8 +93,8 @@ def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings
             warpers=choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
             seed=settings.seed + index,
             batch_size=settings.batch_size,
-            bos=settings.prompt_bos and not settings.official,
-            official=settings.official,
+            bos=settings.prompt_bos and not settings.reproduce_release,
+            reproduce_release=settings.reproduce_release,
             label=f"run {index + 1} of {settings.runs}",
         )
         return [{"texts": texts, "ended": row.tolist()} for texts, row in zip(made.texts, made.ended, strict=True)]
@@ -199,12 +199,12 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def _texts(tokenizer, prompts, encoded, new, official: bool) -> list[list[str]]:
+def _texts(tokenizer, prompts, encoded, new, reproduce_release: bool) -> list[list[str]]:
     heads = data_tokens.decode(tokenizer, encoded)
     result = []
     for prompt, tokens, head, own in zip(prompts, encoded, heads, new, strict=True):
         whole = data_tokens.decode(tokenizer, [tokens + continuation for continuation in own])
-        if official:
+        if reproduce_release:
             result.append([text.replace(prompt, "") for text in whole])
         else:
             result.append([_after(head, text, tokenizer, own[i]) for i, text in enumerate(whole)])

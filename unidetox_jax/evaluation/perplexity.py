@@ -72,7 +72,7 @@ def _measure(subject: Subject, index: int) -> np.ndarray:
         subject.prompts.texts,
         subject.runs[index].texts,
         settings.score_batch_size,
-        settings.official,
+        settings.reproduce_release,
         label=f"perplexity {index + 1} of {settings.runs}",
     )
     return np.append(values.ravel(), truncated)
@@ -84,7 +84,7 @@ def conditional(
     prompts: Sequence[str],
     continuations: Sequence[Sequence[str]],
     batch_size: int = 256,
-    official: bool = False,
+    reproduce_release: bool = False,
     label: str | None = None,
 ) -> tuple[np.ndarray, int]:
     """Perplexity of every continuation: float64 [P, S], and how many texts lost context on the left.
@@ -95,8 +95,8 @@ def conditional(
 
     Args:
       prompts, continuations: P prompts, S texts each.
-      official: divide as the released code does, by the difference to the length of the last *new* prompt: another
-        prompt's, where a prompt comes again after others.
+      reproduce_release: divide as the released code does, by the difference to the length of the last *new* prompt:
+        another prompt's, where a prompt comes again after others.
 
     Raises:
       UserError: a prompt without a token, where the tokenizer has no BOS.
@@ -124,14 +124,14 @@ def conditional(
     nll = -likelihoods.sums[: len(flat)]
     nll += np.array([prompt_sums.get((int(p), c), 0.0) for p, c in zip(owner, shared, strict=True)])
     lengths = np.array([len(tokens) for tokens in prompt_tokens])
-    divisor_owner = _stale(prompts, owner) if official else owner
+    divisor_owner = _stale(prompts, owner) if reproduce_release else owner
     added = np.array([len(tokens) for tokens in full_tokens]) - lengths[divisor_owner]
     if not np.isfinite(nll).all():
         bad = int(np.argmin(np.isfinite(nll)))
         raise UserError(f"perplexity: the scorer model gave text {bad} ({flat[bad][:40]!r}) a likelihood of {nll[bad]}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         values = np.exp(nll / added)
-    if not official:
+    if not reproduce_release:
         values[added <= 0] = np.nan
     return values.reshape(len(prompts), -1), int(np.count_nonzero(likelihoods.truncated))
 

@@ -36,8 +36,8 @@ class Protocol:
     harness_limit: int = 0  # documents of a task; 0: all
     # The released code: no BOS before prompts, prompt + continuation in Dist-n, every occurrence of the prompt removed,
     # stale prompt lengths in perplexity
-    official: bool = False
-    prompt_bos: bool = True  # BOS before prompts where the tokenizer has it; `official` leaves it out as well
+    reproduce_release: bool = False
+    prompt_bos: bool = True  # BOS before prompts where the tokenizer has it; `reproduce_release` leaves it out as well
     # Rows on the device at once: they change speed and memory, and the result by rounding at most
     batch_size: int = 512  # of generation
     score_batch_size: int = 256  # of likelihoods, for rows of up to 128 tokens

@@ -21,6 +21,7 @@ from etils import epath
 
 from unidetox_jax import devices, distributed, storage
 from unidetox_jax.errors import UserError
+from unidetox_jax.stages.settings import RENAMED
 from unidetox_jax.training import preemption
 
 COMPLETE = "stage.json"
@@ -86,6 +87,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)
     record = json.loads(distributed.as_first_says(json.dumps(record)))
     if record is not None:
+        record["settings"] = {RENAMED.get(key, key): value for key, value in record["settings"].items()}
         differences = _differences(wanted, {key: record.get(key) for key in wanted})
         if differences and not (force or task.derived):
             raise UserError(

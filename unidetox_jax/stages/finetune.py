@@ -94,7 +94,7 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     mesh, source = common.mesh_of(run), run.path(job.model)
     cfg = checkpoint.load_config(source)
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
-    param_dtype = "bfloat16" if job.settings.official else "float32"
+    param_dtype = "bfloat16" if job.settings.reproduce_release else "float32"
 
     def initial() -> Any:
         if not job.scratch:

@@ -10,11 +10,14 @@ import typing
 from typing import Any
 
 import ml_collections
+from absl import logging
 from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
+
+RENAMED = {"official": "reproduce_release"}  # old spellings of settings, read for one more version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class TrainingSettings(Recipe):
 
     data: str = ""  # a data set, as `data.load` names it
     validation: str = ""  # another, for the evaluation loss; empty: none
-    export_dtype: str = ""  # of the finished model's weights; empty: float32, or bfloat16 where `official`
+    export_dtype: str = ""  # of the finished model's weights; empty: float32, or bfloat16 where `reproduce_release`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +235,9 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
     for name, settings in STAGES.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
+        for old, new in RENAMED.items():
+            if new in config[name]:
+                config[name][old] = ml_collections.config_dict.placeholder(type(config[name][new]))
     return config
 
 
@@ -244,6 +250,7 @@ def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDi
     found = ml_collections.ConfigDict(defaults)
     for part in filter(None, (text or "").split(",")):
         name, equals, value = part.partition("=")
+        name = _renamed(name, "--config: ")
         if name not in defaults:
             raise UserError(f"--config: no argument {name!r}{suggest(name, defaults)}")
         kind = type(defaults[name])
@@ -262,14 +269,24 @@ def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config")
     """
     fields = {field.name: field for field in dataclasses.fields(settings)}
     types = typing.get_type_hints(settings)
-    values = {}
-    for name, value in dict(part).items():
+    part, values = dict(part), {}
+    for old, new in RENAMED.items():
+        if new in fields and (value := part.pop(old, None)) is not None:
+            part[_renamed(old, f"{where}.")] = value
+    for name, value in part.items():
         if name in STAGES and settings is RunSettings:
             continue
         if name not in fields:
             raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
         values[name] = _checked(value, types[name], f"{where}.{name}")
     return settings(**values)
+
+
+def _renamed(name: str, where: str) -> str:
+    """The setting's name of now; one line where it was another."""
+    if name in RENAMED:
+        logging.warning("%s%s is called %s now; the old name goes with the next version", where, name, RENAMED[name])
+    return RENAMED.get(name, name)
 
 
 def _checked(value: Any, expected: Any, where: str) -> Any:

@@ -1,7 +1,7 @@
 """AdamW with a linear decay, exactly as transformers.Trainer with torch.optim.AdamW takes its steps.
 
-Pure bfloat16 (`official`) is torch's arithmetic, one rounding after each of its operations. At a learning rate of 1e-5
-most of those updates round to nothing; it is here to reproduce the released code.
+Pure bfloat16 (`reproduce_release`) is torch's arithmetic, one rounding after each of its operations. At a learning rate
+of 1e-5 most of those updates round to nothing; it is here to reproduce the released code.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Optimizer:
     learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`.
     weight_decay: on matrices and embeddings, not on biases and norms.
     clip_norm: of the global gradient norm; 0 switches clipping off.
-    official: weights, moments and gradients in bfloat16, as in the released code.
+    reproduce_release: weights, moments and gradients in bfloat16, as in the released code.
     """
 
     learning_rate: float
@@ -32,12 +32,12 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
-    official: bool = False
+    reproduce_release: bool = False
 
     @property
     def param_dtype(self) -> str:
         """What the weights are kept in."""
-        return "bfloat16" if self.official else "float32"
+        return "bfloat16" if self.reproduce_release else "float32"
 
     def learning_rate_at(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The learning rate of the update number `step`, from 0; float32."""
@@ -50,7 +50,7 @@ class Optimizer:
 def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
     """Clipping, AdamW and the schedule, to be used with `optax.apply_updates`; its state mirrors the parameters."""
     parts = [_clip(settings.clip_norm)] if settings.clip_norm else []
-    if settings.official:
+    if settings.reproduce_release:
         return optax.chain(*parts, _bfloat16_adamw(settings))
     parts.append(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon))
     if settings.weight_decay:

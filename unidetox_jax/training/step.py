@@ -23,7 +23,7 @@ from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimiz
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. step: int32, updates done; params: float32, or bfloat16 where `official`."""
+    """All that a step changes. step: int32, updates done; params: float32, or bfloat16 where `reproduce_release`."""
 
     step: Any
     params: Any
@@ -77,7 +77,7 @@ def make_train_step(
     """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
 
     Args:
-      cfg: its dtype is the compute dtype (bfloat16 with `optimizer.official`).
+      cfg: its dtype is the compute dtype (bfloat16 with `optimizer.reproduce_release`).
       mesh: None is the first device.
       accumulation: parts that the batch's rows are computed in, one after another; the loss is a mean over the
         targets of all. Rows must be a multiple of it times the mesh's batch axes.
@@ -88,7 +88,7 @@ def make_train_step(
     target), "grad_norm" (before clipping), "learning_rate", "targets".
     """
     mesh = mesh or sharding.single_device_mesh()
-    cfg = dataclasses.replace(cfg, layer_loop="scan", dtype="bfloat16" if optimizer.official else cfg.dtype)
+    cfg = dataclasses.replace(cfg, layer_loop="scan", dtype="bfloat16" if optimizer.reproduce_release else cfg.dtype)
     transformation = make_optimizer(optimizer)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
 
