@@ -60,7 +60,7 @@ def test_an_empty_prompt_is_bos(bos):
         perplexity.conditional(model, tokenizer, prompts, texts, 4)
 
 
-@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("bos", [True, False])
 def test_conditional_equals_a_torch_loop(release, bos):
     torch_model, model = make_pair(seed=1)

@@ -150,7 +150,7 @@ def reference_perplexities(model, tokenizer, texts, release):
     return values
 
 
-@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("release", [False, True])
 def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole, release):
     directory = evaluate_into(work, work / "release", reproduce_release=True) if release else whole
     metrics, rows = read(directory)
@@ -203,7 +203,7 @@ def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole,
     assert arrays["perplexity_count"].sum() == metrics["perplexity"]["counted"]
 
 
-@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("release", [False, True])
 def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
     run = make_run(work, work)
     tokenizer = make_tokenizer()

@@ -143,7 +143,7 @@ def test_a_step_gives_back_its_state(cfg):
     )
 
 
-@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("layout", ["", "fsdp:4,model:2"])
 def test_the_abstract_state_is_the_real_ones_description(cfg, layout, release):
     mesh = sharding.make_mesh(layout) if layout else None
