@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom, which libraries stay in which room, what the command line says."""
 
 import ast
+import graphlib
 import os
 import pathlib
 import sys
@@ -117,3 +118,16 @@ def test_a_configuration_edited_within_a_second_is_read_anew(tmp_path, monkeypat
         )
         os.utime(config, (1, 1))
         assert cli.load_config(str(config)).learning_rate == learning_rate
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = path
+    graph = {
+        name: {found for found in imports(path) if found in modules and not name.startswith(f"{found}.")} - {name}
+        for name, path in modules.items()
+    }
+    # a package's __init__ gathers its own modules; they may not ask it for one another
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle

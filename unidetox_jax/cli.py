@@ -14,21 +14,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unidetox_jax.errors import Preempted, UserError, suggest
+from unidetox_jax.stages import STAGES
 
-# stage → (module with `tasks(run) -> list[base.Task]`, one line of help), in the order in which `run` takes them
-STAGES = {
-    "pretrain": ("unidetox_jax.stages.pretrain", "models from scratch: the built-in world's"),
-    "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
-    "toxify": ("unidetox_jax.stages.toxify", "the toxic twin: the base model fine-tuned on toxic text"),
-    "distill": ("unidetox_jax.stages.distill", "text from the contrast between the base model and its twin"),
-    "detoxify": ("unidetox_jax.stages.detoxify", "targets fine-tuned on the distilled text"),
-    "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge of every model"),
-    "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
-    "report": ("unidetox_jax.stages.report", "one page, one table, one csv that show it all"),
-}
 # command → (module with `add_arguments(parser)` and `run_command(options, run)`, one line of help)
 CONFIGURED = {
-    "run": ("unidetox_jax.stages.run", "every stage in order; what is complete is not done again"),
+    "run": ("unidetox_jax.stages.run", "every stage in order; completed stages are skipped"),
     "plan": ("unidetox_jax.plan.command", "compile every stage for a topology that is not here"),
     "bench": ("unidetox_jax.benchmarks.bench", "tokens per second, shares of the machine's bounds"),
 }
@@ -37,7 +27,7 @@ PLAIN = {
     "convert": ("unidetox_jax.checkpoint.convert", "Hugging Face to Orbax and back, streamed"),
     "verify": ("unidetox_jax.checkpoint.verify", "do two checkpoints give the same logits?"),
 }
-
+IN_WORKDIR = ("run", *STAGES)  # commands that take --workdir, and several processes
 
 # What other programs may be asked to do by the environment would change a command's results, stop it or make it crawl.
 JAX_DEFAULTS = {
@@ -96,13 +86,13 @@ def _dispatch(argv: list[str]) -> int | None:
         "--config", required=True, type=os.path.expanduser, metavar="FILE[:name=value,…]", help="a file of configs/"
     )
     parser.epilog = "--config.FIELD=VALUE overrides a field of the configuration; --debug shows tracebacks."
-    if command in STAGES:
-        add_workdir_arguments(parser)
-    else:
+    if command in IN_WORKDIR:
+        _add_workdir_arguments(parser)
+    if command in CONFIGURED:
         module.add_arguments(parser)
     overrides = [argument for argument in rest if argument.startswith("--config.")]
     options = parser.parse_args([argument for argument in rest if argument not in overrides])
-    in_workdir = hasattr(options, "workdir")
+    in_workdir = command in IN_WORKDIR
     if in_workdir:  # before anything asks for a device
         distributed.initialize(
             options.coordinator,
@@ -132,7 +122,7 @@ def _run(command: str, module, options: argparse.Namespace, run) -> int:
     return 0
 
 
-def add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_workdir_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of whatever works in a working directory."""
     from unidetox_jax import distributed
 

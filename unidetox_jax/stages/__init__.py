@@ -1,0 +1,13 @@
+"""A stage of the method is a module that lists its tasks; they are imported when they are called."""
+
+# stage → (module with `tasks(run) -> list[base.Task]`, one line of help), in the order in which `run` takes them
+STAGES = {
+    "pretrain": ("unidetox_jax.stages.pretrain", "models from scratch: the built-in world's"),
+    "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
+    "toxify": ("unidetox_jax.stages.toxify", "the toxic twin: the base model fine-tuned on toxic text"),
+    "distill": ("unidetox_jax.stages.distill", "text from the contrast between the base model and its twin"),
+    "detoxify": ("unidetox_jax.stages.detoxify", "targets fine-tuned on the distilled text"),
+    "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge of every model"),
+    "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
+    "report": ("unidetox_jax.stages.report", "one page, one table, one csv that show it all"),
+}

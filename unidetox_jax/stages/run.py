@@ -12,7 +12,7 @@ from absl import logging
 
 from unidetox_jax import devices, distributed, models
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.stages import base
+from unidetox_jax.stages import STAGES, base
 from unidetox_jax.stages.settings import Run
 
 MATMUL_SHARE = 0.25  # of a matrix product's speed: small models and short texts reach less, large ones more
@@ -21,18 +21,13 @@ OVERHEAD = 10.0  # seconds of compiling, reading and writing a task
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    from unidetox_jax import cli
-
-    cli.add_workdir_arguments(parser)
-    parser.add_argument("--stages", default="", metavar="A,B", help=f"only these (of {', '.join(cli.STAGES)})")
+    parser.add_argument("--stages", default="", metavar="A,B", help=f"only these (of {', '.join(STAGES)})")
 
 
 def run_command(options: argparse.Namespace, run: Run) -> int:
     """Runs the chosen stages; returns 0, or raises what a stage raises."""
-    from unidetox_jax import cli
-
-    chosen = choose(options.stages, tuple(cli.STAGES))
-    tasks = [task for name in chosen for task in importlib.import_module(cli.STAGES[name][0]).tasks(run)]
+    chosen = choose(options.stages, tuple(STAGES))
+    tasks = [task for name in chosen for task in importlib.import_module(STAGES[name][0]).tasks(run)]
     if not tasks:
         raise UserError(f"--stages={options.stages}: the configuration asks nothing of them")
     if distributed.first_process():
