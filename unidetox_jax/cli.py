@@ -24,6 +24,7 @@ CONFIGURED = {
 }
 # command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)
 PLAIN = {
+    "generate": ("unidetox_jax.terminal", "text from any models under any objective, as it is written"),
     "convert": ("unidetox_jax.checkpoint.convert", "Hugging Face to Orbax and back, streamed"),
     "verify": ("unidetox_jax.checkpoint.verify", "do two checkpoints give the same logits?"),
 }

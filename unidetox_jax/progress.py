@@ -1,6 +1,7 @@
-"""Progress of long work: done, rate and time left, on a terminal as a bar and in a log as a line now and then."""
+"""What a terminal shows: progress of long work (a bar; in a log a line now and then), and tables."""
 
 import sys
+from collections.abc import Sequence
 
 import tqdm
 
@@ -40,3 +41,15 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Lines of cells under one another: the first `left` columns at the left, the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

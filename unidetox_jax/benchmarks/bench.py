@@ -11,7 +11,7 @@ from typing import Any
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.report.tables import aligned
+from unidetox_jax.progress import aligned
 from unidetox_jax.stages.settings import Run
 
 # what → the module with `measure(run) -> list[dict]` and, where it has one, `COLUMNS` for the table

@@ -78,6 +78,63 @@ def generate(
     Raises:
       UserError: models, prompts or settings that do not fit together; logits that are not numbers (row and step).
     """
+    request = prepare(
+        models,
+        prompts,
+        objective=objective,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        attention_mask=attention_mask,
+        eos_id=eos_id,
+        row_ids=row_ids,
+        samples=samples,
+        prompt_slots=prompt_slots,
+        cache=cache,
+        log_probabilities=log_probabilities,
+        layer_loop=layer_loop,
+    )
+    with use(request.mesh):
+        output = loop.program_of_backend(len(request.inputs.live))(
+            request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
+        )
+    output = jax.tree.map(np.asarray, output)
+    batch = request.batch
+    check_numbers(output.bad[:, :batch], output.step, objective)
+    return Generation(
+        tokens=output.tokens[:batch, :max_new_tokens],
+        lengths=output.lengths[:batch],
+        ended=output.ended[:batch],
+        log_probabilities=output.log_probabilities[:, :batch] if log_probabilities else None,
+    )
+
+
+class Request(NamedTuple):
+    """A generation that was checked and placed: what its program takes. batch: rows that were asked for."""
+
+    params: tuple[Any, ...]
+    inputs: loop.Inputs
+    plan: loop.Plan
+    mesh: Mesh | None
+    batch: int
+
+
+def prepare(
+    models: Sequence[Model],
+    prompts: Any,
+    *,
+    objective: Objective,
+    max_new_tokens: int,
+    seed: int = 0,
+    attention_mask: Any = None,
+    eos_id: int | Sequence[int] | None = None,
+    row_ids: Any = None,
+    samples: int = 1,
+    prompt_slots: int = 0,
+    cache: str = "own",
+    log_probabilities: bool = False,
+    layer_loop: str | None = None,
+) -> Request:
+    """The arguments of `generate`, checked, filled up to static shapes, on the models' mesh."""
     models = tuple(models)
     _check_models(models, objective, cache)
     prompts, masks = _prompts(models, prompts, attention_mask)
@@ -110,22 +167,7 @@ def generate(
         eos_ids=_eos_ids(models[0].cfg, eos_id),
         pad=_pad(models[0].cfg, eos_id),
     )
-    with _use(mesh):
-        output = loop.program_of_backend(rows)(
-            tuple(model.params for model in models),
-            _place(inputs, mesh),
-            objective,
-            warpers_.in_order(warpers),
-            plan=plan,
-        )
-    output = jax.tree.map(np.asarray, output)
-    _check_numbers(output, objective, batch)
-    return Generation(
-        tokens=output.tokens[:batch, :max_new_tokens],
-        lengths=output.lengths[:batch],
-        ended=output.ended[:batch],
-        log_probabilities=output.log_probabilities[:, :batch] if log_probabilities else None,
-    )
+    return Request(tuple(model.params for model in models), _place(inputs, mesh), plan, mesh, batch)
 
 
 def make_plan(
@@ -245,7 +287,8 @@ def _mesh(models: Sequence[Model]) -> Mesh | None:
     return meshes.pop() if meshes else None
 
 
-def _use(mesh: Mesh | None):
+def use(mesh: Mesh | None):
+    """Context: programs run on that mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -288,14 +331,14 @@ def _place(inputs: loop.Inputs, mesh: Mesh | None) -> loop.Inputs:
     return jax.tree.map(lambda target, part: sharding.put(part, target), targets, inputs)
 
 
-def _check_numbers(output: loop.Output, objective: Objective, batch: int) -> None:
-    wrong = np.argwhere(output.bad[:, :batch].T)
+def check_numbers(bad: np.ndarray, step: Any, objective: Objective) -> None:
+    """Raises UserError where a model's logits or the objective's scores (last) are bad: bool [M+1,B], after `step`."""
+    wrong = np.argwhere(bad.T)
     if len(wrong):
         row, source = (int(i) for i in wrong[0])
-        models = len(output.bad) - 1
         what = (
             f"model {source} gives logits that are not finite"
-            if source < models
+            if source < len(bad) - 1
             else f"objective {objective} leaves no token"
         )
-        raise UserError(f"generate: {what} (NaN or no maximum), first in row {row} at new token {int(output.step) - 1}")
+        raise UserError(f"generate: {what} (NaN or no maximum), first in row {row} at new token {int(step) - 1}")

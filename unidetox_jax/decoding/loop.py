@@ -103,17 +103,11 @@ def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
 @functools.partial(jax.jit, static_argnames="plan")
 def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpers: tuple, *, plan: Plan) -> Output:
     """Prompts in, tokens out. Compiled once for each plan, batch and mesh; all settings but shapes are traced."""
-    # Casts and slices of weights stand here, before the loops, where the compiler cannot put them into a step.
-    params = tuple(models.prepare(p, cfg, plan.transpose_head) for p, cfg in zip(params, plan.configs, strict=True))
-    if plan.gather:  # else the network carries all of them in every step, many times what the memory takes
-        params = sharding.gather(params)
-    keys = sampling.row_keys(inputs.seed, inputs.row_ids)
+    params, keys, state = begin(params, inputs, plan)
 
     def advance(state: State) -> State:
-        logits, caches = _step(params, state, plan)
-        return _append_token(logits, state, caches, inputs, objective, warpers, keys)
+        return step(params, keys, state, inputs, objective, warpers, plan)
 
-    state = _begin(params, inputs, plan)
     if plan.official_cache:  # each model has its own pass over the whole prompt; from then on there is one cache
         state = advance(state)
         state = state._replace(caches=state.caches[:1])
@@ -125,6 +119,23 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
     means = state.log_probabilities / jnp.maximum(state.lengths, 1).astype(jnp.float32)[None]
     output = Output(state.tokens.T, state.lengths, state.ended, means, state.bad, state.step)
     return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
+
+
+def begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> tuple[tuple[Any, ...], jax.Array, State]:
+    """Parameters as the steps want them, the rows' keys, and the state before the first step."""
+    # Casts and slices of weights stand here, before the loops, where the compiler cannot put them into a step.
+    params = tuple(models.prepare(p, cfg, plan.transpose_head) for p, cfg in zip(params, plan.configs, strict=True))
+    if plan.gather:  # else the network carries all of them in every step, many times what the memory takes
+        params = sharding.gather(params)
+    return params, sampling.row_keys(inputs.seed, inputs.row_ids), _begin(params, inputs, plan)
+
+
+def step(
+    params: tuple[Any, ...], keys, state: State, inputs: Inputs, objective: Objective, warpers, plan: Plan
+) -> State:
+    """One token more in each row that has not ended."""
+    logits, caches = _step(params, state, plan)
+    return _append_token(logits, state, caches, inputs, objective, warpers, keys)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from unidetox_jax.progress import aligned
 from unidetox_jax.report import results
 from unidetox_jax.report.results import Cell, Quantity, Row
 
@@ -47,18 +48,6 @@ def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
         lines += [["", "", *changes]] if any(changes) else []
         last = row.name
     return aligned(lines, left=2)
-
-
-def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Lines of cells under one another: the first `left` columns at the left, the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column < left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:
