@@ -21,6 +21,7 @@ LOWER = {
     "buckets",
     "extensions",
     "devices",
+    "recipe",
 }  # for all
 MAY_IMPORT = {
     "models": set(),
@@ -40,7 +41,7 @@ MAY_IMPORT = {
         "models",
         "evaluation",
     },
-    "plan": {"stages", "method", "recipe", "decoding", "training", "models", "evaluation"},
+    "plan": {"stages", "method", "decoding", "training", "models", "evaluation"},
     "analysis": {"decoding", "training", "checkpoint", "data", "models", "evaluation"},
     "report": {"evaluation"},
 }

@@ -4,6 +4,23 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adaptation (Hu et al. 2022): a frozen matrix W becomes W + scale · B A, and only A and B are trained."""
+
+    rank: int = 0  # rows of A; 0: no adapter, all weights are trained
+    alpha: float = 16.0  # scale is alpha / rank …
+    rslora: bool = False  # … or alpha / √rank (Kalajdzievski 2023)
+    dropout: float = 0.0  # of what A reads, in training
+    # Ends of the modules' names in transformers: 'q_proj', 'mlp.c_proj'; empty: every linear layer of a block
+    targets: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """AdamW with a linear decay of the learning rate on shuffled texts; the defaults are the paper's (its section 4.1).
 
@@ -20,6 +37,7 @@ class Recipe:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of the global gradient norm; 0: off
     dropout: bool = True  # as the model's config says
+    lora: Lora = Lora()  # an adapter is trained instead of the weights
     accumulation: int = 1  # parts that a step's batch is computed in
     remat: str = "none"  # what the backward pass computes again: none, dots, full
     layout: str = "pack"  # or pad; how a step's texts lie in rows

@@ -21,8 +21,10 @@ from unidetox_jax.errors import UserError, suggest
 AXES = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")
 
+Axis = str | tuple[str, ...] | None
+
 # The end of a leaf's path -> the axes of its last dimensions; whatever stands in front (layers) stays whole.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"(tokens|head)/embedding$", ("model", "fsdp")),
     (r"\bhead$", ("fsdp", "model")),  # the same, transposed for decoding
@@ -33,6 +35,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(up|gate)/bias$", ("model",)),
     (r"down/kernel$", ("model", "fsdp")),
     (r"project_(in|out)/kernel$", (None, "fsdp")),
+    (r"(query|key|value|up|gate)/lora_a$", ("fsdp", None)),  # a low-rank adapter's, as the kernel beside them …
+    (r"(query|key|value)/lora_b$", (None, "model", None)),
+    (r"(up|gate)/lora_b$", (None, "model")),
+    (r"attention/output/lora_a$", ("model", None, None)),
+    (r"down/lora_a$", ("model", None)),
+    (r"(output|down)/lora_b$", (None, "fsdp")),
+    (r"/A$", (None, ("fsdp", "model"))),  # … and as it is trained and stored: [rank, in], [out, rank]
+    (r"/B$", (("fsdp", "model"), None)),
     (r"(scale|bias)$", ()),
 )
 
@@ -89,7 +99,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         spec = _spec(path_string(path), leaf.shape, mesh)
-        used.update(axis for axis in spec if axis)
+        used.update(name for axis in spec for name in _names(axis))
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
@@ -99,7 +109,11 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     return shardings
 
 
-def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
+def _names(axis: Axis) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else (axis,) if axis else ()
+
+
+def _axes(path: str, ndim: int) -> tuple[Axis, ...]:
     """The axis of each dimension, by `RULES`."""
     axes = next((axes for rule, axes in RULES if re.search(rule, path)), ())
     axes = axes[-ndim:] if ndim < len(axes) else axes
@@ -109,10 +123,12 @@ def _axes(path: str, ndim: int) -> tuple[str | None, ...]:
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     chosen = []
     for axis, size in zip(_axes(path, len(shape)), shape, strict=True):
-        if axis and size % mesh.shape[axis]:
-            _log_whole(re.sub(r"\d+/", "", path), size, axis, mesh.shape[axis])
-            axis = None
-        chosen.append(axis if axis and mesh.shape[axis] > 1 else None)
+        names = tuple(name for name in _names(axis) if mesh.shape[name] > 1)
+        ways = math.prod(mesh.shape[name] for name in names)
+        if size % ways:
+            _log_whole(re.sub(r"\d+/", "", path), size, " and ".join(names), ways)
+            names = ()
+        chosen.append(names if len(names) > 1 else names[0] if names else None)
     while chosen and chosen[-1] is None:
         chosen.pop()
     return PartitionSpec(*chosen)
@@ -156,7 +172,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     """Places x's dimensions on the axes of the mesh that `jax.set_mesh` set; does nothing without one.
 
     An axis that does not divide its dimension is left out.
@@ -168,8 +184,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         return x  # inside shard_map, where arrays are shards already
 
     def fits(axis, size):
-        names = axis if isinstance(axis, tuple) else (axis,)
-        ways = math.prod(mesh.shape[name] for name in names if name)
+        ways = math.prod(mesh.shape[name] for name in _names(axis))
         return axis if size % ways == 0 else None
 
     spec = PartitionSpec(*(fits(axis, size) for axis, size in zip(axes, x.shape, strict=True)))

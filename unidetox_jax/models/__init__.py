@@ -1,5 +1,6 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
+from unidetox_jax.models import lora
 from unidetox_jax.models.cache import Cache, branch_cache, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.published import PUBLISHED, published_config
@@ -46,6 +47,7 @@ __all__ = [
     "init_cache",
     "key_table",
     "logits",
+    "lora",
     "num_params",
     "prefill",
     "prepare",

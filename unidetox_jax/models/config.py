@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unidetox_jax.errors import UserError
+from unidetox_jax.recipe import Lora
 
 # Kinds of rotary embedding, and what transformers' modeling_rope_utils.py reads for each beside rope_theta.
 ROPE_KINDS = {
@@ -77,8 +78,9 @@ class Rotary:
 class ModelConfig:
     """What every family has.
 
-    `dtype` is the compute dtype; parameters keep theirs. `layer_loop` runs the layers by `lax.scan` ("scan") or one
-    after another ("unroll"); it changes speed and compile time, not the result.
+    `dtype` is the compute dtype; parameters keep theirs. `lora` says what an adapter's leaves among them mean.
+    `layer_loop` runs the layers by `lax.scan` ("scan") or one after another ("unroll"); it changes speed and compile
+    time, not the result.
     """
 
     family: ClassVar[str]
@@ -107,6 +109,7 @@ class ModelConfig:
     alibi: bool = False
     position_table: bool = False  # learned absolute positions: nothing beyond max_position_embeddings
     generation_config: str = dataclasses.field(default="", compare=False)  # the checkpoint's file as it was
+    lora: Lora = Lora()
     dtype: str = "float32"
     layer_loop: str = "scan"
 

@@ -21,6 +21,7 @@ READ = (
 ).split()
 OFF = ("add_cross_attention",)
 PREFIX = "transformer."
+IN_OUT = True  # how linear layers are stored: transformers' Conv1D
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +153,8 @@ def key_table(cfg: GPT2Config) -> list[Key]:
         reshaped(
             f"{layer}.attn.c_proj.weight",
             f"{block}/attention/output/kernel",
-            (heads * size, cfg.hidden_size),
-            (heads, size, cfg.hidden_size),
+            (heads * size, -1),
+            (heads, size, -1),
         ),
         same(f"{layer}.attn.c_proj.bias", f"{block}/attention/output/bias"),
         *norm(f"{layer}.ln_2", f"{block}/mlp_norm"),

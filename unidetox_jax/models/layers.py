@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unidetox_jax.models.attention import rotate
 from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.recipe import Lora
 from unidetox_jax.sharding import constrain_batch
 
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -35,15 +36,40 @@ def precision(dtype: str) -> str | None:
     return "highest" if dtype == "float32" else None
 
 
+class Dense(nn.DenseGeneral):
+    """A linear layer and, where its parameters hold one, a low-rank adapter: x W + scale · (dropout(x) A) B.
+
+    lora_a [*in, rank], lora_b [rank, *out], beside the kernel; `models.lora` puts them there.
+    """
+
+    lora: Lora = Lora()
+
+    def __call__(self, inputs):
+        """[..., *in] -> [..., *out]."""
+        out = super().__call__(inputs)
+        if not self.has_variable("params", "lora_a"):
+            return out
+        x, a, b = (
+            jnp.asarray(leaf, self.dtype)
+            for leaf in (inputs, self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b"))
+        )
+        if self.lora.dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.lora.dropout), 0)
+        x = jnp.tensordot(x, a, axes=a.ndim - 1, precision=self.precision)
+        return out + jnp.tensordot(x, b, axes=1, precision=self.precision) * self.lora.scale
+
+
 def dense(cfg: ModelConfig, features, name: str, bias: bool, axis=-1, stddev: float | None = None) -> nn.Module:
     """A linear layer in the compute dtype; kernel [*in, *out], bias [*out]."""
-    return nn.DenseGeneral(
+    return Dense(
         features,
         axis=axis,
         use_bias=bias,
         dtype=cfg.dtype,
         precision=precision(cfg.dtype),
         kernel_init=nn.initializers.normal(stddev or cfg.initializer_range),
+        lora=cfg.lora,
         name=name,
     )
 

@@ -112,6 +112,11 @@ def ignored_keys(cfg: ModelConfig) -> list[str]:
     return [*CONSTANTS, *getattr(family(cfg), "IGNORED", ()), *tied]
 
 
+def stored_in_out(cfg: ModelConfig) -> bool:
+    """Whether Hugging Face stores the linear layers of blocks [in, out], where torch.nn.Linear's are [out, in]."""
+    return getattr(family(cfg), "IN_OUT", False)
+
+
 def hf_prefix(cfg: ModelConfig) -> str:
     """The prefix of the *ForCausalLM names that a checkpoint of the bare model lacks."""
     return family(cfg).PREFIX

@@ -1,0 +1,219 @@
+"""Adapters against PEFT: the same logits, gradients and steps; and what the package's own functions make of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from variants import VARIANTS, params_from_torch, torch_model
+
+from unidetox_jax import models, sharding
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import lora
+from unidetox_jax.recipe import Lora
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+RANK, ALPHA = 4, 6.0
+LORA = Lora(rank=RANK, alpha=ALPHA)
+VARIANT_NAMES = ["gpt2", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases"]
+
+
+def peft_model(model, settings: Lora = LORA, seed: int = 1, random_b: bool = True):
+    """PEFT's model of a PyTorch model; B is random unless it should be zero, as PEFT begins."""
+    cfg = with_lora(model, settings)
+    torch.manual_seed(seed)
+    options = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        use_rslora=settings.rslora,
+        target_modules=sorted({lora.short_name(name) for name in lora.modules(cfg)}),
+        fan_in_fan_out=cfg.family == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    adapted = peft.get_peft_model(model, options)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name and random_b:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted.eval()
+
+
+def with_lora(model, settings: Lora = LORA) -> models.ModelConfig:
+    return dataclasses.replace(models.config_from_hf(model.config.to_dict()), lora=settings)
+
+
+def adapter_of(adapted, cfg, values=lambda parameter: parameter) -> lora.Adapter:
+    """PEFT's matrices as our adapter."""
+    named = {name: values(p).detach().numpy() for name, p in adapted.named_parameters() if "lora_" in name}
+
+    def matrix(name: str, letter: str) -> np.ndarray:
+        there = f"base_model.model.{name}.lora_{letter}.default.weight"
+        if not lora.is_stacked(name):
+            return named.pop(there).copy()
+        return np.stack([named.pop(there.format(layer=layer)) for layer in range(cfg.num_layers)])
+
+    adapter = {name: {letter: matrix(name, letter) for letter in "AB"} for name in lora.modules(cfg)}
+    assert not named
+    return adapter
+
+
+def make_tokens(rows: int = 3, length: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 131, (rows, length)).astype(np.int32)
+
+
+def torch_logits(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_logits_are_pefts_and_the_merged_models(variant):
+    adapted = peft_model(torch_model(VARIANTS[variant]))
+    cfg, tokens = with_lora(adapted.get_base_model()), make_tokens()
+    plain = dataclasses.replace(cfg, lora=Lora())
+    params = params_from_torch(torch_model(VARIANTS[variant]), plain)
+    with adapted.disable_adapter():
+        expected_base = torch_logits(adapted, tokens)
+    expected = torch_logits(adapted, tokens)
+    attached = lora.attach(jax.tree.map(jnp.asarray, params), adapter_of(adapted, cfg), cfg)
+    assert np.abs(expected - expected_base).max() > 0.1
+    found = models.forward(attached, tokens, cfg)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(models.forward(params, tokens, plain), expected_base, rtol=0, atol=1e-4)
+    merged = lora.merge(models.Model(attached, cfg))
+    assert merged.cfg == plain
+    assert jax.tree.structure(merged.params) == jax.tree.structure(params)
+    np.testing.assert_allclose(models.forward(*merged[:1], tokens, merged.cfg), found, rtol=0, atol=1e-4)
+
+
+def test_rank_stabilised_scale_is_pefts():
+    adapted = peft_model(torch_model(VARIANTS["llama-3"]), dataclasses.replace(LORA, rslora=True))
+    cfg = with_lora(adapted.get_base_model(), dataclasses.replace(LORA, rslora=True))
+    params = params_from_torch(torch_model(VARIANTS["llama-3"]), cfg)
+    found = models.forward(lora.attach(params, adapter_of(adapted, cfg), cfg), make_tokens(), cfg)
+    np.testing.assert_allclose(found, torch_logits(adapted, make_tokens()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANT_NAMES)
+def test_detach_gives_back_what_was_attached(variant):
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA)
+    params = models.init(cfg, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), lora.abstract(cfg))
+    attached = lora.attach(params, adapter, cfg)
+    assert all(one is other for one, other in zip(*map(base_leaves, (params, attached)), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, lora.detach(attached, cfg), adapter)
+
+
+def base_leaves(params) -> list:
+    """The leaves that are not an adapter's."""
+    named = jax.tree_util.tree_leaves_with_path(params)
+    return [leaf for path, leaf in named if "lora" not in sharding.path_string(path)]
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "falcon-40b"])
+def test_zero_b_is_the_base_model_exactly(variant):
+    plain = models.config_from_hf(VARIANTS[variant])
+    cfg, tokens = dataclasses.replace(plain, lora=LORA), make_tokens()
+    params = models.init(plain, jax.random.key(0))
+    adapter = lora.init(cfg, jax.random.key(1))
+    attached = lora.attach(params, adapter, cfg)
+    expected = models.forward(params, tokens, plain)
+    np.testing.assert_array_equal(models.forward(attached, tokens, cfg), expected)
+    nudged = jax.tree.map(lambda leaf: leaf + 1e-3, adapter)
+    assert (models.forward(lora.attach(params, nudged, cfg), tokens, cfg) != expected).any()
+
+
+def test_an_adapter_begins_as_pefts():
+    """A uniform within ±1/√in, whatever its shape, and B zero; another seed, another A."""
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=LORA)
+    first, again, other = (lora.init(cfg, jax.random.key(seed)) for seed in (0, 0, 1))
+    theirs = adapter_of(peft_model(torch_model(VARIANTS["llama-3"]), random_b=False), cfg)
+    for name, pair in first.items():
+        assert not pair["B"].any() and not theirs[name]["B"].any()
+        bound = pair["A"].shape[-1] ** -0.5
+        for matrix in (pair["A"], theirs[name]["A"]):
+            assert 0.95 * bound < np.abs(matrix).max() <= bound
+            assert np.std(matrix) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert len(np.unique(pair["A"])) > 0.99 * pair["A"].size
+        np.testing.assert_array_equal(pair["A"], again[name]["A"])
+        assert (pair["A"] != other[name]["A"]).any()
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+@pytest.mark.parametrize("variant", ["gpt2", "llama-3"])
+def test_prefill_and_decode_are_forward(variant, loop):
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA, layer_loop=loop)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(cfg, jax.random.key(1)))
+    params = lora.attach(models.init(cfg, jax.random.key(0)), adapter, cfg)
+    tokens = make_tokens(length=8)
+    expected = models.forward(params, tokens, cfg)
+    prepared = models.prepare(params, cfg)
+    cache = models.init_cache(cfg, len(tokens), 8)
+    logits, cache = models.prefill(prepared, tokens[:, :5], cfg, cache)
+    for step in range(5, 8):
+        np.testing.assert_allclose(logits, expected[:, step - 1], rtol=0, atol=1e-4)
+        logits, cache = models.decode_step(prepared, tokens[:, step], cfg, cache)
+    early = models.early_exit(models.Model(params, cfg), 2)
+    assert (models.forward(early.params, tokens, early.cfg) != expected).any()
+
+
+def test_dropout_is_on_what_a_reads_and_in_training_alone():
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=dataclasses.replace(LORA, dropout=0.5))
+    params, tokens = models.init(cfg, jax.random.key(0)), make_tokens()
+    zero = lora.init(cfg, jax.random.key(1))
+    other = jax.tree.map(lambda leaf: leaf + 0.05, zero)
+    key = jax.random.key(2)
+    plain = models.forward(params, tokens, dataclasses.replace(cfg, lora=Lora()))
+    np.testing.assert_array_equal(models.forward(lora.attach(params, zero, cfg), tokens, cfg, dropout_key=key), plain)
+    attached = lora.attach(params, other, cfg)
+    without = models.forward(attached, tokens, dataclasses.replace(cfg, lora=LORA), dropout_key=key)
+    np.testing.assert_array_equal(models.forward(attached, tokens, cfg), without)
+    assert (models.forward(attached, tokens, cfg, dropout_key=key) != without).any()
+
+
+@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+def test_eight_devices_are_one(layout):
+    cfg = dataclasses.replace(models.config_from_hf({**VARIANTS["llama-3"], "num_attention_heads": 8}), lora=LORA)
+    params, adapter, tokens = models.init(cfg, jax.random.key(0)), lora.init(cfg, jax.random.key(1)), make_tokens(8)
+    mesh = sharding.make_mesh(layout)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.05, adapter)
+    expected = models.forward(lora.attach(params, adapter, cfg), tokens, cfg)
+    whole = lora.attach(params, adapter, cfg)
+    placed = jax.tree.map(jax.device_put, whole, sharding.param_shardings(whole, mesh))
+    with jax.set_mesh(mesh):
+        found = models.forward(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)), cfg)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    ways = mesh.shape["fsdp"] * mesh.shape["model"]
+    for leaf in jax.tree.leaves(lora.init(cfg, jax.random.key(1), mesh)):
+        assert leaf.addressable_shards[0].data.size == leaf.size // ways
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (Lora(rank=4, targets=("q_prj",)), "lora.targets: no linear layer 'q_prj'; did you mean 'q_proj'"),
+        (Lora(rank=4, targets=("lm_head",)), "lora.targets: no linear layer 'lm_head'"),
+        (Lora(rank=33), "lora.rank: found 33, but 'self_attn.q_proj' is a matrix of 32 by 32; expected 1 to 32"),
+        (Lora(rank=17, targets=("v_proj",)), "lora.rank: found 17, but 'self_attn.v_proj' is a matrix of 32 by 16"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_adapter_can_have(settings, line):
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=settings)
+    with pytest.raises(UserError, match=line) as caught:
+        lora.abstract(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_targets_are_ends_of_names():
+    cfg = models.config_from_hf(VARIANTS["gpt2"])
+
+    def names(*targets):
+        return [lora.short_name(name) for name in lora.modules(dataclasses.replace(cfg, lora=Lora(4, targets=targets)))]
+
+    assert names() == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert names("c_proj") == ["attn.c_proj", "mlp.c_proj"]
+    assert names("mlp.c_proj") == ["mlp.c_proj"]
+    assert names("c_attn", "mlp.c_fc") == ["attn.c_attn", "mlp.c_fc"]
