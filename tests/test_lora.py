@@ -8,9 +8,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from test_training_parity import CONFIGS, STEPS, make_batch, train_torch
 from variants import VARIANTS, params_from_torch, torch_model
 
-from unidetox_jax import models, sharding
+from unidetox_jax import models, sharding, training
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import lora
 from unidetox_jax.recipe import Lora
@@ -217,3 +218,98 @@ def test_targets_are_ends_of_names():
     assert names("c_proj") == ["attn.c_proj", "mlp.c_proj"]
     assert names("mlp.c_proj") == ["mlp.c_proj"]
     assert names("c_attn", "mlp.c_fc") == ["attn.c_attn", "mlp.c_fc"]
+
+
+def train(model_params, adapter, cfg, settings, steps, mesh=None, **options):
+    """(losses, adapter) of our steps."""
+    state = training.init_state(jax.tree.map(jnp.array, adapter), settings)
+    step = training.make_train_step(cfg, settings, mesh, **options)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, make_batch(number), model_params)
+        losses.append(float(metrics["loss"]))
+    return losses, state.params
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fifty_steps_are_pefts(family):
+    settings = training.Optimizer(learning_rate=1e-3, steps=STEPS, weight_decay=0.1)
+    adapted = peft_model(torch_model(CONFIGS[family]), random_b=False)
+    cfg = with_lora(adapted.get_base_model())
+    params = params_from_torch(torch_model(CONFIGS[family]), cfg)
+    before = jax.tree.map(np.copy, params)
+    losses, adapter = train(params, adapter_of(adapted, cfg), cfg, settings, STEPS)
+    expected = train_torch(adapted, settings, STEPS)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert abs(losses[-1] - losses[0]) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    theirs = adapter_of(adapted, cfg)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-4), adapter, theirs)
+    assert all(pair["B"].any() for pair in theirs.values())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_first_gradients_are_pefts(family):
+    adapted = peft_model(torch_model(CONFIGS[family]))  # B is random, or A would have no gradient
+    cfg = with_lora(adapted.get_base_model())
+    params = params_from_torch(torch_model(CONFIGS[family]), cfg)
+    batch = make_batch(0)
+
+    def mean(adapter):
+        return training.loss(lora.attach(params, adapter, cfg), batch, cfg)[0]
+
+    found = jax.jit(jax.grad(mean))(adapter_of(adapted, cfg))
+    labels = torch.where(torch.from_numpy(batch["loss_mask"]), torch.from_numpy(batch["tokens"]).long(), -100)
+    mask = torch.from_numpy(batch["loss_mask"]).long()
+    adapted(torch.from_numpy(batch["tokens"]).long(), attention_mask=mask, labels=labels).loss.backward()
+    expected = adapter_of(adapted, cfg, lambda parameter: parameter.grad)
+
+    def compare(one, other):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+        assert np.abs(other).max() > 0
+
+    jax.tree.map(compare, found, expected)
+
+
+ON_MESHES = dataclasses.replace(
+    models.config_from_hf({**CONFIGS["llama"], "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 136}),
+    lora=LORA,
+)
+
+
+def train_on(mesh, **options):
+    """(losses, last state) of ten steps on one batch of eight rows."""
+    settings = training.Optimizer(learning_rate=1e-2, steps=10)
+    params = models.init(ON_MESHES, jax.random.key(0), mesh)
+    state = training.init_state(lora.init(ON_MESHES, jax.random.key(1), mesh), settings)
+    step = training.make_train_step(ON_MESHES, settings, mesh, **options)
+    batch = {name: np.tile(rows, (2, 1)) for name, rows in make_batch(0).items()}
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, batch, params)
+        losses.append(float(metrics["loss"]))
+    abstract = training.abstract_state(ON_MESHES, settings, mesh)
+    for leaf, described in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding.is_equivalent_to(described.sharding, leaf.ndim) and leaf.dtype == described.dtype
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    losses, _ = train_on(None)
+    assert losses[-1] < losses[0] - 0.01
+    return losses
+
+
+@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+def test_steps_on_eight_devices_are_those_on_one(one_device, layout):
+    mesh = sharding.make_mesh(layout)
+    losses, state = train_on(mesh)
+    np.testing.assert_allclose(losses, one_device, rtol=1e-5)
+    ways = mesh.shape["fsdp"] * mesh.shape["model"]
+    moment = state.opt_state[1].mu["model.layers.{layer}.mlp.up_proj"]["A"]
+    assert moment.addressable_shards[0].data.size == moment.size // ways
+
+
+def test_parts_of_a_batch_are_the_whole(one_device):
+    np.testing.assert_allclose(train_on(None, accumulation=2)[0], one_device, rtol=1e-5)

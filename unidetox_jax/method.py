@@ -32,7 +32,8 @@ from unidetox_jax.evaluation import generations, scorers
 from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
 from unidetox_jax.evaluation.prompts import from_texts
 from unidetox_jax.evaluation.protocol import Protocol
-from unidetox_jax.recipe import Recipe
+from unidetox_jax.models import lora
+from unidetox_jax.recipe import Lora, Recipe
 from unidetox_jax.training import loop
 
 EVALUATED = "the evaluated model"
@@ -83,10 +84,12 @@ def finetune(
     """Steps 1 and 3: fine-tunes on texts with the ordinary language-modelling loss; the given model stays as it is.
 
     Args:
-      model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint.
+      model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint. An
+        adapter that it has is merged into them first.
       texts: strings. Those of `distill` and `data.texts` know which ended by themselves, and get an end token; sampled
         ones keep their tokens for a model of the same tokenizer.
-      recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`.
+      recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`. With
+        lora=Lora(rank=16) the weights stay as they are and an adapter is trained, which the result holds beside them.
       validation: texts whose loss is followed.
       directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
         nothing is kept.
@@ -96,6 +99,9 @@ def finetune(
       UserError: as `data.tokenize` and `training.fit`. Preempted: SIGTERM came, and the state is saved.
     """
     recipe = dataclasses.replace(recipe or Recipe(steps=3_000), **changes)
+    model = _merged(model)
+    cfg = dataclasses.replace(model.cfg, lora=recipe.lora)
+    check_adapter(cfg, recipe)
     mesh = mesh or sharding.mesh_of(model.params) or sharding.single_device_mesh()
     tokens = _tokenize(model, texts, recipe, release=recipe.reproduce_release)
     held_out = _tokenize(model, validation, recipe) if len(validation) else None
@@ -108,14 +114,16 @@ def finetune(
         row_multiple=sharding.batch_shards(mesh) * recipe.accumulation,
         max_shapes=loop.worthwhile_shapes(steps, most=8),
     )
+    initial, frozen = _beginning(model.params, cfg, recipe.seed, mesh)
     params, history = training.fit(
         directory,
-        model.cfg,
-        model.params if callable(model.params) else lambda: jax.tree.map(jnp.copy, model.params),
+        cfg,
+        initial,
         batches,
         training.Schedule(steps, recipe.save_every, recipe.keep, recipe.evaluate_every, recipe.log_every),
         optimizer(recipe, steps),
         mesh,
+        base=frozen,
         validation=held_out,
         accumulation=recipe.accumulation,
         remat=recipe.remat,
@@ -123,7 +131,47 @@ def finetune(
         label=label,
     )
     history |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
-    return model._replace(params=params, history=history)
+    if frozen is not None:
+        params = lora.attach(frozen if callable(model.params) else model.params, params, cfg)
+    return model._replace(params=params, cfg=cfg, history=history)
+
+
+def check_adapter(cfg: models.ModelConfig, recipe: Recipe) -> None:
+    """Raises UserError for an adapter that the model cannot have, or a recipe that cannot train one."""
+    if not recipe.lora.rank:
+        return
+    lora.abstract(dataclasses.replace(cfg, lora=recipe.lora))
+    if not 0 < recipe.lora.alpha < math.inf:
+        raise UserError(f"lora.alpha: found {recipe.lora.alpha}, expected a number above 0")
+    if not 0 <= recipe.lora.dropout < 1:
+        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, expected at least 0 and less than 1")
+    if recipe.lora.dropout and not recipe.dropout:
+        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, but dropout is off; one of the two must change")
+    if recipe.reproduce_release:
+        raise UserError("lora.rank: reproduce_release trains all weights, in bfloat16; switch one of the two off")
+
+
+def _beginning(weights: Any, cfg: models.ModelConfig, seed: int, mesh: Mesh) -> tuple[Callable[[], Any], Any]:
+    """(what makes the first parameters to train, those that stay as they are: None without an adapter).
+
+    The latter are cast to the compute dtype once, so that no step does it.
+    """
+    if not cfg.lora.rank:
+        return weights if callable(weights) else lambda: jax.tree.map(jnp.copy, weights), None
+    frozen = models.prepare(weights() if callable(weights) else weights, dataclasses.replace(cfg, layer_loop="scan"))
+    frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
+    return lambda: lora.init(cfg, jax.random.key(seed), mesh), frozen
+
+
+def _merged(model: LanguageModel) -> LanguageModel:
+    """The model with its adapter, if it has one, in its weights."""
+    if not model.cfg.lora.rank:
+        return model
+    cfg, weights = model.cfg, model.params
+    plain = dataclasses.replace(cfg, lora=Lora())
+    if callable(weights):
+        return model._replace(params=lambda: lora.merge(models.Model(weights(), cfg)).params, cfg=plain)
+    return model._replace(params=lora.merge(model.model).params, cfg=plain)
 
 
 def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:

@@ -53,6 +53,7 @@ def fit(
     optimizer: Optimizer,
     mesh: Mesh,
     *,
+    base: Any = None,
     validation: data.Tokens | None = None,
     accumulation: int = 1,
     remat: str = "none",
@@ -63,18 +64,19 @@ def fit(
 
     Args:
       directory: gets checkpoints/, metrics.jsonl and tensorboard/; None: nothing is kept.
-      cfg: the model's configuration.
+      cfg: the model's configuration; with its `lora` an adapter is trained, which `initial` gives.
       initial: gives the parameters to begin with; not called where there is a checkpoint.
       batches: what to train on; `batches[step]` is the batch of the step after `step` finished ones.
       schedule: steps, and how often to save, evaluate and log.
       optimizer: of training.optimizer.
       mesh: where it all lives.
+      base: the frozen parameters that an adapter is for; None: there is no adapter.
       validation: what the evaluation loss is computed on; None: none.
       accumulation, remat, dropout_seed: as in `make_train_step`.
       label: for messages and the progress bar.
 
     Returns:
-      (params, figures): the trained parameters, and `metrics.summary`.
+      (params, figures): the trained parameters (of an adapter, the adapter's), and `metrics.summary`.
 
     Raises:
       Preempted: SIGTERM came; the state is saved.
@@ -86,18 +88,23 @@ def fit(
     )
     evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size, schedule)
     placed = sharding.batch_sharding(mesh)
+    frozen = () if base is None else (base,)
+
+    def whole(params: Any) -> Any:
+        return params if base is None else models.lora.attach(base, params, cfg)
+
     with preemption.noted() as asked_to_stop, _checkpointer(directory, schedule.keep) as checkpoints:
         start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
         log = metrics.Log(directory, start)
         if evaluate and start == 0:
-            log.validation(0, evaluate(state.params))
+            log.validation(0, evaluate(whole(state.params)))
         with (
             data.ahead(lambda step: sharding.put(batches[step], placed), start, schedule.steps) as made,
             Progress(schedule.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
         ):
             report = _Report(cfg, batches, schedule, log, bar, checkpoints, label)
             for step, batch in enumerate(made, start + 1):
-                state, figures = train_step(state, batch)
+                state, figures = train_step(state, batch, *frozen)
                 report.began(step, figures)
                 last, stop = step == schedule.steps, asked_to_stop()
                 evaluation_due = evaluate and (step % schedule.evaluate_every == 0 or last)
@@ -106,7 +113,7 @@ def fit(
                     report.settle()
                     log.line()
                 if evaluate and evaluation_due:
-                    log.validation(step, evaluate(state.params))
+                    log.validation(step, evaluate(whole(state.params)))
                 if save_due:
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)

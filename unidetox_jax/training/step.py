@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
-from unidetox_jax.models import ModelConfig
+from unidetox_jax.models import ModelConfig, lora
 from unidetox_jax.training.loss import target_mask, total_loss
 from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimizer
 
@@ -53,7 +53,7 @@ def init_state(params: Any, optimizer: Optimizer) -> TrainState:
 def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
     """The state's shapes, dtypes and shardings, without any memory; None: the first device."""
     mesh = mesh or sharding.single_device_mesh()
-    params = models.abstract_params(cfg, optimizer.param_dtype)
+    params = lora.abstract(cfg) if cfg.lora.rank else models.abstract_params(cfg, optimizer.param_dtype)
     opt_state = jax.eval_shape(make_optimizer(optimizer).init, params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     shardings = TrainState(
@@ -76,6 +76,9 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
 
+    With `cfg.lora` the state's parameters are the adapter (`models.lora`), and a third argument is the model's own,
+    which stay as they are.
+
     Args:
       cfg: its dtype is the compute dtype (bfloat16 with `optimizer.reproduce_release`).
       mesh: None is the first device.
@@ -92,18 +95,20 @@ def make_train_step(
     transformation = make_optimizer(optimizer)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
 
+    frozen = (None,) if cfg.lora.rank else ()  # where they are
+
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh), *frozen),
         out_shardings=(state_shardings, sharding.replicated(mesh)),
     )
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = None
             if dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-            loss, targets, gradients = _gradients(state.params, batch, cfg, accumulation, key, remat)
+            loss, targets, gradients = _gradients(state.params, base, batch, cfg, accumulation, key, remat)
             gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
             with jax.numpy_dtype_promotion("standard"):  # which optax needs, whatever the user's code is held to
                 updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
@@ -138,13 +143,16 @@ def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any,
     return step
 
 
-def _gradients(params, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
-    """The mean loss over the batch's targets, their number, and the gradients in the parameters' dtype."""
+def _gradients(params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
+    """The mean loss over the batch's targets, their number, and the gradients in the parameters' dtype; base: what an
+    adapter (`params`) is attached to, None where there is none."""
     targets = target_mask(batch).sum(dtype=jnp.float32)
     prepared = models.prepare(params, cfg)
+    frozen = None if base is None else models.prepare(base, cfg)
 
     def mean(prepared, part, key):
-        total, _ = total_loss(prepared, part, cfg, dropout_key=key, remat=remat)
+        whole = prepared if frozen is None else lora.attach(frozen, prepared, cfg)
+        total, _ = total_loss(whole, part, cfg, dropout_key=key, remat=remat)
         return total / jnp.maximum(targets, 1.0)
 
     if accumulation == 1:
