@@ -160,7 +160,10 @@ def test_an_adapter_is_refused_as_what_it_is(whole, there, tmp_path):
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-2-7b-hf", "r": 8}
     (directory / "adapter_config.json").write_text(json.dumps(adapter))
     for read in (checkpoint.load, checkpoint.load_config):
-        with pytest.raises(UserError, match=r"a LORA adapter of 'meta-llama/Llama-2-7b-hf', not a model; .* merge"):
+        with pytest.raises(
+            UserError,
+            match=r"a LORA adapter of .*, not a model; give both, as meta-llama/Llama-2-7b-hf\+/",
+        ):
             read(directory)
 
 

@@ -80,12 +80,13 @@ def write(directory: epath.Path, model: models.Model, dtype: str | None = None) 
 
     Args:
       directory: exists; process 0 writes to it, every process must call.
+      model: an adapter that it has is merged into its weights.
       dtype: of all tensors; None: as the parameters are.
 
     Raises:
       UserError: a file cannot be written.
     """
-    params, cfg = model
+    params, cfg = models.lora.merge(model)
     by_path = _by_path(params)
     tensors = _plan(by_path, cfg, dtype)
     shards = _shards(tensors)

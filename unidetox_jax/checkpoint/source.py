@@ -1,4 +1,5 @@
-"""What a user may point at: a Hugging Face directory, a hub id, a directory of ours, a finished stage."""
+"""What a user may point at: a Hugging Face directory, a hub id, a directory of ours, a finished stage; and, for a model
+with an adapter, MODEL+ADAPTER."""
 
 import json
 import re
@@ -11,8 +12,11 @@ from unidetox_jax.errors import UserError
 
 MODEL = "model.json"  # marks a directory that `checkpoint.save` wrote
 CONFIG = "config.json"
+COMPLETE, PARTIAL = "stage.json", "stage.partial.json"  # of a finished stage, and of one under way
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_TORCH = "adapter_model.bin"
 TOKENIZER_FILES = (
     "tokenizer*",
     "sentencepiece.bpe.model",
@@ -35,6 +39,39 @@ class Source(NamedTuple):
     directory: epath.Path
 
 
+def split(source: epath.PathLike) -> tuple[str, str]:
+    """(model, adapter) of MODEL+ADAPTER, where the model may be such a pair too; of all else the adapter is empty.
+
+    A plus that belongs to the name of something that exists divides nothing.
+    """
+    text = str(source)
+    if "+" not in text or epath.Path(text).expanduser().exists():
+        return text, ""
+    places = [i for i, letter in enumerate(text) if letter == "+"]
+    there = (i for i in places if epath.Path(text[i + 1 :]).expanduser().exists())
+    place = next(there, places[-1])
+    return text[:place], text[place + 1 :]
+
+
+def find_adapter(source: epath.PathLike) -> epath.Path:
+    """The directory of PEFT's files: `source` itself, a finished stage's, or a hub id's.
+
+    Raises:
+      UserError: there is nothing, something else, an unfinished stage, or the hub does not give it.
+    """
+    directory = epath.Path(source).expanduser()
+    if not directory.exists():
+        if not HUB_ID.fullmatch(str(source)):
+            raise UserError(f"{source}: no such directory")
+        directory = _snapshot(str(source), (ADAPTER, ADAPTER_WEIGHTS, ADAPTER_TORCH))
+    if (directory / PARTIAL).exists() and not (directory / COMPLETE).exists():
+        raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
+    for place in (directory, directory / "adapter"):
+        if (place / ADAPTER).exists():
+            return place
+    raise UserError(f"{directory}: no adapter; expected {ADAPTER} (PEFT's)")
+
+
 def find(source: epath.PathLike, weights: bool = True) -> Source:
     """Where the checkpoint is; a hub id is downloaded first (safetensors, else .bin; without `weights` none).
 
@@ -48,16 +85,18 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
         directory = _download(str(source), weights)
     if not directory.is_dir():
         raise UserError(f"{directory}: a file; expected the directory of a checkpoint")
-    if (directory / "stage.partial.json").exists() and not (directory / "stage.json").exists():
+    if (directory / PARTIAL).exists() and not (directory / COMPLETE).exists():
         raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
     if not (directory / CONFIG).exists() and (directory / "hf" / CONFIG).exists():
         directory = directory / "hf"
     if (directory / ADAPTER).exists():
-        raise UserError(_adapter(directory / ADAPTER))
+        raise UserError(_adapter(directory / ADAPTER, directory))
     if (directory / MODEL).exists():
         return Source("orbax", directory)
     if (directory / CONFIG).exists():
         return Source("hf", directory)
+    if (directory / "adapter" / ADAPTER).exists():
+        raise UserError(_adapter(directory / "adapter" / ADAPTER, directory))
     raise UserError(f"{directory}: no checkpoint; expected {CONFIG} (Hugging Face's) or {MODEL} (this program's)")
 
 
@@ -70,14 +109,16 @@ def _download(name: str, weights: bool) -> epath.Path:
     return directory
 
 
-def _adapter(path: epath.Path) -> str:
+def _adapter(path: epath.Path, directory: epath.Path) -> str:
     """Why an adapter's directory is no model; transformers too takes one with this file for an adapter."""
+    base = "MODEL"
     try:
         found = json.loads(path.read_text())
-        what = f"a {found['peft_type']} adapter of {found['base_model_name_or_path']!r}"
+        base = found["base_model_name_or_path"] or base
+        what = f"a {found['peft_type']} adapter of {base!r}"
     except (ValueError, KeyError, TypeError):
         what = "an adapter"
-    return f"{path}: {what}, not a model; give the model that PEFT's merge_and_unload makes of the two"
+    return f"{path}: {what}, not a model; give both, as {base}+{directory}"
 
 
 def _snapshot(name: str, patterns: Sequence[str]) -> epath.Path:

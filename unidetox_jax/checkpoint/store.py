@@ -14,8 +14,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding, storage
-from unidetox_jax.checkpoint import hf, orbax_io
-from unidetox_jax.checkpoint.source import GENERATION, MODEL, Source, find
+from unidetox_jax.checkpoint import hf, orbax_io, peft
+from unidetox_jax.checkpoint.source import GENERATION, MODEL, Source, find, split
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
 
@@ -32,7 +32,8 @@ def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | No
     """The model that `source` holds, streamed to the devices.
 
     Args:
-      source: a Hugging Face directory or hub id, a directory of `save`, or a finished stage's.
+      source: a Hugging Face directory or hub id, a directory of `save`, or a finished stage's; or MODEL+ADAPTER, one
+        of these and PEFT's adapter of it.
       mesh: where the parameters live; None: the first device.
       param_dtype: "float32", "bfloat16" or "float16"; None: as stored.
 
@@ -40,7 +41,10 @@ def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | No
       UserError: nothing there, an unknown model_type or option, a missing or surplus key, a wrong shape, damaged
         files: one line that names file and key.
     """
-    found = find(source)
+    name, adapter = split(source)
+    if adapter:
+        return peft.attach(load(name, mesh, param_dtype), adapter)
+    found = find(name)
     cfg = read_config(found)
     mesh = sharding.single_device_mesh() if mesh is None else mesh
     param_dtype = param_dtype and hf.parse_dtype(param_dtype)
@@ -51,7 +55,8 @@ def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | No
 
 def load_config(source: epath.PathLike) -> models.ModelConfig:
     """The configuration alone of what `load` takes. Raises UserError as `load` does."""
-    return read_config(find(source, weights=False))
+    name, adapter = split(source)
+    return peft.read_config(load_config(name), adapter) if adapter else read_config(find(name, weights=False))
 
 
 def save(directory: epath.PathLike, model: models.Model) -> None:
@@ -110,7 +115,8 @@ def _read_orbax_config(path: epath.Path) -> models.ModelConfig:
 
 
 def write_orbax(directory: epath.Path, model: models.Model) -> None:
-    """params/ first, model.json last: on an object store it marks the whole as complete."""
+    """params/ first, model.json last: on an object store it marks the whole as complete. An adapter is merged."""
+    model = models.lora.merge(model)
     orbax_io.save_tree(directory / PARAMS, model.params)
     if jax.process_index() == 0:
         hf.write_generation_config(directory, model.cfg)

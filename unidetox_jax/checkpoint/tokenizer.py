@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from unidetox_jax import storage
 from unidetox_jax.checkpoint import sentencepiece_file
-from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find
+from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find, split
 from unidetox_jax.errors import UserError
 
 WHOLE, SENTENCEPIECE, BYTE_LEVEL = "tokenizer.json", "tokenizer.model", "vocab.json"
@@ -40,7 +40,10 @@ def load_tokenizer(source: epath.PathLike) -> Any:
     """
     directory = epath.Path(source)
     if not has_tokenizer(directory):
-        directory = find(source, weights=False).directory
+        name, adapter = split(source)
+        if adapter:
+            return load_tokenizer(name)
+        directory = find(name, weights=False).directory
     if not has_tokenizer(directory):
         raise UserError(f"{directory}: no tokenizer; expected {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}")
     try:

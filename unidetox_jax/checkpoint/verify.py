@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unidetox_jax import models
-from unidetox_jax.checkpoint.source import find
+from unidetox_jax.checkpoint.source import find, split
 from unidetox_jax.checkpoint.store import load, load_config
 from unidetox_jax.errors import UserError
 
@@ -53,7 +53,11 @@ def run_command(options: argparse.Namespace) -> int:
             f"{options.destination}: a vocabulary of {right.vocab_size} tokens, {options.source} has {left.vocab_size}"
         )
     tokens = prompt(left)
-    by_torch = find(options.source).kind == "hf" and importlib.util.find_spec("torch") is not None
+    by_torch = (
+        not split(options.source)[1]
+        and find(options.source).kind == "hf"
+        and importlib.util.find_spec("torch") is not None
+    )
     first = torch_logits(options.source, tokens) if by_torch else our_logits(options.source, tokens)
     result = compare(first, our_logits(options.destination, tokens))
     print(f"{options.source} ({'PyTorch' if by_torch else 'JAX'}) and {options.destination} (JAX), float32,")

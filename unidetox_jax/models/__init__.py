@@ -4,7 +4,7 @@ from unidetox_jax.models import lora
 from unidetox_jax.models.cache import Cache, branch_cache, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.published import PUBLISHED, published_config
-from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table
+from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table, stored_in_out
 from unidetox_jax.models.transformer import (
     Model,
     abstract_params,
@@ -52,4 +52,5 @@ __all__ = [
     "prefill",
     "prepare",
     "published_config",
+    "stored_in_out",
 ]

@@ -36,11 +36,7 @@ def modules(cfg: ModelConfig) -> dict[str, Key]:
     Raises:
       UserError: a target that is the end of no linear layer's name.
     """
-    every = {
-        key.hf.removesuffix(WEIGHT): key
-        for key in key_table(cfg)
-        if key.hf.endswith(WEIGHT) and all(path.endswith("/kernel") for path in key.ours)
-    }
+    every = linear_layers(cfg)
     if not cfg.lora.targets:
         return {name: key for name, key in every.items() if is_stacked(name)}
     for target in cfg.lora.targets:
@@ -48,6 +44,15 @@ def modules(cfg: ModelConfig) -> dict[str, Key]:
             known = {name.rpartition(".")[2] for name in every}
             raise UserError(f"lora.targets: no linear layer {target!r}{suggest(target, known)}")
     return {name: key for name, key in every.items() if any(ends_with(name, target) for target in cfg.lora.targets)}
+
+
+def linear_layers(cfg: ModelConfig) -> dict[str, Key]:
+    """Every linear layer that an adapter may be for: name in transformers → its row of the key table."""
+    return {
+        key.hf.removesuffix(WEIGHT): key
+        for key in key_table(cfg)
+        if key.hf.endswith(WEIGHT) and all(path.endswith("/kernel") for path in key.ours)
+    }
 
 
 def is_stacked(name: str) -> bool:
@@ -158,7 +163,8 @@ def merge(model: Model) -> Model:
             }
         kernel = _merged(tree["kernel"], *(tree[leaf] for leaf in LEAVES), cfg.lora.scale, stacked)
         rest = {name: leaf for name, leaf in tree.items() if name not in LEAVES}
-        return {**rest, "kernel": jax.device_put(kernel, tree["kernel"].sharding)}
+        place = getattr(tree["kernel"], "sharding", None)  # NumPy's arrays have none
+        return {**rest, "kernel": jax.device_put(kernel, place)}
 
     return Model(walk(params, False), dataclasses.replace(cfg, lora=type(cfg.lora)()))
 
