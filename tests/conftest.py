@@ -17,6 +17,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
+# Thousands of small programs: their compilation is most of the time that the tests take
+jax.config.update("jax_disable_most_optimizations", True)
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
@@ -64,11 +66,11 @@ def forget_programs():
 
 
 @pytest.fixture(scope="module")
-def compile_fast():
-    """Hundreds of small programs: their compilation is all the time that these tests take."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimized():
+    """Programs as users get them, for tests that run them long, or measure them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 UNTRACKED = pytest.StashKey[set[str]]()

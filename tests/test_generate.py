@@ -17,7 +17,6 @@ from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.errors import UserError
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
-pytestmark = pytest.mark.usefixtures("compile_fast")
 BASE = objectives.get("base")
 GREEDY = [warpers.temperature(0.0)]
 PAD, EOS = 0, 2

@@ -16,7 +16,6 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import lora
 from unidetox_jax.recipe import Lora
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 RANK, ALPHA = 4, 6.0
 LORA = Lora(rank=RANK, alpha=ALPHA)
 VARIANT_NAMES = ["gpt2", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases"]

@@ -13,7 +13,6 @@ from variants import VARIANTS, params_from_tensors, params_from_torch, torch_mod
 from unidetox_jax import models
 from unidetox_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 LENGTHS = (16, 500)
 TOLERANCE = 2e-4
 

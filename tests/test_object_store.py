@@ -16,8 +16,6 @@ from finetune_helpers import make_world, write_config
 from unidetox_jax import checkpoint, cli, storage
 from unidetox_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -18,7 +18,6 @@ from unidetox_jax import checkpoint, cli, models, sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import lora
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 FAMILIES = {"gpt2": "gpt2", "opt": "opt-125m", "falcon": "falcon-40b", "llama": "llama-3"}
 WEIGHTS = "adapter_model.safetensors"
 

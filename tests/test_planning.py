@@ -14,7 +14,6 @@ from unidetox_jax.models import costs
 from unidetox_jax.plan import command, compiler, hlo, programs, topology
 from unidetox_jax.stages import settings
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 needs_libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
 WIDTH = 64
 

@@ -17,6 +17,8 @@ from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # Of logits that reach 42. On these rows PyTorch's float32 lies up to 0.8e-4 from its float64, and ours 1.7e-4 from it;
 # an epsilon of 1e-6 in the norms would move them by 0.04, a rotary base that is off by 1 % by 0.1.
 TOLERANCE = 5e-4

@@ -9,7 +9,6 @@ from variants import FALCON, GPT2, LLAMA, NEW_FALCON, OPT
 from unidetox_jax import models, sharding
 from unidetox_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 MESHES = ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"]
 CONFIGS = {
     "gpt2": {**GPT2, "n_embd": 64, "n_head": 8, "vocab_size": 128},

@@ -14,7 +14,6 @@ from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding.stream import stream
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 TEMPLATE = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}assistant:"
 
 

@@ -35,7 +35,6 @@ def plain_loss(params, batch, cfg):
     return -jnp.where(batch["loss_mask"][:, 1:], picked, 0.0).sum() / batch["loss_mask"][:, 1:].sum()
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("positions", [1, 4, 10])  # of a piece: 10 pieces, 3 with a short last one, and all at once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pieces_equal_the_plain_loss(name, positions, monkeypatch):
@@ -51,7 +50,6 @@ def test_pieces_equal_the_plain_loss(name, positions, monkeypatch):
     np.testing.assert_allclose(aux["total"], expected * aux["targets"], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_without_targets_the_loss_is_zero():
     cfg = models.config_from_hf(CONFIGS["gpt2"])
     batch = random_batch(cfg)
@@ -80,7 +78,6 @@ def test_no_logits_of_a_whole_batch_are_stored(layout):
     assert losses.LOGITS_BYTES / 2 < 4 * largest <= losses.LOGITS_BYTES < 4 * share
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("layout", ["pack", "pad"])
 @pytest.mark.parametrize("name", ["gpt2", "llama, untied"])
 def test_every_token_has_the_loss_it_has_alone(name, layout):

@@ -10,7 +10,6 @@ from variants import GPT2, LLAMA
 
 from unidetox_jax import models, sharding, training
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 GPT2_CONFIG = {**GPT2, "n_layer": 2, "n_embd": 32, "n_head": 8, "vocab_size": 128}
 LLAMA_CONFIG = {
     **LLAMA, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128,
