@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from absl import logging
 from etils import epath
 
-from unidetox_jax import devices, distributed, storage
+from unidetox_jax import checkpoint, devices, distributed, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.stages.settings import RENAMED
 from unidetox_jax.training import preemption
@@ -157,7 +157,10 @@ def is_complete(directory: epath.PathLike) -> bool:
 def fingerprint(source: epath.PathLike) -> str:
     """What a stage's input is, in a few characters: for a finished stage the hash of its settings and inputs, for a
     file the hash of its bytes, for any other directory the names and sizes of its files with the content of its small
-    ones; a hub id or a name stays as it is."""
+    ones; for MODEL+ADAPTER a hash of both; a hub id or a name stays as it is."""
+    model, adapter = checkpoint.split(source)
+    if adapter:
+        return digest([fingerprint(model), fingerprint(adapter)])
     path = epath.Path(source)
     if not str(source) or not path.exists():
         return str(source)
