@@ -135,7 +135,7 @@ def test_a_record_in_the_old_spelling_is_complete(finished, run):
     record.write_text(text)
 
 
-@pytest.mark.parametrize(("lacking", "code"), [("clip_norm", 0), ("learning_rate", 2)])
+@pytest.mark.parametrize(("lacking", "code"), [("clip_norm", 0), ("lora", 0), ("learning_rate", 2)])
 def test_a_record_without_a_setting_had_its_default(finished, run, lacking, code):
     """As a version wrote it that did not have the setting: `clip_norm` is the default here, `learning_rate` is not."""
     record = finished / "toxic/stage.json"
