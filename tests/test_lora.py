@@ -1,6 +1,7 @@
 """Adapters against PEFT: the same logits, gradients and steps; and what the package's own functions make of them."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -312,3 +313,23 @@ def test_steps_on_eight_devices_are_those_on_one(one_device, layout):
 
 def test_parts_of_a_batch_are_the_whole(one_device):
     np.testing.assert_allclose(train_on(None, accumulation=2)[0], one_device, rtol=1e-5)
+
+
+def test_a_step_computes_no_gradient_of_the_models_weights():
+    """Not even of the head, whose gradient the loss makes in its forward pass: the compiler drops it."""
+    cfg = models.config_from_hf({**VARIANTS["llama-3"], "vocab_size": 4096})
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 16), jnp.int32), "loss_mask": jax.ShapeDtypeStruct((2, 16), bool)}
+    settings = training.Optimizer(learning_rate=1e-3, steps=10)
+
+    def made(cfg, *base):
+        """What the compiled step computes in the shape of embedding and head."""
+        state = training.abstract_state(cfg, settings, None)
+        text = training.make_train_step(cfg, settings, remat="full").lower(state, batch, *base).compile().as_text()
+        return set(re.findall(r"= f32\[4096,32\]\S* ([\w-]+)\(", text)) - {"parameter", "get-tuple-element"}
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        assert "dot" in made(cfg) or "fusion" in made(cfg)
+        assert not made(dataclasses.replace(cfg, lora=LORA), models.abstract_params(cfg))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)

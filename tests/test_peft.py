@@ -210,7 +210,7 @@ def test_paths_that_are_no_adapter(llama, tmp_path, capsys):
     ]:
         assert cli.main(["convert", source, str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert line in error and error.count("\n") == 1
+        assert line in error.splitlines()[-1] and "Traceback" not in error
     narrow = tmp_path / "narrow"
     torch_model({**VARIANTS["llama-3"], "hidden_size": 16}).save_pretrained(narrow)
     with pytest.raises(

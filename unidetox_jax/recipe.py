@@ -13,6 +13,7 @@ class Lora:
     dropout: float = 0.0  # of what A reads, in training
     # Ends of the modules' names in transformers: 'q_proj', 'mlp.c_proj'; empty: every linear layer of a block
     targets: tuple[str, ...] = ()
+    merge: bool = False  # a stage also writes the whole model, the adapter merged into its weights
 
     @property
     def scale(self) -> float:

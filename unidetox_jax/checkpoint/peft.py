@@ -145,9 +145,8 @@ def _with_adapter(cfg: ModelConfig, directory: epath.Path, file: SafetensorsFile
         letter = name.removesuffix(WEIGHT)[-1]
         wanted = shapes[expected[name]][letter].shape[lora.is_stacked(expected[name]) :]
         if tuple(found.shape) != wanted:
-            raise UserError(
-                f"{file.path}: key {name!r} has shape {found.shape}, expected {wanted} (r is {settings.rank}), or {another}"
-            )
+            sizes = f"shape {found.shape}, expected {wanted} (r is {settings.rank})"
+            raise UserError(f"{file.path}: key {name!r} has {sizes}, or {another}")
     return cfg
 
 

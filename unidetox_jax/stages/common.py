@@ -1,6 +1,7 @@
 """What stages share: the run's mesh and its models, and the working directory's rooms."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from etils import epath
 from jax.sharding import Mesh
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 from unidetox_jax import checkpoint, models, sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
-from unidetox_jax.stages.settings import Run
+from unidetox_jax.stages.settings import Run, TrainingSettings
 
 
 def mesh_of(run: Run) -> Mesh:
@@ -22,6 +23,20 @@ def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str
     return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
 
 
+def load_models(run: Run, sources: Iterable[str], mesh: Mesh | None = None) -> dict[str, Model]:
+    """`load_model` of each, by source. One that is named twice is loaded once, and MODEL+ADAPTER shares MODEL's weights
+    with all that are made of it."""
+    loaded: dict[str, Model] = {}
+
+    def load(source: str) -> Model:
+        if source not in loaded:
+            name, adapter = checkpoint.split(run.path(source))
+            loaded[source] = checkpoint.attach(load(name), adapter) if adapter else load_model(run, source, mesh)
+        return loaded[source]
+
+    return {source: load(source) for source in sources}
+
+
 def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:
     """A model's shape, of which nothing else need be there where it is a published one (`models.PUBLISHED`).
 
@@ -33,12 +48,19 @@ def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:
 
 def num_params(run: Run, source: str) -> int:
     """How large a model is, for an estimate; 0 where it is not made yet, and nothing is downloaded to know."""
-    if run.path(source) not in models.PUBLISHED and not epath.Path(run.path(source)).exists():
+    name = checkpoint.split(run.path(source))[0]  # an adapter is small beside its model
+    if name not in models.PUBLISHED and not epath.Path(name).exists():
         return 0
     try:
-        return models.num_params(load_config(run, source))
+        return models.num_params(load_config(run, name))
     except UserError:
         return 0
+
+
+def finished(model: str, directory: epath.PathLike, settings: TrainingSettings) -> str:
+    """What a stage's finished model is called where a model is named: its directory or, where it is an adapter of the
+    model that it began with, both."""
+    return f"{model}+{directory}" if settings.lora.rank else str(directory)
 
 
 def world_directory(run: Run) -> epath.Path:

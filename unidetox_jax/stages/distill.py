@@ -141,7 +141,7 @@ def _source(run: Run, name: str) -> str:
         raise UserError(
             f"{directory}: no toxic model there; `unidetox toxify` makes it, config.distill.models names another"
         )
-    return str(directory)
+    return common.finished(run.path(run.shared.base), directory, run.toxify)
 
 
 def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
@@ -153,8 +153,7 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
         sampling.check_same_tokenizer(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
-    mesh = common.mesh_of(run)
-    whole = {source: common.load_model(run, source, mesh) for source in tokenizers}
+    whole = common.load_models(run, tokenizers, common.mesh_of(run))
     loaded = []
     for name, source in zip(settings.models, sources, strict=True):
         model, match = whole[source], _EARLY_EXIT.fullmatch(name)

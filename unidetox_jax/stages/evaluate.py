@@ -90,9 +90,9 @@ def candidates(run: Run) -> list[Candidate]:
     planned = []
     for target in run.shared.targets:
         name = model_name(target)
-        places = {"original": target, "detoxified": f"{{workdir}}/detoxified/{name}"}
+        places = {"original": target, "detoxified": _trained(run, target, "detoxified")}
         if target in run.shared.control_targets:
-            places["control"] = f"{{workdir}}/control/{name}"
+            places["control"] = _trained(run, target, "control")
         wanted = [form for form in FORMS if form in run.evaluate.which and form in places]
         planned += [Candidate(name, form, places[form]) for form in wanted]
     for extra in run.evaluate.extra_models:
@@ -103,6 +103,10 @@ def candidates(run: Run) -> list[Candidate]:
             raise UserError(f"config.evaluate.extra_models: the name {name!r} is taken")
         planned.append(Candidate(name, "original", source))
     return planned
+
+
+def _trained(run: Run, target: str, kind: str) -> str:
+    return common.finished(target, f"{{workdir}}/{kind}/{model_name(target)}", run.detoxify)
 
 
 def _task(run: Run, candidate: Candidate) -> base.Task:
@@ -138,8 +142,9 @@ def _reads(run: Run) -> dict[str, Any]:
 
 def _inputs(run: Run, candidate: Candidate) -> dict[str, str]:
     source = run.path(candidate.source)
-    if candidate.form != "original" and not base.is_complete(source):
-        raise UserError(f"{source}: no finished model there; `unidetox detoxify` makes it")
+    place = checkpoint.split(source)[1] or source
+    if candidate.form != "original" and not base.is_complete(place):
+        raise UserError(f"{place}: no finished model there; `unidetox detoxify` makes it")
     checkpoint.load_config(source)  # a mistake in a path is found before anything is written
     return {
         "model": base.fingerprint(source),

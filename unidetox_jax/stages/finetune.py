@@ -1,8 +1,9 @@
 """One model trained on one data set: what toxify, detoxify and pretrain share.
 
 The directory gets checkpoints/, metrics.jsonl, tensorboard/ and, whole and at the end, hf/: the finished model in
-Hugging Face's form. What only changes how the work is watched (how often to save, log, evaluate) is no part of the
-result's settings and may differ when a run is continued.
+Hugging Face's form; or, of an adapter, adapter/ in PEFT's form, and hf/ as well where `lora.merge` asks for it. What
+only changes how the work is watched (how often to save, log, evaluate) is no part of the result's settings and may
+differ when a run is continued.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from unidetox_jax.stages import base, common
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
 WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
-EXPORT = "hf"
+EXPORT, ADAPTER = "hf", "adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
     def inputs(job: Job) -> Mapping[str, str]:
         for other in jobs:
             _check(other)
-            checkpoint.load_config(run.path(other.model))
+            _check_adapter(other, checkpoint.load_config(run.path(other.model)))
         specs = {"data": job.data, **({"validation": job.validation} if job.validation else {})}
         prints = {name: data.fingerprint(run.path(spec), run.shared.data_dir) for name, spec in specs.items()}
         return {"model": base.fingerprint(run.path(job.model)), **prints}
@@ -81,7 +82,7 @@ def operations(run: Run, job: Job) -> float:
 def recorded(run: Run, job: Job) -> dict[str, Any]:
     """The settings that the result depends on."""
     names = [field.name for field in dataclasses.fields(TrainingSettings) if field.name not in WATCHING]
-    settings = {name: getattr(job.settings, name) for name in names}
+    settings = {name: value for name, value in dataclasses.asdict(job.settings).items() if name in names}
     return {**settings, "model": job.model, "data": job.data, "validation": job.validation, "dtype": run.shared.dtype}
 
 
@@ -94,13 +95,14 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     mesh, source = common.mesh_of(run), run.path(job.model)
     cfg = checkpoint.load_config(source)
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
-    param_dtype = "bfloat16" if job.settings.reproduce_release else "float32"
+    adapter = bool(job.settings.lora.rank)
+    param_dtype = None if adapter else "bfloat16" if job.settings.reproduce_release else "float32"
 
     def initial() -> Any:
         if not job.scratch:
             return common.load_model(run, job.model, mesh, param_dtype).params
         key = jax.random.key(zlib.crc32(f"{job.settings.seed}/{job.directory.name}".encode()))
-        return models.init(cfg, key, mesh, param_dtype)
+        return models.init(cfg, key, mesh, param_dtype or "float32")
 
     def texts(spec: str) -> data.Texts:
         return data.texts(run.path(spec), data_dir=run.shared.data_dir)
@@ -114,7 +116,13 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
         mesh=mesh,
         label=job.name,
     )
-    method.save(trained, directory / EXPORT, job.settings.export_dtype or None)
+    if adapter:
+        checkpoint.save_adapter(directory / ADAPTER, trained.model, source)
+    if job.settings.lora.merge:  # into the weights as they are stored, which the training need not have held
+        trained = trained._replace(params=None)
+        trained = trained._replace(params=checkpoint.load(f"{source}+{directory / ADAPTER}", mesh).params)
+    if job.settings.lora.merge or not adapter:
+        method.save(trained, directory / EXPORT, job.settings.export_dtype or None)
     logging.info("%s: %s", job.name, describe(trained.history))
     return dict(trained.history)
 
@@ -125,6 +133,16 @@ def describe(figures: Mapping[str, Any]) -> str:
     if "validation_loss" in figures:
         line += f", validation loss {figures['validation_loss_before']:.4f} -> {figures['validation_loss']:.4f}"
     return f"{line}, {figures['tokens_per_second']:,.0f} tokens/s"
+
+
+def _check_adapter(job: Job, cfg: models.ModelConfig) -> None:
+    """UserError for an adapter that the model cannot have."""
+    if job.scratch and job.settings.lora.rank:
+        raise UserError(f"{job.section}.lora.rank: found {job.settings.lora.rank}, but random weights need no adapter")
+    try:
+        method.check_adapter(cfg, job.settings)
+    except UserError as error:  # these lines begin with the setting's name
+        raise UserError(f"{job.section}.{error}") from None
 
 
 def _check(job: Job) -> None:

@@ -226,8 +226,8 @@ def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -
 
 
 def model_name(source: str) -> str:
-    """What a model is called in the working directory: the last part of its path or hub id."""
-    return source.rstrip("/").rsplit("/", 1)[-1]
+    """What a model is called in the working directory: the last part of its path or hub id; of MODEL+ADAPTER both."""
+    return "-".join(part.rstrip("/").rsplit("/", 1)[-1] for part in source.split("+"))
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -299,6 +299,8 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
         return tuple(_checked(item, arguments[0], where) for item in value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
+        return parse(value, expected, where)
     if expected in (int, float, str, bool) and type(value) is not expected:
         raise UserError(f"{where}: found {value!r}, expected {expected.__name__}")
     return value
