@@ -16,6 +16,9 @@ from unidetox_jax.stages import settings
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 needs_libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
+needs_gpu_compiler = pytest.mark.skipif(
+    not topology.has_cuda_plugin(), reason="JAX's compiler for GPUs is not installed: unidetox-jax[plan-gpu]"
+)
 WIDTH = 64
 
 
@@ -42,6 +45,29 @@ def place(tmp_path_factory):
         evaluate__mmlu=(),
     )
     return place
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("v5e:4x4", "local"), marks=needs_libtpu),
+        pytest.param(("h100:1", "local", "h100:8"), marks=needs_gpu_compiler),
+    ],
+    ids=" ".join,
+)
+def test_every_stages_program_is_that_of_its_devices(place, names):
+    """In one process: what is taken for a platform is in its own program, and in no other's."""
+    run = settings.parse_run(cli.load_config(f"{place}/config.py"))
+    for name in names:
+        members = topology.topology(name).devices
+        mesh, platform = sharding.make_mesh("data:-1", members), members[0].platform
+        for program in programs.programs(run, "bfloat16"):
+            text = program.lower(mesh).as_text()
+            of_llama = "llama" in program.name  # GPT-2 has dropout in its attention, and is not prompted
+            fused = any(call in text for call in ("cudnn", "CustomSPMDPartitioning"))
+            assert fused == (platform == "gpu" and of_llama), (name, program.name)
+            if "distill" in program.name:  # on CPU the likely tokens of a small vocabulary are put in front, by a sort
+                assert ("stablehlo.sort" in text) == (platform == "cpu")
 
 
 def test_accelerator_types_are_slices():

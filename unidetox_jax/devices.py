@@ -45,6 +45,7 @@ SPECS = {
     "NVIDIA H100 80GB HBM3": Specs(80 * 10**9, 989e12, 3350e9, 450e9),
     "NVIDIA H100 PCIe": Specs(80 * 10**9, 756e12, 2000e9, 64e9),
     "NVIDIA H200": Specs(141 * 10**9, 989e12, 4800e9, 450e9),
+    "NVIDIA B200": Specs(180 * 10**9, 2250e12, 7700e9, 900e9),
 }
 
 

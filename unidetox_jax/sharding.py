@@ -82,6 +82,13 @@ def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     return make_mesh("", [device or jax.local_devices()[0]])
 
 
+def device_of(mesh: Mesh | None = None) -> Any:
+    """What a program of the mesh runs on: its `platform` ("cpu", "gpu" or "tpu") and `device_kind`. None: the mesh that
+    `jax.set_mesh` set, inside a trace as well; the first device here where there is none."""
+    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    return around.abstract_device or jax.devices()[0]
+
+
 def path_string(path: tuple[Any, ...]) -> str:
     """A pytree path as a/b/c."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

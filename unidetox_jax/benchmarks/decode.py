@@ -88,12 +88,12 @@ def _prompts(cfg: ModelConfig, batch: int) -> np.ndarray:
 
 def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, mesh) -> dict[str, float]:
     """What the program of `_ours` costs."""
-    on_cpu = jax.default_backend() == "cpu"
+    platform = sharding.device_of(mesh).platform
     configs, params = [model.cfg for model in pair], tuple(model.params for model in pair)
-    plan = make_plan(configs, [1, 1], new_tokens, layer_loop=layer_loop, transpose_head=on_cpu)
+    plan = make_plan(configs, [1, 1], new_tokens, layer_loop=layer_loop, transpose_head=platform == "cpu")
     inputs = decoding_inputs(plan, batch, mesh)
     with jax.set_mesh(mesh):
-        lower = functools.partial(loop.program_of_backend(batch).lower, params, inputs, **SETTINGS, plan=plan)
+        lower = functools.partial(loop.program_for(platform, batch).lower, params, inputs, **SETTINGS, plan=plan)
         return contest.compile_programs({layer_loop: lower})[1]
 
 

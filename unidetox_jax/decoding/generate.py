@@ -93,8 +93,9 @@ def generate(
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
     )
+    platform = sharding.device_of(request.mesh).platform
     with use(request.mesh):
-        output = loop.program_of_backend(len(request.inputs.live))(
+        output = loop.program_for(platform, len(request.inputs.live))(
             request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
         )
     output = jax.tree.map(np.asarray, output)
@@ -148,7 +149,7 @@ def prepare(
         [model.cfg for model in models],
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
-        transpose_head=jax.default_backend() == "cpu",
+        transpose_head=sharding.device_of(mesh).platform == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
@@ -183,7 +184,7 @@ def make_plan(
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
-    transpose_head: what `generate` asks for on CPU; see `loop.program_of_backend`.
+    transpose_head: what `generate` asks for on CPU; see `loop.program_for`.
     """
     slots = tuple(
         max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))

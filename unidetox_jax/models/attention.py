@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from unidetox_jax import sharding
 from unidetox_jax.models.config import Rotary
 
 MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
@@ -94,7 +95,7 @@ def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
     it is a library call for each row and head, up to seven times as slow."""
     product = functools.partial(jnp.einsum, equation, precision=precision, preferred_element_type=dtype)
     groups, length = queries.shape[2:4]
-    if length == 1 and 1 < groups <= MOST_VECTORS and jax.default_backend() == "cpu":
+    if length == 1 and 1 < groups <= MOST_VECTORS and sharding.device_of().platform == "cpu":
         return jnp.concatenate([product(queries[:, :, g : g + 1], keys) for g in range(groups)], axis=2)
     return product(queries, keys)
 
@@ -132,16 +133,18 @@ def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
 def _cudnn_applies(query: jax.Array) -> bool:
     """cuDNN's fused attention: half precision, head size a multiple of 8 up to 128, Ampere or later."""
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    if jax.default_backend() != "gpu" or not fits:
+    device = sharding.device_of()
+    if device.platform != "gpu" or not fits:
         return False
-    applies = _is_ampere_or_later()
+    applies = _is_ampere_or_later(device.device_kind)
     _log_once("cuDNN fused attention" if applies else "XLA attention (cuDNN's needs compute capability 8.0)")
     return applies
 
 
 @functools.cache
-def _is_ampere_or_later() -> bool:
-    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8.0
+def _is_ampere_or_later(kind: str) -> bool:
+    """A kind that is not here is compiled for (`devices.SPECS`), and all of those are."""
+    return all(float(device.compute_capability) >= 8.0 for device in jax.devices() if device.device_kind == kind)
 
 
 @functools.cache

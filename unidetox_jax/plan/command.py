@@ -178,4 +178,4 @@ def _meshes(run: Run) -> list[str]:
 
 
 def _dtype(run: Run, place: Topology) -> str:
-    return run.shared.dtype or (models.default_dtype() if place.slice == "local" else "bfloat16")
+    return run.shared.dtype or models.default_dtype(place.devices[0].platform)
