@@ -17,7 +17,7 @@ from unidetox_jax.benchmarks import contest
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import default_layer_loop, make_plan
 from unidetox_jax.models import Model, ModelConfig, costs
-from unidetox_jax.plan.programs import decoding_inputs
+from unidetox_jax.plan.programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import common
 from unidetox_jax.stages.settings import Run
@@ -34,7 +34,11 @@ def measure(run: Run) -> list[dict[str, Any]]:
     """A measurement for each batch size and layer loop, and one of PyTorch where `bench.against_torch` asks for it."""
     settings = run.bench
     cfg = common.load_config(run, settings.model)
-    mesh = sharding.make_mesh(run.shared.mesh)
+    program = decoding_program(
+        "decode", [cfg, cfg], **SETTINGS, rows=max(settings.batch_sizes), prompt=1, new_tokens=settings.new_tokens,
+        batches=1,
+    )  # fmt: skip
+    mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
     torch_pair = [contest.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)

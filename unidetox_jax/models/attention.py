@@ -64,7 +64,7 @@ def attention(
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
-    if dropout is None and bias is None and length == key.shape[2] and _cudnn_applies(query):
+    if dropout is None and bias is None and length == key.shape[2] and _use_cudnn(query):
         return _cudnn_attention(query, key, value, mask)
     if mask is None:
         mask = causal_mask(None, length)
@@ -130,11 +130,15 @@ def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
     return ((weigh(own, value) + scatter(weigh(before, prefix.value))) / total).astype(value.dtype)
 
 
-def _cudnn_applies(query: jax.Array) -> bool:
-    """cuDNN's fused attention: half precision, head size a multiple of 8 up to 128, Ampere or later."""
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+def cudnn_applies(dtype: jax.typing.DTypeLike, head_size: int) -> bool:
+    """Whether cuDNN's fused attention takes these: half precision, a head size that is a multiple of 8 up to 128."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
+
+
+def _use_cudnn(query: jax.Array) -> bool:
+    """Where it applies, on Ampere or later."""
     device = sharding.device_of()
-    if device.platform != "gpu" or not fits:
+    if device.platform != "gpu" or not cudnn_applies(query.dtype, query.shape[-1]):
         return False
     applies = _is_ampere_or_later(device.device_kind)
     _log_once("cuDNN fused attention" if applies else "XLA attention (cuDNN's needs compute capability 8.0)")
@@ -153,16 +157,27 @@ def _log_once(choice: str) -> None:
 
 
 def _cudnn_attention(query, key, value, mask):
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=None if mask is None else mask[:, None],
-        is_causal=mask is None,
-        scale=1.0,
-        implementation="cudnn",
+    """cuDNN wants queries, keys and values cut in one way over the mesh, and with a mask an even length."""
+    batch, length, heads, _ = query.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("model", 1)
+    axis = "model" if heads % ways == 0 else None  # else all heads are on every device
+    if axis and key.shape[1] % ways:  # as many copies of key-value heads as make them split with the queries'
+        copies = ways // math.gcd(key.shape[1], ways)
+        key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
+    odd = mask is not None and length % 2
+    if mask is not None:
+        # What fills up is seen by nobody, and sees the keys that there are
+        mask = jnp.pad(jnp.pad(mask, ((0, 0), (0, odd), (0, 0)), constant_values=True), ((0, 0), (0, 0), (0, odd)))
+        mask = sharding.constrain_batch(jnp.broadcast_to(mask, (batch, *mask.shape[1:])), None, None)[:, None]
+    query, key, value = (
+        sharding.constrain_batch(jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))), None, axis, None)
+        for x in (query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
     )
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=mask is None, scale=1.0, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
 def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)")
 # Instructions of which a GPU launches nothing
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id".split()
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id".split()
 )
 
 
@@ -115,7 +115,8 @@ def kernels(text: str) -> dict[int, int]:
         for one in program.computations.get(name, ()):
             inner = [count(callee) for _, callee in one.callees] if one.kind in ("while", "conditional", "call") else []
             if one.kind == "conditional":
-                total += min(inner, key=lambda branch: sum(branch.values()))
+                shortest: Counter = min(inner, key=lambda branch: sum(branch.values()))
+                total += shortest
             for part in inner if one.kind != "conditional" else ():
                 total += Counter({depth + (one.kind == "while"): n for depth, n in part.items()})
             total[0] += one.kind not in _FREE and not one.kind.endswith(("-done", "-update"))

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ _DESCRIPTION = """gpu_device_info {{
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "{0.kind}"
 """
+HOST = 8  # GPUs of a full host
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -62,11 +64,25 @@ class Topology(NamedTuple):
     slice: str
     devices: tuple[jax.Device, ...]
     specs: devices.Specs | None  # None: a kind whose figures are not known
+    memory: float  # bytes of a device; infinite where nobody knows
 
     @property
     def chips(self) -> int:
         """How many are billed."""
         return len(self.devices) // (self.specs.per_chip if self.specs else 1)
+
+
+def larger(place: Topology) -> Iterator[str]:
+    """The topologies of the same devices that have more of them, the next first."""
+    kind, _, shape = place.slice.partition(":")
+    if kind in GPUS:
+        hosts, _, each = shape.partition("x")
+        yield from (f"{kind}-{count}" for count in (2, 4, HOST) if hosts == "1" and count > int(each))
+        yield from (f"{kind}-{count}x{HOST}" for count in (2, 4, 8) if count > int(hosts))
+    elif kind in SLICES:
+        names = {slice: name for name, slice in accelerator_types().items()}
+        later = SLICES[kind][SLICES[kind].index(shape) + 1 :]
+        yield from (names[f"{kind}:{shape}"] for shape in later)
 
 
 def accelerator_types() -> dict[str, str]:
@@ -93,8 +109,8 @@ def topology(name: str) -> Topology:
     shape = types.get(name.replace("v5litepod", "v5e"), name)
     if shape not in types.values():
         known = "; ".join(f"{short} = {full}" for short, full in types.items())
-        gpus_known = ", ".join(f"{kind}-8" for kind in GPUS)
-        raise UserError(f"--topology: no {name!r}; expected local, GPUs ({gpus_known}, …-2x8), or one of {known}")
+        known += "; or GPUs: " + ", ".join(f"{kind}-8" for kind in GPUS) + " or any other number, h100-2x8 on two hosts"
+        raise UserError(f"--topology: no {name!r}; expected local, or one of {known}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody to ask: this is no TPU machine
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is taken
     from jax.experimental import topologies
@@ -135,4 +151,7 @@ def has_libtpu() -> bool:
 
 
 def _of(name: str, shape: str, members) -> Topology:
-    return Topology(name, shape, tuple(members), devices.specs(members[0].device_kind))
+    specs = devices.specs(members[0].device_kind)
+    asked = {} if specs or name != "local" else members[0].memory_stats() or {}
+    memory = specs.memory if specs else asked.get("bytes_limit", math.inf)
+    return Topology(name, shape, tuple(members), specs, memory)
