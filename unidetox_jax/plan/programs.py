@@ -18,12 +18,16 @@ from unidetox_jax.models import ModelConfig
 from unidetox_jax.models.attention import cudnn_applies
 from unidetox_jax.plan import work
 from unidetox_jax.plan.compiler import Program
-from unidetox_jax.recipe import Recipe
+from unidetox_jax.recipe import Lora, Recipe
 
 TRAINING_UTILISATION = 0.40  # of peak FLOPs: what well-tuned training reaches
 DECODING_UTILISATION = 0.60  # of memory bandwidth: this project's own target
-# Settings with which training takes less memory, in the order in which they are suggested
-LEANER = ({"remat": "full"}, {"remat": "full", "accumulation": 4})
+# Settings with which training takes less memory, as flags and as a recipe's fields, in the order of suggestion
+LEANER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("remat=full", {"remat": "full"}),
+    ("remat=full accumulation=4", {"remat": "full", "accumulation": 4}),
+    ("remat=full lora.rank=16", {"remat": "full", "lora": Lora(rank=16)}),
+)
 
 
 def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
@@ -33,16 +37,22 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
     """
 
     def leaner() -> Iterator[tuple[str, Program]]:
-        for changes in LEANER:
+        for flags, changes in LEANER:
             if (other := dataclasses.replace(recipe, **changes)) != recipe:
-                flags = [f"--config.{name.split()[0]}.{field}={value}" for field, value in changes.items()]
-                yield " ".join(flags), training_program(name, cfg, other)
+                flags = " ".join(f"--config.{name.split()[0]}.{flag}" for flag in flags.split())
+                yield flags, training_program(name, cfg, other)
 
     length = min(recipe.max_length, cfg.max_position_embeddings)
     optimizer = method.optimizer(recipe, max(1, recipe.steps))
+    cfg = dataclasses.replace(cfg, lora=recipe.lora, layer_loop="scan")
 
     def resident(mesh: Mesh):
-        return training.abstract_state(cfg, optimizer, mesh)
+        state = training.abstract_state(cfg, optimizer, mesh)
+        if not recipe.lora.rank:
+            return (state,)
+        return state, _abstract(
+            jax.eval_shape(lambda params: models.prepare(params, cfg), models.abstract_params(cfg)), mesh
+        )
 
     def lower(mesh: Mesh):
         shape = work.filled(recipe.batch_size, mesh.shape, recipe.accumulation), length
@@ -57,7 +67,8 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
             remat=recipe.remat,
             dropout_seed=recipe.seed if recipe.dropout else None,
         )
-        return step.lower(resident(mesh), batch)
+        state, *frozen = resident(mesh)
+        return step.lower(state, batch, *frozen)
 
     return Program(
         name,
@@ -197,8 +208,10 @@ def _is_fused(cfg: ModelConfig, platform: str, dropout: bool = False) -> bool:
 
 
 def _abstract_params(cfg: ModelConfig, mesh: Mesh):
-    params = models.abstract_params(cfg)
-    shardings = sharding.param_shardings(params, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, shardings
-    )
+    return _abstract(models.abstract_params(cfg), mesh)
+
+
+def _abstract(tree, mesh: Mesh):
+    """Shapes and dtypes with the shardings that they have on the mesh."""
+    shardings = sharding.param_shardings(tree, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

@@ -4,15 +4,17 @@ compiled. Work and traffic are counted; memory is an estimate, which leaves out 
 Letters: D head size, N key-value heads; sizes are those of the mesh's axes.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from unidetox_jax import buckets
 from unidetox_jax.decoding import loop
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import ModelConfig, costs
+from unidetox_jax.models import ModelConfig, costs, lora
 from unidetox_jax.recipe import Recipe
 
 LOGITS = 1 << 29  # bytes of logits and their gradients that training and scoring hold at once
@@ -45,16 +47,17 @@ def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused:
     owned, weights = _owned(cfg, sizes), costs.read_bytes(cfg, ways)
     again = recipe.remat == "full"
     sums = (6 if again else 4) * cfg.num_layers * parts  # of attention's and the feed-forward's parts, and back
-    # weights and moments; what is computed with, and its gradients; what the backward pass reads
-    state = owned * (3 * _state_size(recipe) + (2 * size if parts == 1 else 2 * size + 4))
+    # weights and moments, what is computed with, and its gradients; with an adapter, the weights that it is beside
+    trained = adapter if (adapter := _adapter(cfg)) else owned
+    state = trained * (3 * _state_size(recipe) + 2 * size + 4 * (parts > 1)) + bool(adapter) * size * owned
     saved = tokens // parts * cfg.num_layers * _saved(cfg, recipe.remat, length, ways, fused)
     return Work(
         flops=tokens * costs.training_flops(cfg, length, recipe.remat, ways),
-        traffic=costs.optimizer_bytes(owned) + (4 if again else 3) * parts * weights,
+        traffic=costs.optimizer_bytes(trained) + (4 if again else 3) * parts * weights,
         memory=state + saved + LOGITS,
         network={
             "fsdp": _share(sizes["fsdp"]) * 3 * parts * weights,  # gathered forward and back, gradients returned
-            "data": _share(sizes["data"]) * 2 * parts * size * owned,
+            "data": _share(sizes["data"]) * 2 * parts * size * trained,
             "model": _share(ways) * 2 * sums * tokens // parts * cfg.hidden_size * size,
         },
         collectives={
@@ -122,6 +125,12 @@ def _owned(cfg: ModelConfig, sizes: Sizes) -> int:
         if sizes[axis] > 1 and costs.params_of_device(cfg, {axis: sizes[axis]}) == costs.params_of_device(cfg, {}):
             raise UserError(f"mesh: nothing of this model can be split {sizes[axis]} ways over {axis!r}")
     return costs.params_of_device(cfg, sizes)
+
+
+@functools.cache
+def _adapter(cfg: ModelConfig) -> int:
+    """Parameters of a low-rank adapter; 0: there is none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(cfg))) if cfg.lora.rank else 0
 
 
 def _share(ways: int) -> float:
