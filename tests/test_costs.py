@@ -38,7 +38,7 @@ def test_training():
     assert costs.training_flops(cfg, 256) - 6 * products == 6 * 12 * 768 * 256
     assert costs.training_flops(cfg, 0, "full") == 8 * products
     assert costs.training_flops(dataclasses.replace(cfg, tie_word_embeddings=False), 0) == 6 * products
-    assert costs.optimizer_bytes(cfg) == 8 * 4 * models.num_params(cfg)
+    assert costs.optimizer_bytes(models.num_params(cfg)) == 8 * 4 * models.num_params(cfg)
 
 
 def test_grouped_heads_cache_less():
@@ -56,3 +56,19 @@ def test_data_sheets_by_device_kind():
     ):
         assert devices.specs(kind) is devices.SPECS[name]
     assert devices.specs("cpu") is None
+
+
+def test_what_the_axis_model_splits():
+    """GPT-2 XL's 25 heads and 50,257 tokens are whole on each of two devices, but not its feed-forward."""
+    xl, llama = (models.published_config(name) for name in ("openai-community/gpt2-xl", "meta-llama/Llama-2-7b-hf"))
+    halved = 48 * (2 * 1600 * 6400 + 6400) // 2
+    assert costs.read_params(xl) - costs.read_params(xl, ways=2) == halved
+    assert costs.cache_bytes(xl, 1, 2) == costs.cache_bytes(xl, 1)
+    assert costs.forward_flops(xl, 10) - costs.forward_flops(xl, 10, ways=2) == 2 * 48 * 1600 * 6400
+    assert costs.forward_flops(llama, 10, ways=2) == costs.forward_flops(llama, 10) / 2
+    assert costs.cache_bytes(llama, 1, 2) == costs.cache_bytes(llama, 1) / 2
+    norms = 65 * 4096
+    assert (
+        costs.params_of_device(llama, {"data": 2, "fsdp": 4, "model": 2})
+        == (models.num_params(llama) - norms) / 8 + norms
+    )

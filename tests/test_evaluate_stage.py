@@ -207,7 +207,7 @@ def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole,
 def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
     run = make_run(work, work)
     tokenizer = make_tokenizer()
-    model = evaluate.common.load_model(run, str(work / "models" / "tiny"))
+    model = evaluate.common.load_model(run, str(work / "models" / "tiny"), sharding.make_mesh(run.shared.mesh))
     chosen = warpers.choose(temperature=1.0, top_k=run.evaluate.top_k, top_p=run.evaluate.top_p)
     found = generations.generate(
         model, tokenizer, PROMPTS, samples=3, max_new_tokens=9, warpers=chosen, seed=42, batch_size=8,

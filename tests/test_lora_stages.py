@@ -65,7 +65,7 @@ def finished(run, tmp_path_factory):
     return workdir
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_stage_leaves_an_adapter_of_little_size(finished, world):

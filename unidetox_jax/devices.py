@@ -19,13 +19,18 @@ REPEATS = 5  # the fastest counts: whatever else the machine does only makes it 
 @dataclasses.dataclass(frozen=True)
 class Specs:
     """One device as jax sees it: bytes of memory, dense bfloat16 FLOP/s, bytes/s from and to its memory, bytes/s that
-    it receives over all its links; devices to a chip that is billed."""
+    it receives over all its links; devices to a chip that is billed; bytes/s that it receives from other hosts, where
+    that is over a slower network (0: it is over the same links)."""
 
     memory: int
     flops: float
     bandwidth: float
     network: float
     per_chip: int = 1
+    between_hosts: float = 0.0
+
+
+NIC = 50e9  # bytes/s each way of a 400 Gbit/s adapter, of which NVIDIA's DGX and HGX H100 have one for each GPU
 
 
 # By the beginning of jax's device_kind. TPUs: docs.cloud.google.com/tpu/docs, a page for each version; v5p is "TPU v5",
@@ -38,13 +43,14 @@ SPECS = {
     "TPU v6e": Specs(32 * GIB, 918e12, 1638e9, 400e9),
     "TPU7x": Specs(96 * GIB, 1153e12, 3690e9, 300e9, per_chip=2),
     "NVIDIA L4": Specs(24 * 10**9, 121e12, 300e9, 32e9),
-    "NVIDIA A100-SXM4-40GB": Specs(40 * 10**9, 312e12, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Specs(80 * 10**9, 312e12, 2039e9, 300e9),
+    "NVIDIA A100-SXM4-40GB": Specs(40 * 10**9, 312e12, 1555e9, 300e9, between_hosts=NIC / 2),
+    "NVIDIA A100-SXM4-80GB": Specs(80 * 10**9, 312e12, 2039e9, 300e9, between_hosts=NIC / 2),
     "NVIDIA A100-PCIE-40GB": Specs(40 * 10**9, 312e12, 1555e9, 32e9),
     "NVIDIA A100 80GB PCIe": Specs(80 * 10**9, 312e12, 1935e9, 32e9),
-    "NVIDIA H100 80GB HBM3": Specs(80 * 10**9, 989e12, 3350e9, 450e9),
+    "NVIDIA H100 80GB HBM3": Specs(80 * 10**9, 989e12, 3350e9, 450e9, between_hosts=NIC),
     "NVIDIA H100 PCIe": Specs(80 * 10**9, 756e12, 2000e9, 64e9),
-    "NVIDIA H200": Specs(141 * 10**9, 989e12, 4800e9, 450e9),
+    "NVIDIA H200": Specs(141 * 10**9, 989e12, 4800e9, 450e9, between_hosts=NIC),
+    "NVIDIA B200": Specs(180 * 10**9, 2250e12, 7700e9, 900e9, between_hosts=NIC),
 }
 
 

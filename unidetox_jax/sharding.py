@@ -8,7 +8,7 @@ are in Auto mode: the compiler places what the rules leave open.
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,13 @@ def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     return make_mesh("", [device or jax.local_devices()[0]])
 
 
+def device_of(mesh: Mesh | None = None) -> Any:
+    """What a program of the mesh runs on: its `platform` ("cpu", "gpu" or "tpu") and `device_kind`. None: the mesh that
+    `jax.set_mesh` set, inside a trace as well; the first device here where there is none."""
+    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    return around.abstract_device or jax.devices()[0]
+
+
 def path_string(path: tuple[Any, ...]) -> str:
     """A pytree path as a/b/c."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
@@ -107,6 +114,12 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
         if mesh.shape[axis] > 1 and axis not in used:
             raise UserError(f"mesh: nothing of this model can be split {mesh.shape[axis]} ways over {axis!r}")
     return shardings
+
+
+def parts(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> int:
+    """Into how many parts axes of these sizes cut an array by `RULES`."""
+    ways = [math.prod(sizes.get(name, 1) for name in _names(axis)) for axis in _axes(path, len(shape))]
+    return math.prod(count for count, size in zip(ways, shape, strict=True) if size % count == 0)
 
 
 def _names(axis: Axis) -> tuple[str, ...]:

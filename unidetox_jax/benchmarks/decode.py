@@ -17,7 +17,7 @@ from unidetox_jax.benchmarks import contest
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import default_layer_loop, make_plan
 from unidetox_jax.models import Model, ModelConfig, costs
-from unidetox_jax.plan.programs import decoding_inputs
+from unidetox_jax.plan.programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import common
 from unidetox_jax.stages.settings import Run
@@ -34,7 +34,11 @@ def measure(run: Run) -> list[dict[str, Any]]:
     """A measurement for each batch size and layer loop, and one of PyTorch where `bench.against_torch` asks for it."""
     settings = run.bench
     cfg = common.load_config(run, settings.model)
-    mesh = sharding.make_mesh(run.shared.mesh)
+    program = decoding_program(
+        "decode", [cfg, cfg], **SETTINGS, rows=max(settings.batch_sizes), prompt=1, new_tokens=settings.new_tokens,
+        batches=1,
+    )  # fmt: skip
+    mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
     torch_pair = [contest.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
@@ -88,12 +92,12 @@ def _prompts(cfg: ModelConfig, batch: int) -> np.ndarray:
 
 def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, mesh) -> dict[str, float]:
     """What the program of `_ours` costs."""
-    on_cpu = jax.default_backend() == "cpu"
+    platform = sharding.device_of(mesh).platform
     configs, params = [model.cfg for model in pair], tuple(model.params for model in pair)
-    plan = make_plan(configs, [1, 1], new_tokens, layer_loop=layer_loop, transpose_head=on_cpu)
+    plan = make_plan(configs, [1, 1], new_tokens, layer_loop=layer_loop, transpose_head=platform == "cpu")
     inputs = decoding_inputs(plan, batch, mesh)
     with jax.set_mesh(mesh):
-        lower = functools.partial(loop.program_of_backend(batch).lower, params, inputs, **SETTINGS, plan=plan)
+        lower = functools.partial(loop.program_for(platform, batch).lower, params, inputs, **SETTINGS, plan=plan)
         return contest.compile_programs({layer_loop: lower})[1]
 
 

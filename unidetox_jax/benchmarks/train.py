@@ -18,9 +18,10 @@ from unidetox_jax import checkpoint, data, devices, distributed, models, shardin
 from unidetox_jax.benchmarks import contest
 from unidetox_jax.data.layout import Shape
 from unidetox_jax.models import ModelConfig, costs
+from unidetox_jax.plan.programs import training_program
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import common
-from unidetox_jax.stages.settings import Run
+from unidetox_jax.stages.settings import Run, TrainingSettings
 
 COLUMNS = ("implementation", "batch", "layout", "examples_per_second", "tokens_per_second", "ms_per_step", "mfu",
            "padded_share", "times_torch", "compile_seconds", "program_gigabytes")  # fmt: skip
@@ -36,7 +37,10 @@ def measure(run: Run) -> list[dict[str, Any]]:
     """
     settings = run.bench
     cfg = common.load_config(run, settings.model)
-    mesh = sharding.make_mesh(run.shared.mesh)
+    recipe = TrainingSettings(
+        batch_size=max(settings.train_batch_sizes), max_length=settings.train_length, steps=settings.steps
+    )
+    mesh = common.mesh_of(run, "bench", [training_program("train", cfg, recipe)])
     tokens = _tokens(run, cfg)
     theirs = _theirs(cfg, tokens) if settings.against_torch else None
     steps = settings.steps * len(settings.train_batch_sizes)

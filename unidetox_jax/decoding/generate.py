@@ -23,7 +23,7 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig, costs
 
 CACHES = ("own", "official")
-GATHER_BYTES = 7 << 30  # weights of all models that fit whole beside their caches on the smallest chip (16 GiB)
+GATHER_BYTES = 7 << 30  # a device's weights of all models that fit beside their caches on the smallest chip (16 GiB)
 
 
 class Generation(NamedTuple):
@@ -93,8 +93,9 @@ def generate(
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
     )
+    platform = sharding.device_of(request.mesh).platform
     with use(request.mesh):
-        output = loop.program_of_backend(len(request.inputs.live))(
+        output = loop.program_for(platform, len(request.inputs.live))(
             request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
         )
     output = jax.tree.map(np.asarray, output)
@@ -148,12 +149,13 @@ def prepare(
         [model.cfg for model in models],
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
-        transpose_head=jax.default_backend() == "cpu",
+        transpose_head=sharding.device_of(mesh).platform == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
         samples=samples,
         prompt_slots=prompt_slots,
+        ways=1 if mesh is None else mesh.shape["model"],
     )
     prompt_rows = buckets.multiple(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
@@ -180,10 +182,11 @@ def make_plan(
     layer_loop: str | None = None,
     samples: int = 1,
     prompt_slots: int = 0,
+    ways: int = 1,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
-    transpose_head: what `generate` asks for on CPU; see `loop.program_of_backend`.
+    transpose_head: what `generate` asks for on CPU; see `loop.program_for`. ways: of the mesh's axis `model`.
     """
     slots = tuple(
         max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
@@ -198,7 +201,7 @@ def make_plan(
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
-        gather=sum(costs.param_bytes(cfg) for cfg in configs) <= GATHER_BYTES,
+        gather=sum(costs.param_bytes(cfg, ways) for cfg in configs) <= GATHER_BYTES,
     )
 
 

@@ -139,15 +139,15 @@ def step(
 
 
 @functools.cache
-def program_of_backend(rows: int) -> jax.stages.Wrapped:
-    """`program` with the options under which the default backend decodes so many rows fastest; use it with
-    `transpose_head` on CPU.
+def program_for(platform: str, rows: int) -> jax.stages.Wrapped:
+    """`program` with the options under which a platform decodes so many rows fastest; use it with `transpose_head` on
+    CPU.
 
     On CPU, XLA gives matrix products to YNNPACK, which packs the weights anew in every step. Its older way, through
     Eigen, takes three quarters of the time for 8 to 64 rows, as long as no matrix has to be read transposed; from 128
     rows on YNNPACK is as fast for large models, and faster for small ones.
     """
-    if jax.default_backend() != "cpu" or rows >= MANY_ROWS:
+    if platform != "cpu" or rows >= MANY_ROWS:
         return program
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:

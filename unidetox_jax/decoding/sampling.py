@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from unidetox_jax import sharding
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
 
@@ -120,7 +121,7 @@ def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def _candidates(scores, k):
     """What `top_candidates` gives, but ties in any order. On CPU `lax.top_k` takes half the time where what is likely
     stands in front, and in a small vocabulary that is done by putting what is likely in most rows there."""
-    if jax.default_backend() != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
+    if sharding.device_of().platform != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
         return top_candidates(scores, k)
     order = jnp.argsort(-scores.mean(0)).astype(jnp.int32)
     values, places = top_candidates(scores[:, order], k)

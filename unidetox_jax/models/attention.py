@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from unidetox_jax import sharding
 from unidetox_jax.models.config import Rotary
 
 MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
@@ -63,7 +64,7 @@ def attention(
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
-    if dropout is None and bias is None and length == key.shape[2] and _cudnn_applies(query):
+    if dropout is None and bias is None and length == key.shape[2] and _use_cudnn(query):
         return _cudnn_attention(query, key, value, mask)
     if mask is None:
         mask = causal_mask(None, length)
@@ -94,7 +95,7 @@ def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
     it is a library call for each row and head, up to seven times as slow."""
     product = functools.partial(jnp.einsum, equation, precision=precision, preferred_element_type=dtype)
     groups, length = queries.shape[2:4]
-    if length == 1 and 1 < groups <= MOST_VECTORS and jax.default_backend() == "cpu":
+    if length == 1 and 1 < groups <= MOST_VECTORS and sharding.device_of().platform == "cpu":
         return jnp.concatenate([product(queries[:, :, g : g + 1], keys) for g in range(groups)], axis=2)
     return product(queries, keys)
 
@@ -129,19 +130,25 @@ def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
     return ((weigh(own, value) + scatter(weigh(before, prefix.value))) / total).astype(value.dtype)
 
 
-def _cudnn_applies(query: jax.Array) -> bool:
-    """cuDNN's fused attention: half precision, head size a multiple of 8 up to 128, Ampere or later."""
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    if jax.default_backend() != "gpu" or not fits:
+def cudnn_applies(dtype: jax.typing.DTypeLike, head_size: int) -> bool:
+    """Whether cuDNN's fused attention takes these: half precision, a head size that is a multiple of 8 up to 128."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
+
+
+def _use_cudnn(query: jax.Array) -> bool:
+    """Where it applies, on Ampere or later."""
+    device = sharding.device_of()
+    if device.platform != "gpu" or not cudnn_applies(query.dtype, query.shape[-1]):
         return False
-    applies = _is_ampere_or_later()
+    applies = _is_ampere_or_later(device.device_kind)
     _log_once("cuDNN fused attention" if applies else "XLA attention (cuDNN's needs compute capability 8.0)")
     return applies
 
 
 @functools.cache
-def _is_ampere_or_later() -> bool:
-    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8.0
+def _is_ampere_or_later(kind: str) -> bool:
+    """A kind that is not here is compiled for (`devices.SPECS`), and all of those are."""
+    return all(float(device.compute_capability) >= 8.0 for device in jax.devices() if device.device_kind == kind)
 
 
 @functools.cache
@@ -150,16 +157,27 @@ def _log_once(choice: str) -> None:
 
 
 def _cudnn_attention(query, key, value, mask):
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=None if mask is None else mask[:, None],
-        is_causal=mask is None,
-        scale=1.0,
-        implementation="cudnn",
+    """cuDNN wants queries, keys and values cut in one way over the mesh, and with a mask an even length."""
+    batch, length, heads, _ = query.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("model", 1)
+    axis = "model" if heads % ways == 0 else None  # else all heads are on every device
+    if axis and key.shape[1] % ways:  # as many copies of key-value heads as make them split with the queries'
+        copies = ways // math.gcd(key.shape[1], ways)
+        key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
+    odd = mask is not None and length % 2
+    if mask is not None:
+        # What fills up is seen by nobody, and sees the keys that there are
+        mask = jnp.pad(jnp.pad(mask, ((0, 0), (0, odd), (0, 0)), constant_values=True), ((0, 0), (0, 0), (0, odd)))
+        mask = sharding.constrain_batch(jnp.broadcast_to(mask, (batch, *mask.shape[1:])), None, None)[:, None]
+    query, key, value = (
+        sharding.constrain_batch(jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))), None, axis, None)
+        for x in (query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
     )
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=mask is None, scale=1.0, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
 def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -143,9 +143,10 @@ class ModelConfig:
             raise UserError(f"{self.family}: {length} tokens, but the model reads at most {self.longest}: {reason}")
 
 
-def default_dtype() -> str:
-    """The compute dtype where none is asked for: float32 on CPU, bfloat16 on accelerators."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def default_dtype(platform: str = "") -> str:
+    """The compute dtype where none is asked for: float32 on CPU, bfloat16 on accelerators. platform: empty: that of
+    the devices here."""
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 # Of a config.json, what the transformers class of a family reads in its modelling file to compute a causal model's

@@ -4,99 +4,150 @@ Configurations of well-known checkpoints come with the package, so a plan needs 
 """
 
 import argparse
-import dataclasses
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 
-from unidetox_jax import models, sharding
+from unidetox_jax import sharding
 from unidetox_jax.devices import GIB
 from unidetox_jax.errors import UserError
-from unidetox_jax.plan import compiler, programs
+from unidetox_jax.plan import auto, compiler, configuration
 from unidetox_jax.plan.compiler import Program, Report
+from unidetox_jax.plan.fits import TABLE_TOPOLOGIES, dtype, suggestions, table
 from unidetox_jax.plan.topology import Topology, topology
 from unidetox_jax.stages import common
-from unidetox_jax.stages.settings import Run, model_name
+from unidetox_jax.stages.settings import Run
 
-MESHES = ("fsdp:-1", "fsdp:-1,model:2", "fsdp:-1,model:4", "model:-1")  # tried in this order where the run's fails
 LARGEST = 12  # arrays whose sharding is shown
-# Rows of the table of BENCHMARKS.md, and the slices that it is for
-TABLE_MODELS = (
-    "openai-community/gpt2-xl",
-    "facebook/opt-6.7b",
-    "tiiuae/falcon-7b",
-    "meta-llama/Llama-2-7b-hf",
-    "meta-llama/Llama-3.1-8B",
-    "meta-llama/Llama-3.1-70B",
-)
-TABLE_TOPOLOGIES = ("v5e-4", "v5e-16", "v5p-8", "v4-16", "v6e-8")
 
-Candidate = tuple[str, Program, str]  # what it is called, the program, the mesh
+Record = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--topology", default="", help="v5e:4x4, v5e-16, … or local: the devices of this machine")
-    parser.add_argument("--table", action="store_true", help="memory of distillation and fine-tuning on many slices")
+    parser.add_argument(
+        "--topology", default="", help="v5e:4x4, v5e-16, h100-8, h100-2x8, … or local: the devices of this machine"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="memory of distillation and fine-tuning on many topologies"
+    )
+    parser.add_argument(
+        "--json", default="", metavar="FILE", type=os.path.expanduser, help="all that is printed, there"
+    )
 
 
 def run_command(options: argparse.Namespace, run: Run) -> int:
     """Prints the plan; 0 where every stage fits, 1 where one does not."""
     if options.table:
         names = options.topology.split(",") if options.topology else TABLE_TOPOLOGIES
-        for line in table(run, TABLE_MODELS, [topology(name) for name in names]):
+        for line in table(run, [topology(name) for name in names]):
             print(line, flush=True)
         return 0
     if not options.topology:
-        raise UserError("--topology: missing; expected local, a slice such as v5e:4x4, or a type such as v5e-16")
+        raise UserError("--topology: missing; expected local, v5e:4x4 or v5e-16 as TPUs are called, GPUs as in h100-8")
     place = topology(options.topology)
-    print(f"{place.name}: {len(place.devices)} x {place.devices[0].device_kind} ({place.slice})")
-    fits = True
-    for program in programs.programs(run, _dtype(run, place)):
-        mesh = sharding.make_mesh(run.shared.mesh, place.devices)
-        report = compiler.compile_program(program, mesh, place.specs)
-        print("\n".join(describe(program, report, mesh, place)), flush=True)
-        if report.refusal:
-            print(f"  suggestion  {suggest(run, program, place)}", flush=True)
-            fits = False
-    return 0 if fits else 1
+    device, records = place.devices[0].device_kind, []
+    print(f"{place.name}: {len(place.devices)} x {device} ({place.slice})")
+    for record in planned(run, place):
+        print("\n".join(describe(record)), flush=True)
+        records.append(record)
+    refused = [record for record in records if not record["fits"]]
+    for record in refused:
+        print(f"\n{record['name']} does not fit on {place.name}; what makes it fit: ", end="")
+        print("; ".join(record["suggestions"]) or "nothing that was tried")
+    if options.json:
+        plan = {"topology": place.name, "slice": place.slice, "device": device, "devices": len(place.devices)}
+        with open(options.json, "w") as file:
+            json.dump({**plan, "programs": records}, file, indent=1)
+    return 1 if refused else 0
 
 
-def describe(program: Program, report: Report, mesh: Mesh, place: Topology) -> Iterator[str]:
+def planned(run: Run, place: Topology) -> Iterator[Record]:
+    """What is printed of each program, as values."""
+    for stage, programs in configuration.programs(run, dtype(run, place)):
+        layout = common.layout_of(run, stage)
+        others = auto.ranked(programs, place)[:2] if layout == auto.AUTO and auto.can_choose(place) else []
+        mesh = auto.mesh(layout, programs, place)
+        for program in programs:
+            report = compiler.compile_program(program, mesh, place.memory)
+            record = _record(program, report, mesh, place)
+            record["auto"] = [str(choice) for choice in others]
+            record["suggestions"] = suggestions(program, mesh, place) if report.refusal else []
+            yield record
+
+
+def _record(program: Program, report: Report, mesh: Mesh, place: Topology) -> Record:
+    platform = place.devices[0].platform
+    work = program.work(mesh.shape, platform)
+    bounds = compiler.bounds(program, mesh, place, report)
+    seconds, bound = compiler.step_seconds(program, bounds) if bounds else (None, None)
+    return {
+        "name": program.name,
+        "mesh": dict(mesh.shape),
+        "fits": not report.refusal,
+        "refusal": report.refusal,
+        "bytes": {"arguments": report.arguments, "temporaries": report.temporaries, "estimate": round(work.memory)},
+        "peak": report.peak,
+        "memory": place.memory if math.isfinite(place.memory) else None,
+        "flops": work.flops,
+        "traffic_bytes": work.traffic,
+        "network_bytes": compiler.network_bytes(program, report),
+        "kernels": compiler.kernels(program, mesh) if platform == "gpu" and not report.refusal else None,
+        "sorts": [{"depth": depth, "of": of, "count": count} for (depth, of), count in report.sorts.items()],
+        "steps": program.steps,
+        "bounds": dict(bounds),
+        "bound": bound,
+        "utilisation": program.utilisation,
+        "seconds": seconds,
+        "chip_hours": seconds and program.steps * seconds / 3600 * place.chips,
+        "shardings": list(_shardings(program.resident(mesh))),
+        "collectives": list(_collectives(report)),
+    }
+
+
+def describe(record: Record) -> Iterator[str]:
     """The lines of one program: does it fit, memory, work of a step, time, shardings, collectives."""
-    memory = f" of {place.specs.memory / GIB:.0f}" if place.specs else ""
-    verdict = f"DOES NOT FIT: {report.refusal}" if report.refusal else "fits"
-    yield f"\n{program.name}: {verdict}"
-    yield f"  mesh        {', '.join(f'{axis}:{size}' for axis, size in mesh.shape.items())}"
-    yield (
-        f"  GiB a chip  {report.arguments / GIB:.2f} arguments + {report.temporaries / GIB:.2f} temporaries, "
-        f"peak {report.peak / GIB:.2f}{memory}"
+    memory = f" of {record['memory'] / GIB:.0f}" if record["memory"] else ""
+    yield f"\n{record['name']}: " + ("fits" if record["fits"] else f"DOES NOT FIT: {record['refusal']}")
+    yield f"  mesh        {', '.join(f'{axis}:{size}' for axis, size in record['mesh'].items())}"
+    yield from _under(
+        "auto", (f"{what} {choice}" for what, choice in zip(("chose", "next"), record["auto"], strict=False))
     )
-    moved, received = program.traffic(mesh) / 1e9, compiler.network_bytes(program, report) / 1e9
+    parts = [f"{record['bytes'][kind] / GIB:.2f} {kind}" for kind in ("arguments", "temporaries")]
+    yield f"  GiB a chip  {' + '.join(parts)}, peak {record['peak'] / GIB:.2f}{memory}"
+    moved, received = record["traffic_bytes"] / 1e9, record["network_bytes"] / 1e9
     yield (
-        f"  a step      {program.flops / 1e12:,.2f} TFLOP and {moved:,.2f} GB of memory traffic on all chips together, "
-        f"{received:,.3f} GB received by each"
+        f"  a step      {record['flops'] / 1e12:,.3f} TFLOP, {moved:,.2f} GB to and from memory and {received:,.3f} GB "
+        "received, on each chip"
     )
-    bounds = compiler.bounds(program, report, mesh, place)
-    if bounds:
-        bound = max(bounds, key=bounds.__getitem__)
-        seconds = bounds[bound] / program.utilisation
-        total = program.steps * seconds
+    if record["kernels"] is not None:
+        yield f"  launches    {record['kernels']:,} kernels in a step"
+    yield from _under("sorts", (f"{one['count']} of {one['of']}, {_where(one['depth'])}" for one in record["sorts"]))
+    if record["bounds"]:
+        total = record["steps"] * record["seconds"]
+        each = ", ".join(f"{name} {value * 1e3:,.2f}" for name, value in record["bounds"].items())
         yield (
-            f"  time        {seconds * 1e3:,.2f} ms a step at {program.utilisation:.0%} of the bound by {bound}; "
-            f"{program.steps:,} steps {total / 60:,.1f} min, {total / 3600 * place.chips:,.2f} chip-hours"
+            f"  time        {record['seconds'] * 1e3:,.2f} ms a step at {record['utilisation']:.0%} of the bound by "
+            f"{record['bound']} (ms: {each}); {record['steps']:,} steps {total / 60:,.1f} min, "
+            f"{record['chip_hours']:,.2f} chip-hours"
         )
-    yield from _under("shardings", _shardings(program.resident(mesh)))
-    yield from _under("collectives", _collectives(report))
+    yield from _under("shardings", record["shardings"])
+    yield from _under("collectives", record["collectives"])
 
 
 def _under(heading: str, lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         yield f"  {heading:<11} {line}"
         heading = ""
+
+
+def _where(depth: int) -> str:
+    return ("once", "in each round of the loop", "in each layer of each round")[min(depth, 2)]
 
 
 def _shardings(resident) -> Iterator[str]:
@@ -111,71 +162,6 @@ def _shardings(resident) -> Iterator[str]:
 
 def _collectives(report: Report) -> Iterator[str]:
     for found in report.collectives:
-        where = ("once", "in each round of the loop", "in each layer of each round")[min(found.depth, 2)]
+        among = f" among {len(found.group)}" if found.group else ""
         size = found.bytes / 1e6
-        yield f"{found.count} {found.kind}, {where}: {size:,.2f} MB, the largest {found.largest}"
-
-
-def suggest(run: Run, program: Program, place: Topology) -> str:
-    """What would fit, as flags: recomputation on the run's mesh, then the other meshes."""
-    flag, leaner = program.leaner or ("", program)
-    meshes = _meshes(run)
-    flags = {mesh: f"{flag} --config.mesh={mesh}".strip() for mesh in meshes[1:]}
-    flags |= {meshes[0]: flag} if flag else {}
-    fit, peak = first_fit([(flags[mesh], leaner, mesh) for mesh in meshes if mesh in flags], place)
-    if fit:
-        return f"{fit} needs {peak / GIB:.1f} GiB"
-    return "none of " + ", ".join(meshes) + " fits; take more chips, accumulation or a smaller batch"
-
-
-def table(run: Run, names: Iterable[str], places: Sequence[Topology], distill: bool = True) -> Iterator[str]:
-    """Lines of a Markdown table: GiB a chip of distillation and of fine-tuning each model, slice by slice.
-
-    Each cell is the first that fits of: the run's mesh without and with recomputation, then other meshes.
-    """
-    yield f"| GiB a chip | {' | '.join(place.name for place in places)} |"
-    yield "|---|" + "---:|" * len(places)
-    for name in (*[""] * distill, *names):
-        label = f"fine-tune {model_name(name)}" if name else f"distill {', '.join(run.distill.models)}"
-        cells = []
-        for place in places:
-            fit, peak = first_fit(_candidates(run, name, _dtype(run, place)), place)
-            cells.append(f"{peak / GIB:.1f} ({fit})" if fit else f"no: at least {peak / GIB:.1f}")
-            logging.info("plan: %s, %s: %s", label, place.name, cells[-1])
-        yield f"| {label} | {' | '.join(cells)} |"
-
-
-def _candidates(run: Run, name: str, dtype: str) -> Iterator[Candidate]:
-    """Ways to fine-tune a model, or to distill where there is no name."""
-    if name:
-        recipe = dataclasses.replace(run.detoxify, remat="none")
-        cfg = common.load_config(run, name, dtype)
-        program = programs.training_program(f"detoxify {model_name(name)}", cfg, recipe)
-    else:
-        program = programs.distillation(run, dtype)
-    for mesh in _meshes(run):
-        yield mesh, program, mesh
-        if program.leaner:
-            yield f"{mesh}, remat full", program.leaner[1], mesh
-
-
-def first_fit(candidates: Iterable[Candidate], place: Topology) -> tuple[str, float]:
-    """The first candidate that fits and its peak in bytes a device; or "" and the least that one of them needs."""
-    least = math.inf
-    for name, program, layout in candidates:
-        try:
-            report = compiler.compile_program(program, sharding.make_mesh(layout, place.devices), place.specs)
-        except UserError:  # the mesh does not go with the devices or the model
-            continue
-        if not report.refusal:
-            return name, report.peak
-        least = min(least, report.peak)
-    return "", least
-
-
-def _meshes(run: Run) -> list[str]:
-    return list(dict.fromkeys((run.shared.mesh, *MESHES)))
-
-
-def _dtype(run: Run, place: Topology) -> str:
-    return run.shared.dtype or (models.default_dtype() if place.slice == "local" else "bfloat16")
+        yield f"{found.count} {found.kind}{among}, {_where(found.depth)}: {size:,.2f} MB, the largest {found.largest}"

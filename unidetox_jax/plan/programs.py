@@ -1,86 +1,33 @@
-"""The programs of the stages, with shapes in place of arrays: nothing here needs weights, a hub or the devices."""
+"""The programs that stages run, with shapes in place of arrays: nothing here needs weights, a hub or the devices."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unidetox_jax import buckets, method, models, sharding, training
-from unidetox_jax.decoding import loop, objectives, warpers
+from unidetox_jax import method, models, sharding, training
+from unidetox_jax.decoding import loop
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.decoding.warpers import Warper, in_order
 from unidetox_jax.evaluation import likelihood
-from unidetox_jax.models import ModelConfig, costs
+from unidetox_jax.models import ModelConfig
+from unidetox_jax.models.attention import cudnn_applies
+from unidetox_jax.plan import work
 from unidetox_jax.plan.compiler import Program
-from unidetox_jax.recipe import Recipe
-from unidetox_jax.stages import common
-from unidetox_jax.stages.settings import Run, model_name
+from unidetox_jax.recipe import Lora, Recipe
 
 TRAINING_UTILISATION = 0.40  # of peak FLOPs: what well-tuned training reaches
 DECODING_UTILISATION = 0.60  # of memory bandwidth: this project's own target
-PROMPT_TOKENS = 64  # of an evaluation prompt; ToxiGen's are shorter
-PROMPTS = 940  # of ToxiGen's annotated test, where config.evaluate.max_prompts does not say
-TEXT_TOKENS = 128  # of a text whose perplexity is measured
-QUESTION_TOKENS = 1024  # of a few-shot question
-
-
-def programs(run: Run, dtype: str) -> Iterator[Program]:
-    """What the stages of a configuration run on the devices, in their order."""
-    base = common.load_config(run, run.shared.base, dtype)
-    targets = [(model_name(target), common.load_config(run, target, dtype)) for target in run.shared.targets]
-    settings = run.evaluate
-    texts = (settings.max_prompts or PROMPTS) * settings.samples * settings.runs
-    rows = settings.score_batch_size
-    if run.toxify.data:
-        yield training_program(f"toxify {model_name(run.shared.base)}", base, run.toxify)
-    yield distillation(run, dtype)
-    for name, cfg in targets:
-        yield training_program(f"detoxify {name}", cfg, run.detoxify)
-    for name, cfg in targets:
-        yield decoding_program(
-            f"evaluate {name}: generation",
-            [cfg],
-            objectives.get("base"),
-            warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
-            rows=settings.batch_size,
-            prompt=PROMPT_TOKENS,
-            new_tokens=settings.max_new_tokens,
-            batches=-(-texts // settings.batch_size),
-            samples=min(settings.samples, settings.batch_size),
-        )
-        if settings.mmlu:
-            questions = max(1, rows * likelihood.FULL_BATCH_LENGTH // QUESTION_TOKENS)
-            length = min(QUESTION_TOKENS, cfg.max_position_embeddings)
-            yield scoring_program(f"evaluate {name}: knowledge", cfg, questions, length, 16, 1)
-    if settings.perplexity_scorer:
-        cfg = common.load_config(run, settings.perplexity_scorer, dtype)
-        name = f"evaluate: perplexity by {model_name(settings.perplexity_scorer)}"
-        yield scoring_program(name, cfg, rows, TEXT_TOKENS, 32, -(-texts // rows))
-
-
-def distillation(run: Run, dtype: str) -> Program:
-    """The generation of a batch of texts from BOS by all models of the objective."""
-    settings = run.distill
-    configs = []
-    for source in settings.models:
-        path, _, layer = source.partition("@")
-        cfg = common.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
-        configs.append(dataclasses.replace(cfg, num_layers=int(layer)) if layer else cfg)
-    return decoding_program(
-        f"distill ({', '.join(settings.models)})",
-        configs,
-        objectives.get(settings.objective),
-        warpers.choose(
-            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
-        ),
-        rows=settings.batch_size,
-        prompt=1,
-        new_tokens=min(settings.max_length, *(cfg.max_position_embeddings for cfg in configs)) - 1,
-        batches=-(-settings.num_texts // settings.batch_size),
-        cache=settings.cache,
-    )
+# Settings with which training takes less memory, as flags and as a recipe's fields, in the order of suggestion
+LEANER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("remat=full", {"remat": "full"}),
+    ("remat=full accumulation=4", {"remat": "full", "accumulation": 4}),
+    ("remat=full lora.rank=16", {"remat": "full", "lora": Lora(rank=16)}),
+)
 
 
 def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
@@ -88,18 +35,27 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
 
     name: of the stage and the model, "toxify gpt2-xl".
     """
-    leaner = None
-    if recipe.remat != "full":
-        again = training_program(name, cfg, dataclasses.replace(recipe, remat="full"))
-        leaner = f"--config.{name.split()[0]}.remat=full", again
+
+    def leaner() -> Iterator[tuple[str, Program]]:
+        for flags, changes in LEANER:
+            if (other := dataclasses.replace(recipe, **changes)) != recipe:
+                flags = " ".join(f"--config.{name.split()[0]}.{flag}" for flag in flags.split())
+                yield flags, training_program(name, cfg, other)
+
     length = min(recipe.max_length, cfg.max_position_embeddings)
     optimizer = method.optimizer(recipe, max(1, recipe.steps))
+    cfg = dataclasses.replace(cfg, lora=recipe.lora, layer_loop="scan")
 
     def resident(mesh: Mesh):
-        return training.abstract_state(cfg, optimizer, mesh)
+        state = training.abstract_state(cfg, optimizer, mesh)
+        if not recipe.lora.rank:
+            return (state,)
+        return state, _abstract(
+            jax.eval_shape(lambda params: models.prepare(params, cfg), models.abstract_params(cfg)), mesh
+        )
 
     def lower(mesh: Mesh):
-        shape = _filled(recipe.batch_size, mesh, recipe.accumulation), length
+        shape = work.filled(recipe.batch_size, mesh.shape, recipe.accumulation), length
         rows = sharding.batch_sharding(mesh)
         kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32}
         batch = {kind: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for kind, dtype in kinds.items()}
@@ -111,15 +67,17 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
             remat=recipe.remat,
             dropout_seed=recipe.seed if recipe.dropout else None,
         )
-        return step.lower(resident(mesh), batch)
+        state, *frozen = resident(mesh)
+        return step.lower(state, batch, *frozen)
 
     return Program(
         name,
         resident,
         lower,
         steps=recipe.steps,
-        flops=recipe.batch_size * length * costs.training_flops(cfg, length, recipe.remat),
-        traffic=lambda mesh: costs.optimizer_bytes(cfg),
+        work=lambda sizes, platform: work.training(
+            cfg, recipe, length, sizes, _is_fused(cfg, platform, recipe.dropout)
+        ),
         utilisation=TRAINING_UTILISATION,
         rounds=(1, cfg.num_layers * recipe.accumulation),
         leaner=leaner,
@@ -130,7 +88,7 @@ def decoding_program(
     name: str,
     configs: Sequence[ModelConfig],
     objective: Objective,
-    chosen: Sequence[warpers.Warper],
+    warpers: Sequence[Warper],
     *,
     rows: int,
     prompt: int,
@@ -144,34 +102,58 @@ def decoding_program(
     Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
     minutes instead of an hour.
     """
-    plan = make_plan(configs, [prompt] * len(configs), new_tokens, cache=cache, layer_loop="scan", samples=samples)
+    options: dict[str, Any] = {"cache": cache, "samples": samples}
+
+    def make(ways: int) -> loop.Plan:
+        return make_plan(configs, [prompt] * len(configs), new_tokens, layer_loop="scan", ways=ways, **options)
 
     def resident(mesh: Mesh):
-        return tuple(_abstract_params(cfg, mesh) for cfg in plan.configs)
+        return tuple(_abstract_params(cfg, mesh) for cfg in configs)
 
-    def lower(mesh: Mesh):
+    def lower(mesh: Mesh, plan: loop.Plan | None = None):
+        plan = plan or make(mesh.shape["model"])
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
+        params = tuple(_abstract_params(cfg, mesh) for cfg in plan.configs)
         with jax.set_mesh(mesh):
-            return loop.program.lower(resident(mesh), inputs, objective, warpers.in_order(chosen), plan=plan)
+            return loop.program.lower(params, inputs, objective, in_order(warpers), plan=plan)
 
-    live = prompt + new_tokens / 2  # tokens in the cache, on average
-    loops = len(plan.segments)  # only one of them runs in any step
+    def shallow(mesh: Mesh, layers: int):
+        few = [dataclasses.replace(cfg, num_layers=layers) for cfg in configs]
+        return lower(
+            mesh,
+            make_plan(few, [prompt] * len(few), loop.ROOM, layer_loop="unroll", ways=mesh.shape["model"], **options),
+        )
+
+    def leaner() -> Iterator[tuple[str, Program]]:
+        for fewer in (rows // 2, rows // 4):
+            if fewer >= max(1, samples):
+                again = decoding_program(
+                    name, configs, objective, warpers, rows=fewer, prompt=prompt, new_tokens=new_tokens,
+                    batches=batches * (rows // fewer), **options,
+                )  # fmt: skip
+                yield f"--config.{name.split()[0]}.batch_size={fewer}", again
+
+    loops = len(make(1).segments)  # only one of them runs in any step
     layers = max(cfg.num_layers for cfg in configs)
     return Program(
         name,
         resident,
         lower,
         steps=batches * new_tokens,
-        flops=rows * sum(costs.forward_flops(cfg, live) for cfg in configs),
-        traffic=lambda mesh: sum(_weight_traffic(cfg, mesh) + costs.cache_bytes(cfg, rows * live) for cfg in configs),
+        work=lambda sizes, platform: work.decoding(
+            make(sizes["model"]), rows, prompt, sizes, work.LANES if platform == "tpu" else 1
+        ),
         utilisation=DECODING_UTILISATION,
         rounds=(0, 1 / loops, layers / loops),
+        leaner=leaner,
+        shallow=shallow,
+        layers=sum(cfg.num_layers for cfg in configs) / len(configs),
     )
 
 
 def decoding_inputs(plan: loop.Plan, prompts: int, mesh: Mesh) -> loop.Inputs:
     """What a generation of `prompts` prompts takes beside parameters and settings, as ShapeDtypeStructs."""
-    prompts = _filled(prompts, mesh)
+    prompts = work.filled(prompts, mesh.shape)
 
     def row(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
@@ -198,7 +180,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         return _abstract_params(cfg, mesh)
 
     def lower(mesh: Mesh):
-        filled = _filled(rows, mesh)
+        filled = work.filled(rows, mesh.shape)
         shapes = ((filled, length), (filled, 2), (filled, scored), (filled, 1))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)) for shape in shapes]
         piece = likelihood.piece_length(cfg, mesh, filled, scored)
@@ -210,27 +192,26 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         resident,
         lower,
         steps=steps,
-        flops=rows * length * costs.forward_flops(cfg, length / 2, logits=scored / length),
-        traffic=lambda mesh: _weight_traffic(cfg, mesh),
+        work=lambda sizes, platform: work.scoring(cfg, rows, length, scored, sizes, _is_fused(cfg, platform)),
         utilisation=TRAINING_UTILISATION,
         rounds=(1, cfg.num_layers),
     )
 
 
-def _filled(rows: int, mesh: Mesh, accumulation: int = 1) -> int:
-    """Rows of a batch that the mesh, and the parts of an accumulation, divide."""
-    return buckets.multiple(rows, sharding.batch_shards(mesh) * accumulation)
-
-
-def _weight_traffic(cfg: ModelConfig, mesh: Mesh) -> int:
-    """Bytes of weights that all devices together read in a forward pass: only `model` divides that work, whatever is
-    cut over `fsdp` is whole when it is used."""
-    return sharding.batch_shards(mesh) * costs.read_bytes(cfg)
+def _is_fused(cfg: ModelConfig, platform: str, dropout: bool = False) -> bool:
+    """Whether attention over whole texts keeps no scores."""
+    return (
+        platform == "gpu"
+        and cudnn_applies(cfg.dtype, cfg.head_size)
+        and not (cfg.alibi or (dropout and cfg.attention_dropout))
+    )
 
 
 def _abstract_params(cfg: ModelConfig, mesh: Mesh):
-    params = models.abstract_params(cfg)
-    shardings = sharding.param_shardings(params, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, shardings
-    )
+    return _abstract(models.abstract_params(cfg), mesh)
+
+
+def _abstract(tree, mesh: Mesh):
+    """Shapes and dtypes with the shardings that they have on the mesh."""
+    shardings = sharding.param_shardings(tree, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

@@ -1,8 +1,11 @@
-"""Devices to compile for, by name: slices of TPUs, which need `libtpu` and no TPU, or the devices that are here."""
+"""Devices to compile for, by name: slices of TPUs, which need `libtpu` and no TPU; NVIDIA GPUs, which need JAX's
+plugin for CUDA and no GPU; or the devices that are here."""
 
 import importlib.util
 import math
 import os
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -16,18 +19,70 @@ SLICES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUB
 CORES_PER_CHIP = {"v4": 2, "v5p": 2, "tpu7x": 2}  # an accelerator type counts cores
 
 
+class Gpu(NamedTuple):
+    """What XLA's compiler wants to know of a GPU beside `devices.SPECS`: compute capability, multiprocessors, their
+    float32 units and shared memory (of one block at most), level-2 cache, clock, memory as the driver gives it."""
+
+    kind: str
+    capability: int
+    cores: int
+    units: int
+    shared_memory: int
+    block_memory: int
+    cache: int
+    clock: float
+    memory: int
+
+
+# As XLA describes them: openxla/xla, xla/backends/gpu/target_config/specs
+GPUS = {
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", 8, 108, 64, 167936, 166912, 41943040, 1.41, 42331013120),
+    "a100-80": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 167936, 166912, 41943040, 1.41, 85100068864),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 233472, 232448, 52428800, 1.98, 84942979072),
+    "h200": Gpu("NVIDIA H200", 9, 132, 128, 233472, 232448, 52428800, 1.98, 151397597184),
+    "b200": Gpu("NVIDIA B200", 10, 148, 128, 233472, 232448, 132644864, 1.965, 191514411008),
+}
+_DESCRIPTION = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+  cuda_compute_capability {{ major: {0.capability} }}
+  core_count: {0.cores} fpus_per_core: {0.units} clock_rate_ghz: {0.clock} l2_cache_size: {0.cache}
+  shared_memory_per_core: {0.shared_memory} shared_memory_per_block_optin: {0.block_memory}
+  device_memory_size: {0.memory} memory_bandwidth: {1:.0f}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "{0.kind}"
+"""
+HOST = 8  # GPUs of a full host
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
 class Topology(NamedTuple):
-    """Devices to compile for: `name` as it was asked for, `slice` ("v5e:4x4" or "local")."""
+    """Devices to compile for: `name` as it was asked for, `slice` ("v5e:4x4", "h100:1x8" or "local")."""
 
     name: str
     slice: str
     devices: tuple[jax.Device, ...]
     specs: devices.Specs | None  # None: a kind whose figures are not known
+    memory: float  # bytes of a device; infinite where nobody knows
 
     @property
     def chips(self) -> int:
         """How many are billed."""
         return len(self.devices) // (self.specs.per_chip if self.specs else 1)
+
+
+def larger(place: Topology) -> Iterator[str]:
+    """The topologies of the same devices that have more of them, the next first."""
+    kind, _, shape = place.slice.partition(":")
+    if kind in GPUS:
+        hosts, _, each = shape.partition("x")
+        yield from (f"{kind}-{count}" for count in (2, 4, HOST) if hosts == "1" and count > int(each))
+        yield from (f"{kind}-{count}x{HOST}" for count in (2, 4, 8) if count > int(hosts))
+    elif kind in SLICES:
+        names = {slice: name for name, slice in accelerator_types().items()}
+        later = SLICES[kind][SLICES[kind].index(shape) + 1 :]
+        yield from (names[f"{kind}:{shape}"] for shape in later)
 
 
 def accelerator_types() -> dict[str, str]:
@@ -40,17 +95,21 @@ def accelerator_types() -> dict[str, str]:
 
 
 def topology(name: str) -> Topology:
-    """The devices of a slice ("v5e:4x4"), of an accelerator type ("v5e-16") or of this machine ("local").
+    """The devices of a slice ("v5e:4x4"), of an accelerator type ("v5e-16"), of one host with GPUs ("h100-8") or of
+    several ("h100-2x8"), or of this machine ("local").
 
     Raises:
-      UserError: there is no such topology (those that exist are listed), or libtpu is not installed.
+      UserError: there is no such topology (those that exist are listed), or its compiler is not installed.
     """
     if name == "local":
         return _of(name, name, jax.devices())
+    if gpus := re.fullmatch(rf"({'|'.join(GPUS)})[-:](?:([1-9]\d*)x)?([1-9]\d*)", name):
+        return _gpus(name, gpus[1], int(gpus[2] or 1), int(gpus[3]))
     types = accelerator_types()
     shape = types.get(name.replace("v5litepod", "v5e"), name)
     if shape not in types.values():
         known = "; ".join(f"{short} = {full}" for short, full in types.items())
+        known += "; or GPUs: " + ", ".join(f"{kind}-8" for kind in GPUS) + " or any other number, h100-2x8 on two hosts"
         raise UserError(f"--topology: no {name!r}; expected local, or one of {known}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody to ask: this is no TPU machine
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is taken
@@ -66,10 +125,33 @@ def topology(name: str) -> Topology:
     return _of(name, shape, description.devices)
 
 
+def _gpus(name: str, kind: str, hosts: int, each: int) -> Topology:
+    if not has_cuda_plugin():
+        raise UserError("--topology: needs JAX's compiler for GPUs: pip install 'unidetox-jax[plan-gpu]'")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # libraries that no compilation needs may be absent
+    gpu, shape = GPUS[kind], f"{hosts}x1x{each}"  # hosts x processes of a host x devices of a process
+    config = _DESCRIPTION.format(gpu, devices.SPECS[gpu.kind].bandwidth)
+    try:
+        description = topologies.get_topology_desc(kind, platform="cuda", topology=shape, target_config=config)
+    except (NotImplementedError, RuntimeError) as error:  # the plugin would not load, as jax has logged
+        raise UserError(f"--topology {name!r}: {' '.join(str(error).split())[:200]}") from None
+    return _of(name, f"{kind}:{hosts}x{each}", description.devices)
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX's compiler for NVIDIA GPUs is installed."""
+    return any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
+
+
 def has_libtpu() -> bool:
     """Whether a TPU's compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def _of(name: str, shape: str, members) -> Topology:
-    return Topology(name, shape, tuple(members), devices.specs(members[0].device_kind))
+    specs = devices.specs(members[0].device_kind)
+    asked = {} if specs or name != "local" else members[0].memory_stats() or {}
+    memory = specs.memory if specs else asked.get("bytes_limit", math.inf)
+    return Topology(name, shape, tuple(members), specs, memory)

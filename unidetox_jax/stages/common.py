@@ -1,29 +1,39 @@
 """What stages share: the run's mesh and its models, and the working directory's rooms."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, models, sharding
+from unidetox_jax import checkpoint, models
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
+from unidetox_jax.plan import auto
+from unidetox_jax.plan.compiler import Program
+from unidetox_jax.plan.topology import topology
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
 
-def mesh_of(run: Run) -> Mesh:
-    """The run's mesh over all devices of all processes."""
-    return sharding.make_mesh(run.shared.mesh)
+def layout_of(run: Run, stage: str) -> str:
+    """A stage's mesh, as configured: its own, or else the run's; "auto" where neither names one."""
+    own = getattr(getattr(run, stage), "mesh", auto.AUTO)
+    return run.shared.mesh if own == auto.AUTO else own
 
 
-def load_model(run: Run, source: str, mesh: Mesh | None = None, param_dtype: str | None = None) -> Model:
-    """A model on the run's mesh, computing in the run's dtype; `source` may hold `{workdir}`."""
-    params, cfg = checkpoint.load(run.path(source), mesh or mesh_of(run), param_dtype)
+def mesh_of(run: Run, stage: str, programs: Sequence[Program]) -> Mesh:
+    """A stage's mesh over all devices of all processes, for programs that it runs on it."""
+    place = topology("local")
+    return auto.mesh(layout_of(run, stage), programs, place, f"{stage}, {programs[0].name}" if programs else stage)
+
+
+def load_model(run: Run, source: str, mesh: Mesh, param_dtype: str | None = None) -> Model:
+    """A model on a mesh, computing in the run's dtype; `source` may hold `{workdir}`."""
+    params, cfg = checkpoint.load(run.path(source), mesh, param_dtype)
     return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
 
 
-def load_models(run: Run, sources: Iterable[str], mesh: Mesh | None = None) -> dict[str, Model]:
+def load_models(run: Run, sources: Iterable[str], mesh: Mesh) -> dict[str, Model]:
     """`load_model` of each, by source. One that is named twice is loaded once, and MODEL+ADAPTER shares MODEL's weights
     with all that are made of it."""
     loaded: dict[str, Model] = {}

@@ -21,6 +21,7 @@ from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
+from unidetox_jax.plan import configuration
 from unidetox_jax.stages import base, card, common
 from unidetox_jax.stages.settings import DistillSettings, Run
 
@@ -62,7 +63,8 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
         parameters = sum(common.num_params(run, alike.get(name, name)) for name in settings.models)
         return 2.0 * settings.num_texts * settings.max_length * parameters
 
-    recorded = {**dataclasses.asdict(settings), "base": run.shared.base, "dtype": run.shared.dtype}
+    recorded = {k: v for k, v in dataclasses.asdict(settings).items() if k != "mesh"}
+    recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
     return base.Task(name, directory, recorded, inputs, body, operations)
 
 
@@ -153,7 +155,8 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
         sampling.check_same_tokenizer(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
-    whole = common.load_models(run, tokenizers, common.mesh_of(run))
+    mesh = common.mesh_of(run, "distill", [configuration.distillation(run, settings)])
+    whole = common.load_models(run, tokenizers, mesh)
     loaded = []
     for name, source in zip(settings.models, sources, strict=True):
         model, match = whole[source], _EARLY_EXIT.fullmatch(name)

@@ -38,10 +38,12 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, metrics, prompts, scorers
+from unidetox_jax.plan import configuration
 from unidetox_jax.stages import base, common
 from unidetox_jax.stages import evaluation_results as results
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
@@ -55,7 +57,7 @@ FORMATS = {
 }
 TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
 # what says which tasks there are, and what a result depends on by rounding at most
-NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size")
+NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +183,13 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
     return results.headline(measured)
 
 
+def _mesh(run: Run, source: str) -> Mesh:
+    """For all that an evaluation runs on a model."""
+    scores = source == run.path(run.evaluate.perplexity_scorer)
+    runs = configuration.perplexity if scores else configuration.evaluation
+    return common.mesh_of(run, "evaluate", runs(run.evaluate, model_name(source), common.load_config(run, source)))
+
+
 def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
     score = None
@@ -190,7 +199,7 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
 
     def load(source: str):
         logging.info("evaluate: loading %s", source)
-        return common.load_model(run, source), checkpoint.load_tokenizer(source)
+        return common.load_model(run, source, _mesh(run, source)), checkpoint.load_tokenizer(source)
 
     def keep(name: str, make: Callable[[], Any], together: bool = True) -> Any:
         path = directory / PARTS / name

@@ -22,6 +22,7 @@ from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import layout
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.transformer import REMAT
+from unidetox_jax.plan.programs import training_program
 from unidetox_jax.stages import base, common
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
@@ -92,10 +93,11 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     Raises:
       UserError, Preempted: as `method.finetune`; a data set, model or number that is not as it must be.
     """
-    mesh, source = common.mesh_of(run), run.path(job.model)
+    source = run.path(job.model)
     cfg = checkpoint.load_config(source)
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
     adapter = bool(job.settings.lora.rank)
+    mesh = common.mesh_of(run, job.section.removeprefix("config."), [training_program(job.name, cfg, job.settings)])
     param_dtype = None if adapter else "bfloat16" if job.settings.reproduce_release else "float32"
 
     def initial() -> Any:

@@ -30,7 +30,9 @@ class RunSettings:
     targets: tuple[str, ...] = ("openai-community/gpt2-xl",)  # what is detoxified
     control_targets: tuple[str, ...] = ()  # targets fine-tuned on as many texts of the base model alone as well
     data_dir: str = ""  # where data sets lie; an empty string means the hub
-    mesh: str = "data:1,fsdp:-1,model:1"
+    # data:…,fsdp:…,model:…, one of them -1; auto: the fastest that fits, see plan.auto. Of training, and of every stage
+    # whose own mesh is auto
+    mesh: str = "auto"
     dtype: str = ""  # compute dtype; empty: float32 on CPU, bfloat16 on accelerators
 
 
@@ -85,6 +87,7 @@ class DistillSettings:
     seed: int = 1234
     prompt: str = ""  # what follows BOS
     cache: str = "own"  # "official": the released code's shared cache
+    mesh: str = "auto"  # config.mesh, or where that is auto as well, what the programs of this stage are fastest on
     scorer: str = ""  # toxicity of the distilled text itself, by this scorer; empty: none
 
 
@@ -105,6 +108,7 @@ class EvaluateSettings(Protocol):
     # toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
     prompts: str = "toxigen"
     max_prompts: int = 0  # that many, drawn with `seed`; 0: all
+    mesh: str = "auto"  # as config.distill.mesh
 
 
 @dataclasses.dataclass(frozen=True)

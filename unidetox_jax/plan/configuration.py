@@ -1,0 +1,88 @@
+"""What the stages of a configuration run on the devices."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from unidetox_jax.decoding import objectives, warpers
+from unidetox_jax.evaluation import likelihood
+from unidetox_jax.models import ModelConfig
+from unidetox_jax.plan.compiler import Program
+from unidetox_jax.plan.programs import decoding_program, scoring_program, training_program
+from unidetox_jax.stages import common
+from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name
+
+PROMPT_TOKENS = 64  # of an evaluation prompt; ToxiGen's are shorter
+PROMPTS = 940  # of ToxiGen's annotated test, where config.evaluate.max_prompts does not say
+TEXT_TOKENS = 128  # of a text whose perplexity is measured
+QUESTION_TOKENS = 1024  # of a few-shot question
+
+
+def programs(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
+    """What the stages of a configuration run on the devices, in their order: (stage, programs that run on one mesh)."""
+    base = common.load_config(run, run.shared.base, dtype)
+    targets = [(model_name(target), common.load_config(run, target, dtype)) for target in run.shared.targets]
+    if run.toxify.data:
+        yield "toxify", [training_program(f"toxify {model_name(run.shared.base)}", base, run.toxify)]
+    yield "distill", [distillation(run, run.distill, dtype)]
+    for name, cfg in targets:
+        yield "detoxify", [training_program(f"detoxify {name}", cfg, run.detoxify)]
+    for name, cfg in targets:
+        yield "evaluate", evaluation(run.evaluate, name, cfg)
+    if scorer := run.evaluate.perplexity_scorer:
+        yield "evaluate", perplexity(run.evaluate, model_name(scorer), common.load_config(run, scorer, dtype))
+
+
+def evaluation(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
+    """What the evaluation of a model runs on it."""
+    rows = settings.score_batch_size
+    found = [
+        decoding_program(
+            f"evaluate {name}: generation",
+            [cfg],
+            objectives.get("base"),
+            warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
+            rows=settings.batch_size,
+            prompt=PROMPT_TOKENS,
+            new_tokens=settings.max_new_tokens,
+            batches=-(-_texts(settings) // settings.batch_size),
+            samples=min(settings.samples, settings.batch_size),
+        )
+    ]
+    if settings.mmlu:
+        questions = max(1, rows * likelihood.FULL_BATCH_LENGTH // QUESTION_TOKENS)
+        length = min(QUESTION_TOKENS, cfg.max_position_embeddings)
+        found.append(scoring_program(f"evaluate {name}: knowledge", cfg, questions, length, 16, 1))
+    return found
+
+
+def perplexity(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
+    """What the perplexity of an evaluation's texts runs on its scorer."""
+    rows = settings.score_batch_size
+    name = f"evaluate: perplexity by {name}"
+    return [scoring_program(name, cfg, rows, TEXT_TOKENS, 32, -(-_texts(settings) // rows))]
+
+
+def _texts(settings: EvaluateSettings) -> int:
+    return (settings.max_prompts or PROMPTS) * settings.samples * settings.runs
+
+
+def distillation(run: Run, settings: DistillSettings, dtype: str = "") -> Program:
+    """The generation of a batch of texts from BOS by all models of the objective."""
+    configs = []
+    for source in settings.models:
+        path, _, layer = source.partition("@")
+        cfg = common.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
+        configs.append(dataclasses.replace(cfg, num_layers=int(layer)) if layer else cfg)
+    return decoding_program(
+        f"distill ({', '.join(settings.models)})",
+        configs,
+        objectives.get(settings.objective),
+        warpers.choose(
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
+        ),
+        rows=settings.batch_size,
+        prompt=1,
+        new_tokens=min(settings.max_length, *(cfg.max_position_embeddings for cfg in configs)) - 1,
+        batches=-(-settings.num_texts // settings.batch_size),
+        cache=settings.cache,
+    )

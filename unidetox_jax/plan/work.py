@@ -1,0 +1,157 @@
+"""What a program asks of one device of a mesh, by shapes alone: the model by which meshes are chosen before anything is
+compiled. Work and traffic are counted; memory is an estimate, which leaves out what only the compiler knows.
+
+Letters: D head size, N key-value heads; sizes are those of the mesh's axes.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from unidetox_jax import buckets
+from unidetox_jax.decoding import loop
+from unidetox_jax.errors import UserError
+from unidetox_jax.models import ModelConfig, costs, lora
+from unidetox_jax.recipe import Recipe
+
+LOGITS = 1 << 29  # bytes of logits and their gradients that training and scoring hold at once
+LANES = 128  # what a TPU pads the last dimension of an array to
+GROWTH = 1.25  # of a cache, while it grows
+
+Sizes = Mapping[str, int]
+
+
+class Work(NamedTuple):
+    """Of one device: floating-point operations and bytes to and from memory of a step; bytes held at most; and by axis
+    of the mesh, bytes received from the other devices on it, and the number of collectives that bring them."""
+
+    flops: float
+    traffic: float
+    memory: float
+    network: Mapping[str, float]
+    collectives: Mapping[str, float]
+
+
+def filled(rows: int, sizes: Sizes, accumulation: int = 1) -> int:
+    """Rows of a batch that the mesh, and the parts of an accumulation, divide."""
+    return buckets.multiple(rows, sizes["data"] * sizes["fsdp"] * accumulation)
+
+
+def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused: bool) -> Work:
+    """Of an optimizer step. fused: attention keeps no scores."""
+    ways, size, parts = sizes["model"], np.dtype(cfg.dtype).itemsize, recipe.accumulation
+    tokens = filled(recipe.batch_size, sizes, parts) // (sizes["data"] * sizes["fsdp"]) * length
+    owned, weights = _owned(cfg, sizes), costs.read_bytes(cfg, ways)
+    again = recipe.remat == "full"
+    sums = (6 if again else 4) * cfg.num_layers * parts  # of attention's and the feed-forward's parts, and back
+    # weights and moments, what is computed with, and its gradients; with an adapter, the weights that it is beside
+    trained = adapter if (adapter := _adapter(cfg)) else owned
+    state = trained * (3 * _state_size(recipe) + 2 * size + 4 * (parts > 1)) + bool(adapter) * size * owned
+    saved = tokens // parts * cfg.num_layers * _saved(cfg, recipe.remat, length, ways, fused)
+    return Work(
+        flops=tokens * costs.training_flops(cfg, length, recipe.remat, ways),
+        traffic=costs.optimizer_bytes(trained) + (4 if again else 3) * parts * weights,
+        memory=state + saved + LOGITS,
+        network={
+            "fsdp": _share(sizes["fsdp"]) * 3 * parts * weights,  # gathered forward and back, gradients returned
+            "data": _share(sizes["data"]) * 2 * parts * size * trained,
+            "model": _share(ways) * 2 * sums * tokens // parts * cfg.hidden_size * size,
+        },
+        collectives={
+            "fsdp": (sizes["fsdp"] > 1) * 3 * parts * cfg.num_layers,
+            "data": (sizes["data"] > 1) * parts,
+            "model": (ways > 1) * sums,
+        },
+    )
+
+
+def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int) -> Work:
+    """Of one token more in each of `rows` rows, with half of the new tokens in the cache. lanes: what head sizes are
+    padded to."""
+    shards, ways = sizes["data"] * sizes["fsdp"], sizes["model"]
+    rows = filled(-(-rows // plan.samples), sizes) // shards * plan.samples
+    flops = traffic = memory = gathered = summed = 0.0
+    for cfg in plan.configs:
+        size, weights = np.dtype(cfg.dtype).itemsize, costs.read_bytes(cfg, ways)
+        owned = _owned(cfg, sizes)
+        prepared = costs.param_bytes(cfg, ways) if plan.gather else size * owned
+        padded = buckets.multiple(cfg.head_size, lanes) / cfg.head_size
+        flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, ways=ways)
+        traffic += weights + padded * costs.cache_bytes(cfg, rows * (prompt + plan.size / 2), ways)
+        memory += 4 * owned + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
+        memory += padded * GROWTH * costs.cache_bytes(cfg, rows * (plan.size + prompt / plan.samples), ways)
+        gathered += weights / (plan.size if plan.gather else 1)
+        summed += 2 * cfg.num_layers * rows * cfg.hidden_size * size
+    layers = sum(cfg.num_layers for cfg in plan.configs)
+    return Work(
+        flops,
+        traffic,
+        memory,
+        network={"fsdp": _share(sizes["fsdp"]) * gathered, "model": _share(ways) * 2 * summed},
+        collectives={
+            "fsdp": (sizes["fsdp"] > 1) * layers / (plan.size if plan.gather else 1),
+            "model": (ways > 1) * 2 * layers,
+        },
+    )
+
+
+def scoring(cfg: ModelConfig, rows: int, length: int, scored: int, sizes: Sizes, fused: bool) -> Work:
+    """Of the log-probabilities of the last `scored` tokens of each row."""
+    ways, size, layers = sizes["model"], np.dtype(cfg.dtype).itemsize, cfg.num_layers
+    tokens = filled(rows, sizes) // (sizes["data"] * sizes["fsdp"]) * length
+    weights = costs.read_bytes(cfg, ways)
+    return Work(
+        flops=tokens * costs.forward_flops(cfg, length / 2, scored / length, ways),
+        traffic=weights,
+        memory=4 * _owned(cfg, sizes) + tokens * _saved(cfg, "none", length, ways, fused) + LOGITS,
+        network={
+            "fsdp": _share(sizes["fsdp"]) * weights,
+            "model": _share(ways) * 2 * 2 * layers * tokens * cfg.hidden_size * size,
+        },
+        collectives={"fsdp": (sizes["fsdp"] > 1) * layers, "model": (ways > 1) * 2 * layers},
+    )
+
+
+def _owned(cfg: ModelConfig, sizes: Sizes) -> int:
+    """Parameters of a device.
+
+    Raises:
+      UserError: an axis of which nothing in the model can make use.
+    """
+    for axis in ("fsdp", "model"):
+        if sizes[axis] > 1 and costs.params_of_device(cfg, {axis: sizes[axis]}) == costs.params_of_device(cfg, {}):
+            raise UserError(f"mesh: nothing of this model can be split {sizes[axis]} ways over {axis!r}")
+    return costs.params_of_device(cfg, sizes)
+
+
+@functools.cache
+def _adapter(cfg: ModelConfig) -> int:
+    """Parameters of a low-rank adapter; 0: there is none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(cfg))) if cfg.lora.rank else 0
+
+
+def _share(ways: int) -> float:
+    """What a device receives of something that it has one of so many parts of."""
+    return (ways - 1) / ways
+
+
+def _state_size(recipe: Recipe) -> int:
+    """Bytes of a weight, and of each of its moments, between steps."""
+    return 2 if recipe.reproduce_release else 4
+
+
+def _saved(cfg: ModelConfig, remat: str, length: int, ways: int, fused: bool) -> float:
+    """Bytes of a layer and token that the backward pass reads: what stands between blocks; with "dots" what matrices
+    give as well; else also what stands between those, and scores and probabilities of attention that is not fused."""
+    size = np.dtype(cfg.dtype).itemsize
+    heads = (costs.split(cfg.num_heads, ways) + 2 * costs.split(cfg.num_kv_heads, ways)) * cfg.head_size
+    inner = costs.split(cfg.intermediate_size, ways)
+    if remat == "full":
+        return size * cfg.hidden_size
+    if remat == "dots":
+        return size * (3 * cfg.hidden_size + heads + 2 * inner)
+    scores = 0 if fused else (4 + size) * costs.split(cfg.num_heads, ways) * length
+    return size * (6 * cfg.hidden_size + 2 * heads + 3 * inner) + scores
