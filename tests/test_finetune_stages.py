@@ -135,6 +135,18 @@ def test_a_record_in_the_old_spelling_is_complete(finished, run):
     record.write_text(text)
 
 
+@pytest.mark.parametrize(("lacking", "code"), [("clip_norm", 0), ("learning_rate", 2)])
+def test_a_record_without_a_setting_had_its_default(finished, run, lacking, code):
+    """As a version wrote it that did not have the setting: `clip_norm` is the default here, `learning_rate` is not."""
+    record = finished / "toxic/stage.json"
+    text = record.read_text()
+    old = json.loads(text)
+    del old["settings"][lacking]
+    record.write_text(json.dumps(old))
+    assert run("toxify", finished) == code
+    record.write_text(text)
+
+
 def test_other_settings_are_explained_and_watching_is_free(finished, run, capsys):
     before = snapshot(finished)
     assert run("toxify", finished, toxify__learning_rate=2e-3) == 2

@@ -21,6 +21,7 @@ from etils import epath
 
 from unidetox_jax import devices, distributed, storage
 from unidetox_jax.errors import UserError
+from unidetox_jax.recipe import Recipe
 from unidetox_jax.stages.settings import RENAMED
 from unidetox_jax.training import preemption
 
@@ -87,7 +88,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)
     record = json.loads(distributed.as_first_says(json.dumps(record)))
     if record is not None:
-        record["settings"] = {RENAMED.get(key, key): value for key, value in record["settings"].items()}
+        record["settings"] = _as_of_now(record["settings"], wanted["settings"])
         differences = _differences(wanted, {key: record.get(key) for key in wanted})
         if differences and not (force or task.derived):
             raise UserError(
@@ -194,6 +195,13 @@ def versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back: tuples become lists, paths strings."""
     return json.loads(json.dumps(value, default=str))
+
+
+def _as_of_now(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's settings under today's names; one of a recipe that its version did not have is the default."""
+    defaults = _plain(dataclasses.asdict(Recipe()))
+    known = {key: value for key, value in defaults.items() if key in wanted}
+    return {**known, **{RENAMED.get(key, key): value for key, value in settings.items()}}
 
 
 def _differences(wanted: Any, found: Any, where: str = "") -> list[str]:
