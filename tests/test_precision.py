@@ -1,7 +1,6 @@
 """What weights and moments are kept in: stochastic rounding loses nothing on average, and is the same everywhere."""
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import subprocess
@@ -18,7 +17,7 @@ from test_training_step import GPT2_CONFIG, make_batch
 from unidetox_jax import method, models, sharding, training
 from unidetox_jax.checkpoint import Checkpointer
 from unidetox_jax.errors import UserError
-from unidetox_jax.recipe import Recipe
+from unidetox_jax.recipe import Lora, Recipe
 from unidetox_jax.training import rounding
 
 OPTIMIZER = training.Optimizer(1e-3, steps=20, weight_decay=0.1, precision="bfloat16", seed=7)
@@ -109,17 +108,20 @@ def test_a_step_changes_weights_by_float32s_update_on_average():
     assert error < 0.1 * abs(found["float32"].mean())
 
 
-def updated(cfg, mesh):
+def updated(layout):
     """Weights and moments after three updates by gradients that are the same numbers on any mesh.
 
     Without clipping, whose norm is a sum and so has the mesh's order; all else of an update is element by element.
     """
-    transformation = training.make_optimizer(dataclasses.replace(OPTIMIZER, clip_norm=0.0))
-    state = training.init_state(
-        models.init(cfg, jax.random.key(0), mesh), dataclasses.replace(OPTIMIZER, clip_norm=0.0)
-    )
-    places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    params, opt_state, rng = state.params, state.opt_state, np.random.default_rng(5)
+    optimizer = dataclasses.replace(OPTIMIZER, clip_norm=0.0)
+    transformation, rng = training.make_optimizer(optimizer), np.random.default_rng(5)
+    shapes = {"embed": {"tokens": {"embedding": (64, 32)}}, "final": {"norm": {"scale": (32,)}},
+              "blocks": {"mlp": {"up": {"kernel": (2, 32, 64), "bias": (2, 64)}}}}  # fmt: skip
+    weights = jax.tree.map(lambda shape: rng.normal(size=shape), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    mesh = sharding.make_mesh(layout) if layout else sharding.single_device_mesh()
+    places = sharding.param_shardings(weights, mesh)
+    state = training.init_state(jax.tree.map(jax.device_put, weights, places), optimizer)
+    params, opt_state = state.params, state.opt_state
 
     @jax.jit
     def update(gradients, opt_state, params):
@@ -130,13 +132,14 @@ def updated(cfg, mesh):
     for _ in range(3):
         gradients = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
         params, opt_state = update(jax.device_put(gradients, places), opt_state, params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((params, opt_state)) if leaf.ndim} == {"bfloat16"}
+    assert len(params["blocks"]["mlp"]["up"]["kernel"].sharding.device_set) == (8 if layout else 1)
     return jax.device_get((params, opt_state))
 
 
-def test_one_device_and_eight_give_the_same_bits(cfg):
-    alone = updated(cfg, None)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(alone) if leaf.ndim} == {"bfloat16"}
-    assert_equal(updated(cfg, sharding.make_mesh("data:2,fsdp:2,model:2")), alone)
+@pytest.mark.parametrize("layout", ["fsdp:8", "data:2,fsdp:2,model:2"])
+def test_one_device_and_eight_give_the_same_bits(layout):
+    assert_equal(updated(layout), updated(""))
 
 
 def run(step, state, first, last):
@@ -147,18 +150,16 @@ def run(step, state, first, last):
 
 @pytest.mark.usefixtures("compile_fast")
 def test_a_resumed_training_is_the_one_that_went_on(cfg, tmp_path):
-    """From a checkpoint on disk, in a program compiled anew."""
-    compile_step = functools.partial(training.make_train_step.__wrapped__, cfg, OPTIMIZER, dropout_seed=1)
-    start = training.init_state(models.init(cfg, jax.random.key(0)), OPTIMIZER)
-    first = compile_step()
-    half = run(first, start, 0, 3)
+    """From a checkpoint on disk."""
+    step = training.make_train_step(cfg, OPTIMIZER, dropout_seed=1)
+    half = run(step, training.init_state(models.init(cfg, jax.random.key(0)), OPTIMIZER), 0, 3)
     with Checkpointer(tmp_path / "checkpoints", 1) as checkpoints:
         checkpoints.save(3, half, wait=True)
-    whole = run(first, half, 3, 6)
+    whole = run(step, half, 3, 6)
     with Checkpointer(tmp_path / "checkpoints", 1) as checkpoints:
-        step, restored = checkpoints.restore_latest(training.abstract_state(cfg, OPTIMIZER, None))
-    assert step == 3
-    assert_equal(run(compile_step(), restored, 3, 6), whole)
+        number, restored = checkpoints.restore_latest(training.abstract_state(cfg, OPTIMIZER, None))
+    assert number == 3
+    assert_equal(run(step, restored, 3, 6), whole)
 
 
 # ---------------------------------------------------------------------------------------------- what a step computes
@@ -184,10 +185,12 @@ def test_late_casts_change_no_gradient(cfg, remat):
     assert_equal(found, expected)
 
 
-def test_an_unknown_precision_is_one_line():
+def test_what_no_training_can_have_is_one_line(cfg):
     with pytest.raises(UserError, match=r"^precision: no 'bf16'; did you mean 'bfloat16'\? \(known: bfloat16, float32"):
         method.optimizer(Recipe(precision="bf16"), 1)
     assert method.optimizer(Recipe(reproduce_release=True), 1).precision == "release"
+    with pytest.raises(UserError, match="^precision: found 'bfloat16', but an adapter"):
+        method.check_adapter(cfg, Recipe(precision="bfloat16", lora=Lora(rank=1)))
     assert method.optimizer(Recipe(), 1) == training.Optimizer(5e-5, steps=1, seed=123)
 
 

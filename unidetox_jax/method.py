@@ -150,7 +150,7 @@ def check_adapter(cfg: models.ModelConfig, recipe: Recipe) -> None:
     if recipe.reproduce_release:
         raise UserError("lora.rank: reproduce_release trains all weights, in bfloat16; switch one of the two off")
     if recipe.precision != "float32":
-        raise UserError(f"precision: found {recipe.precision!r}, but an adapter and its moments are float32 (lora.rank)")
+        raise UserError(f"precision: found {recipe.precision!r}, but an adapter (lora.rank) is trained in float32")
 
 
 def _beginning(weights: Any, cfg: models.ModelConfig, seed: int, mesh: Mesh) -> tuple[Callable[[], Any], Any]:

@@ -146,7 +146,7 @@ def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any,
 
 def _gradients(params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
     """The mean loss over the batch's targets, their number, and the gradients in the compute dtype, or in float32
-    where they are sums over several parts; base: what an adapter (`params`) is attached to, None where there is none."""
+    where they are sums over several parts; base: what an adapter (`params`) is attached to, or None."""
     targets = target_mask(batch).sum(dtype=jnp.float32)
     variables = casting.variables(params, cfg)
     frozen = None if base is None else models.prepare(base, cfg)
