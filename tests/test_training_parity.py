@@ -126,7 +126,7 @@ def test_biases_and_norms_do_not_decay(family):
 
 def test_official_is_torchs_bfloat16():
     """Gradients of our own, so that what is compared is the optimizer's arithmetic, bit for bit."""
-    settings = training.Optimizer(learning_rate=1e-5, steps=40, weight_decay=0.1, clip_norm=0.0, reproduce_release=True)
+    settings = training.Optimizer(learning_rate=1e-5, steps=40, weight_decay=0.1, clip_norm=0.0, precision="release")
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(64, 32)).astype(np.float32) * 0.02
     theirs = torch.nn.Parameter(torch.from_numpy(weights).bfloat16())
@@ -150,7 +150,7 @@ def test_official_is_torchs_bfloat16():
 
 
 def test_official_trains_as_torchs_bfloat16_model():
-    settings = training.Optimizer(learning_rate=1e-3, steps=20, reproduce_release=True)
+    settings = training.Optimizer(learning_rate=1e-3, steps=20, precision="release")
     model = torch_model(CONFIGS["gpt2"])
     losses, params, _ = train(model.bfloat16(), settings, 20)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}

@@ -142,11 +142,11 @@ def test_a_step_gives_back_its_state(cfg):
     )
 
 
-@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("precision", training.PRECISIONS)
 @pytest.mark.parametrize("layout", ["", "fsdp:4,model:2"])
-def test_the_abstract_state_is_the_real_ones_description(cfg, layout, release):
+def test_the_abstract_state_is_the_real_ones_description(cfg, layout, precision):
     mesh = sharding.make_mesh(layout) if layout else None
-    optimizer = dataclasses.replace(OPTIMIZER, reproduce_release=release)
+    optimizer = dataclasses.replace(OPTIMIZER, precision=precision)
     real = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
     abstract = training.abstract_state(cfg, optimizer, mesh)
     assert jax.tree.structure(real) == jax.tree.structure(abstract)

@@ -27,7 +27,7 @@ from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
-from unidetox_jax.errors import UserError
+from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, scorers
 from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
 from unidetox_jax.evaluation.prompts import from_texts
@@ -149,6 +149,8 @@ def check_adapter(cfg: models.ModelConfig, recipe: Recipe) -> None:
         raise UserError(f"lora.dropout: found {recipe.lora.dropout}, but dropout is off; one of the two must change")
     if recipe.reproduce_release:
         raise UserError("lora.rank: reproduce_release trains all weights, in bfloat16; switch one of the two off")
+    if recipe.precision != "float32":
+        raise UserError(f"precision: found {recipe.precision!r}, but an adapter (lora.rank) is trained in float32")
 
 
 def _beginning(weights: Any, cfg: models.ModelConfig, seed: int, mesh: Mesh) -> tuple[Callable[[], Any], Any]:
@@ -175,14 +177,17 @@ def _merged(model: LanguageModel) -> LanguageModel:
 
 
 def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:
-    """AdamW as a recipe says, for a training of that many steps."""
+    """AdamW as a recipe says, for a training of that many steps. Raises UserError for an unknown precision."""
+    if recipe.precision not in training.PRECISIONS:
+        raise UserError(f"precision: no {recipe.precision!r}{suggest(recipe.precision, training.PRECISIONS)}")
     return training.Optimizer(
         learning_rate=recipe.learning_rate,
         steps=steps,
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         clip_norm=recipe.clip_norm,
-        reproduce_release=recipe.reproduce_release,
+        precision="release" if recipe.reproduce_release else recipe.precision,
+        seed=recipe.seed,
     )
 
 

@@ -42,7 +42,9 @@ class Recipe:
     accumulation: int = 1  # parts that a step's batch is computed in
     remat: str = "none"  # what the backward pass computes again: none, dots, full
     layout: str = "pack"  # or pad; how a step's texts lie in rows
-    reproduce_release: bool = False  # the released code: bf16 weights and moments, padding trained on, no end token
+    # float32; bfloat16: weights and moments in it, stochastically rounded; release: the released code's arithmetic
+    precision: str = "float32"
+    reproduce_release: bool = False  # the released code: precision "release", padding trained on, no end token
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept
     evaluate_every: int = 500  # steps between evaluations, where there is validation data

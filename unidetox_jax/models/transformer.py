@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import sharding
 from unidetox_jax.models import cache as kv
+from unidetox_jax.models import casting
 from unidetox_jax.models.attention import (
     Prefix,
     alibi_bias,
@@ -297,8 +298,11 @@ def _apply_block(cfg, block, x, attend, rotary, index, dropout_key):
 def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, remat: str = "none"):
     """Runs body(block, x, state, layer) -> (x, state) over the first `stop` layers, scanned or unrolled."""
     stop = cfg.num_layers if stop is None else stop
-    if REMAT[remat] is not None:
-        body = jax.checkpoint(body, policy=REMAT[remat])
+    policy = REMAT[remat]
+    if casting.holds_late(blocks):
+        body, policy = _reading(body), policy or casting.saveable
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy)
     if isinstance(blocks, tuple) or cfg.layer_loop == "unroll":
         for index in range(stop):
             block = blocks[index] if isinstance(blocks, tuple) else _layer(blocks, index)
@@ -313,6 +317,10 @@ def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, r
         blocks = jax.tree.map(lambda leaf: leaf[:stop], blocks)
     (x, state), _ = jax.lax.scan(step, (x, state), (blocks, jnp.arange(stop)))
     return x, state
+
+
+def _reading(body):
+    return lambda block, x, state, index: body(casting.read(block), x, state, index)
 
 
 def _layer(blocks: Params, index: int) -> Params:

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, data, method, models
+from unidetox_jax import checkpoint, data, method, models, training
 from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import layout
 from unidetox_jax.errors import UserError, suggest
@@ -98,7 +98,7 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype)
     adapter = bool(job.settings.lora.rank)
     mesh = common.mesh_of(run, job.section.removeprefix("config."), [training_program(job.name, cfg, job.settings)])
-    param_dtype = None if adapter else "bfloat16" if job.settings.reproduce_release else "float32"
+    param_dtype = None if adapter else method.optimizer(job.settings, 1).param_dtype
 
     def initial() -> Any:
         if not job.scratch:
@@ -160,7 +160,12 @@ def _check(job: Job) -> None:
     for name in ("steps", "epochs", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected a number of at least 0")
-    for name, known in (("remat", REMAT), ("layout", layout.LAYOUTS), ("export_dtype", ("", *hf.FLOATS))):
+    for name, known in (
+        ("precision", training.PRECISIONS),
+        ("remat", REMAT),
+        ("layout", layout.LAYOUTS),
+        ("export_dtype", ("", *hf.FLOATS)),
+    ):
         if (value := getattr(settings, name)) not in known:
             raise UserError(f"{section}.{name}: no {value!r}{suggest(value, filter(None, known))}")
     if not settings.steps and not settings.epochs:

@@ -42,7 +42,7 @@ class TrainingSettings(Recipe):
 
     data: str = ""  # a data set, as `data.load` names it
     validation: str = ""  # another, for the evaluation loss; empty: none
-    export_dtype: str = ""  # of the finished model's weights; empty: float32, or bfloat16 where `reproduce_release`
+    export_dtype: str = ""  # of the finished model's weights; empty: as they are trained
 
 
 @dataclasses.dataclass(frozen=True)

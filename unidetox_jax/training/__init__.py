@@ -12,10 +12,11 @@ step.lower(training.abstract_state(cfg, optimizer, mesh), abstract_batch).compil
 
 from unidetox_jax.training.loop import Schedule, fit
 from unidetox_jax.training.loss import loss
-from unidetox_jax.training.optimizer import Optimizer, make_optimizer
+from unidetox_jax.training.optimizer import PRECISIONS, Optimizer, make_optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = [
+    "PRECISIONS",
     "Optimizer",
     "Schedule",
     "TrainState",

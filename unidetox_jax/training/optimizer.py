@@ -1,7 +1,9 @@
-"""AdamW with a linear decay, exactly as transformers.Trainer with torch.optim.AdamW takes its steps.
+"""AdamW with a linear decay, as transformers.Trainer steps with torch.optim.AdamW; in three precisions.
 
-Pure bfloat16 (`reproduce_release`) is torch's arithmetic, one rounding after each of its operations. At a learning rate
-of 1e-5 most of those updates round to nothing; it is here to reproduce the released code.
+float32: weights, moments and arithmetic. bfloat16: weights and moments are kept in it, a step is computed in float32
+and rounded stochastically, so that on average no update is lost. release: torch's arithmetic on bfloat16 tensors, one
+rounding after each of its operations, to reproduce the released code; at a learning rate of 1e-5 most of those updates
+round to nothing.
 """
 
 import dataclasses
@@ -12,6 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from unidetox_jax import sharding
+from unidetox_jax.training import rounding
+
+PRECISIONS = ("float32", "bfloat16", "release")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Optimizer:
     learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`.
     weight_decay: on matrices and embeddings, not on biases and norms.
     clip_norm: of the global gradient norm; 0 switches clipping off.
-    reproduce_release: weights, moments and gradients in bfloat16, as in the released code.
+    precision: one of PRECISIONS. seed: of the stochastic rounding.
     """
 
     learning_rate: float
@@ -32,12 +37,23 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.999
     epsilon: float = 1e-8
-    reproduce_release: bool = False
+    precision: str = "float32"
+    seed: int = 0
 
     @property
     def param_dtype(self) -> str:
         """What the weights are kept in."""
-        return "bfloat16" if self.reproduce_release else "float32"
+        return "float32" if self.precision == "float32" else "bfloat16"
+
+    @property
+    def gradient_dtype(self) -> str:
+        """What an update starts from."""
+        return "bfloat16" if self.precision == "release" else "float32"
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """What the model computes in; None: as its configuration says."""
+        return "bfloat16" if self.precision == "release" else None
 
     def learning_rate_at(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The learning rate of the update number `step`, from 0; float32."""
@@ -50,7 +66,7 @@ class Optimizer:
 def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
     """Clipping, AdamW and the schedule, to be used with `optax.apply_updates`; its state mirrors the parameters."""
     parts = [_clip(settings.clip_norm)] if settings.clip_norm else []
-    if settings.reproduce_release:
+    if settings.precision != "float32":
         return optax.chain(*parts, _bfloat16_adamw(settings))
     parts.append(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon))
     if settings.weight_decay:
@@ -91,32 +107,54 @@ class Bfloat16State(NamedTuple):
 
 
 def _bfloat16_adamw(settings: Optimizer) -> optax.GradientTransformation:
-    """torch.optim.AdamW on bfloat16 tensors: each operation in float32, its result rounded to bfloat16."""
-
-    def rounded(x):  # not a cast there and back, which XLA may drop
-        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    """AdamW whose weights and moments are bfloat16."""
+    step = _release_step if settings.precision == "release" else _stochastic_step
 
     def init(params):
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.bfloat16), params)
         return Bfloat16State(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
     def update(gradients, state, params):
-        count = state.count + 1
-        rate = settings.learning_rate_at(state.count)
-        bias1 = 1 - settings.b1**count
-        bias2 = jnp.sqrt(1 - settings.b2**count)
+        def leaf(path, *arrays):
+            return step(settings, state.count, sharding.path_string(path), *arrays)
 
-        def leaf(gradient, mu, nu, param, decays):
-            gradient, mu, nu, param = (x.astype(jnp.float32) for x in (gradient, mu, nu, param))
-            kept = rounded(param * (1 - rate * settings.weight_decay)) if decays and settings.weight_decay else param
-            mu = rounded(mu + (1 - settings.b1) * (gradient - mu))
-            nu = rounded(rounded(nu * settings.b2) + (1 - settings.b2) * gradient * gradient)
-            denominator = rounded(rounded(rounded(jnp.sqrt(nu)) / bias2) + settings.epsilon)
-            change = kept - param - rate / bias1 * (mu / denominator)
-            return change, mu.astype(jnp.bfloat16), nu.astype(jnp.bfloat16)
-
-        found = jax.tree.map(leaf, gradients, state.mu, state.nu, params, decayed(params))
+        found = jax.tree_util.tree_map_with_path(leaf, gradients, state.mu, state.nu, params, decayed(params))
         changes, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), found)
-        return changes, Bfloat16State(count, mu, nu)
+        return changes, Bfloat16State(state.count + 1, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _release_step(settings: Optimizer, count, path, gradient, mu, nu, param, decays):
+    """A leaf's change and moments as torch.optim.AdamW makes them on bfloat16 tensors: each operation in float32, its
+    result rounded to bfloat16."""
+
+    def rounded(x):  # not a cast there and back, which XLA may drop
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    rate = settings.learning_rate_at(count)
+    bias1 = 1 - settings.b1 ** (count + 1)
+    bias2 = jnp.sqrt(1 - settings.b2 ** (count + 1))
+    gradient, mu, nu, param = (x.astype(jnp.float32) for x in (gradient, mu, nu, param))
+    kept = rounded(param * (1 - rate * settings.weight_decay)) if decays and settings.weight_decay else param
+    mu = rounded(mu + (1 - settings.b1) * (gradient - mu))
+    nu = rounded(rounded(nu * settings.b2) + (1 - settings.b2) * gradient * gradient)
+    denominator = rounded(rounded(rounded(jnp.sqrt(nu)) / bias2) + settings.epsilon)
+    change = kept - param - rate / bias1 * (mu / denominator)
+    return change, mu.astype(jnp.bfloat16), nu.astype(jnp.bfloat16)
+
+
+def _stochastic_step(settings: Optimizer, count, path, gradient, mu, nu, param, decays):
+    """A leaf's change and moments, computed in float32 and rounded stochastically, the moments too: with b2 = 0.999
+    the second would stand still otherwise. The change leads to a bfloat16 number exactly."""
+    rate = settings.learning_rate_at(count)
+    mu = settings.b1 * mu.astype(jnp.float32) + (1 - settings.b1) * gradient
+    nu = settings.b2 * nu.astype(jnp.float32) + (1 - settings.b2) * gradient * gradient
+    direction = mu / (1 - settings.b1 ** (count + 1))
+    direction /= jnp.sqrt(nu / (1 - settings.b2 ** (count + 1))) + settings.epsilon
+    if decays and settings.weight_decay:
+        direction += settings.weight_decay * param.astype(jnp.float32)
+    for_param, for_moments = rounding.random_bits(settings.seed, count, path, param.shape)
+    after = rounding.add(param, -rate * direction, for_param)
+    change = after.astype(jnp.float32) - param.astype(jnp.float32)
+    return change, rounding.to_bfloat16(mu, for_moments), rounding.to_bfloat16(nu, for_moments >> 16)

@@ -1,8 +1,8 @@
 """One optimizer step as one compiled, donated, sharded program.
 
 It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. Derivatives are
-taken with respect to the weights in the compute dtype, cast once a step, so that an accumulation of micro-batches does
-not cast them again. Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2 small's shape
+taken with respect to the weights in the compute dtype, and no copy of the weights in it stands beside them
+(`models.casting`). Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2 small's shape
 unrolled ones took 6 to 13 % more processor time a step, and three times as long to compile.
 """
 
@@ -17,13 +17,13 @@ import optax
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
-from unidetox_jax.models import ModelConfig, lora
+from unidetox_jax.models import ModelConfig, casting, lora
 from unidetox_jax.training.loss import target_mask, total_loss
 from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. step: int32, updates done; params: float32, or bfloat16 where `reproduce_release`."""
+    """All that a step changes. step: int32, updates done; params: in `Optimizer.param_dtype`."""
 
     step: Any
     params: Any
@@ -80,7 +80,7 @@ def make_train_step(
     which stay as they are.
 
     Args:
-      cfg: its dtype is the compute dtype (bfloat16 with `optimizer.reproduce_release`).
+      cfg: its dtype is the compute dtype (bfloat16 in precision "release").
       mesh: None is the first device.
       accumulation: parts that the batch's rows are computed in, one after another; the loss is a mean over the
         targets of all. Rows must be a multiple of it times the mesh's batch axes.
@@ -91,7 +91,7 @@ def make_train_step(
     target), "grad_norm" (before clipping), "learning_rate", "targets".
     """
     mesh = mesh or sharding.single_device_mesh()
-    cfg = dataclasses.replace(cfg, layer_loop="scan", dtype="bfloat16" if optimizer.reproduce_release else cfg.dtype)
+    cfg = dataclasses.replace(cfg, layer_loop="scan", dtype=optimizer.compute_dtype or cfg.dtype)
     transformation = make_optimizer(optimizer)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
 
@@ -109,6 +109,7 @@ def make_train_step(
             if dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
             loss, targets, gradients = _gradients(state.params, base, batch, cfg, accumulation, key, remat)
+            gradients = jax.tree.map(lambda leaf: leaf.astype(optimizer.gradient_dtype), gradients)
             gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
             with jax.numpy_dtype_promotion("standard"):  # which optax needs, whatever the user's code is held to
                 updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
@@ -144,31 +145,32 @@ def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any,
 
 
 def _gradients(params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
-    """The mean loss over the batch's targets, their number, and the gradients in the parameters' dtype; base: what an
-    adapter (`params`) is attached to, None where there is none."""
+    """The mean loss over the batch's targets, their number, and the gradients in the compute dtype, or in float32
+    where they are sums over several parts; base: what an adapter (`params`) is attached to, or None."""
     targets = target_mask(batch).sum(dtype=jnp.float32)
-    prepared = models.prepare(params, cfg)
+    variables = casting.variables(params, cfg)
     frozen = None if base is None else models.prepare(base, cfg)
 
-    def mean(prepared, part, key):
-        whole = prepared if frozen is None else lora.attach(frozen, prepared, cfg)
+    def mean(variables, part, key):
+        whole = casting.late(params, variables)
+        whole = whole if frozen is None else lora.attach(frozen, whole, cfg)
         total, _ = total_loss(whole, part, cfg, dropout_key=key, remat=remat)
         return total / jnp.maximum(targets, 1.0)
 
     if accumulation == 1:
-        loss, gradients = jax.value_and_grad(mean)(prepared, batch, key)
-    else:
+        loss, gradients = jax.value_and_grad(mean)(variables, batch, key)
+        return loss, targets, gradients
 
-        def add(carry, inputs):
-            part, index = inputs
-            part_key = None if key is None else jax.random.fold_in(key, index)
-            loss, gradients = jax.value_and_grad(mean)(prepared, part, part_key)
-            return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
+    def add(carry, inputs):
+        part, index = inputs
+        part_key = None if key is None else jax.random.fold_in(key, index)
+        loss, gradients = jax.value_and_grad(mean)(variables, part, part_key)
+        return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), prepared)
-        parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
-        (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (parts, jnp.arange(accumulation)))
-    return loss, targets, jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
+    (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (parts, jnp.arange(accumulation)))
+    return loss, targets, gradients
 
 
 def _parts(rows: jax.Array, number: int) -> jax.Array:
