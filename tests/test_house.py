@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
     "benchmarks": {
         "stages",
+        "method",
         "plan",
         "report",
         "decoding",

@@ -140,7 +140,7 @@ def _share(ways: int) -> float:
 
 def _state_size(recipe: Recipe) -> int:
     """Bytes of a weight, and of each of its moments, between steps."""
-    return 2 if recipe.reproduce_release else 4
+    return 2 if recipe.reproduce_release or recipe.precision != "float32" else 4
 
 
 def _saved(cfg: ModelConfig, remat: str, length: int, ways: int, fused: bool) -> float:
