@@ -77,7 +77,7 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
 def operations(run: Run, job: Job) -> float:
     """Roughly the floating-point operations of the training; texts are taken to be half as long as they may be."""
     tokens = job.settings.steps * job.settings.batch_size * job.settings.max_length / 2
-    return 6.0 * tokens * common.num_params(run, job.model)
+    return (4.0 if job.settings.lora.rank else 6.0) * tokens * common.num_params(run, job.model)
 
 
 def recorded(run: Run, job: Job) -> dict[str, Any]:
