@@ -120,10 +120,11 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     )
     if adapter:
         checkpoint.save_adapter(directory / ADAPTER, trained.model, source)
-    if job.settings.lora.merge:  # into the weights as they are stored, which the training need not have held
+    merged = adapter and job.settings.lora.merge
+    if merged:  # into the weights as they are stored, which the training need not have held
         trained = trained._replace(params=None)
         trained = trained._replace(params=checkpoint.load(f"{source}+{directory / ADAPTER}", mesh).params)
-    if job.settings.lora.merge or not adapter:
+    if merged or not adapter:
         method.save(trained, directory / EXPORT, job.settings.export_dtype or None)
     logging.info("%s: %s", job.name, describe(trained.history))
     return dict(trained.history)
