@@ -315,6 +315,24 @@ def test_parts_of_a_batch_are_the_whole(one_device):
     np.testing.assert_allclose(train_on(None, accumulation=2)[0], one_device, rtol=1e-5)
 
 
+def test_in_bfloat16_the_adapter_stays_in_float32(one_device):
+    """Weights stored in bfloat16, computed in it: adapter and moments are float32, and the losses about the same."""
+    cfg = dataclasses.replace(ON_MESHES, dtype="bfloat16")
+    settings = training.Optimizer(learning_rate=1e-2, steps=10)
+    params = models.init(cfg, jax.random.key(0), param_dtype="bfloat16")
+    state = training.init_state(lora.init(cfg, jax.random.key(1)), settings)
+    step = training.make_train_step(cfg, settings)
+    batch = {name: np.tile(rows, (2, 1)) for name, rows in make_batch(0).items()}
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, batch, params)
+        losses.append(float(metrics["loss"]))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    np.testing.assert_allclose(losses, one_device, rtol=0.01)
+    assert losses[-1] < losses[0] - 0.01
+
+
 def test_a_step_computes_no_gradient_of_the_models_weights():
     """Not even of the head, whose gradient the loss makes in its forward pass: the compiler drops it."""
     cfg = models.config_from_hf({**VARIANTS["llama-3"], "vocab_size": 4096})

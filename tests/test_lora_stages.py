@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 import unidetox_jax as ud
 from unidetox_jax import checkpoint, cli, models
 from unidetox_jax.errors import UserError
-from unidetox_jax.recipe import Lora
 from unidetox_jax.stages import base, common, distill, settings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -181,9 +180,9 @@ def test_as_a_library(world, tmp_path):
     model = ud.load(world / "weights/opt")
     texts = [json.loads(line)["text"] for line in (world / "train.jsonl").read_text().splitlines()[:16]]
     options = {"steps": 3, "max_length": 32, "layout": "pad", "learning_rate": 1e-2}
-    tuned = ud.finetune(model, texts, lora=Lora(rank=4), **options)
+    tuned = ud.finetune(model, texts, lora=ud.Lora(rank=4), **options)
     assert tuned.params["embed"]["tokens"]["embedding"] is model.params["embed"]["tokens"]["embedding"]
-    checkpoint.save_adapter(tmp_path / "adapter", tuned.model)
+    ud.save_adapter(tuned, tmp_path / "adapter", str(world / "weights/opt"))
     ud.save(tuned, tmp_path / "merged")
     tokens = np.arange(20, dtype=np.int32)[None]
     expected = models.forward(tuned.params, tokens, tuned.cfg)

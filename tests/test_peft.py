@@ -104,11 +104,16 @@ def test_convert_merges_and_splits_off(llama, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_two_adapters_share_the_models_weights(llama, tmp_path):
+def test_a_model_and_its_adapted_one_share_the_models_weights(llama, tmp_path):
     base, adapter = llama
     model = checkpoint.load(base)
     one = checkpoint.attach(model, adapter)
     for left, right in zip(jax.tree.leaves(model.params), _base_leaves(one.params), strict=True):
+        assert left is right
+    sources = [f"{base}+{adapter}", str(base), f"{base}+{adapter}"]
+    loaded = checkpoint.load_all(sources)
+    assert list(loaded) == sources[:2]
+    for left, right in zip(*(_base_leaves(one.params) for one in loaded.values()), strict=True):
         assert left is right
 
 

@@ -1,11 +1,11 @@
 """UniDetox for JAX: contrastive decoding, dataset distillation and detoxification of any language model.
 
-The steps of the method are functions of this package (`load`, `finetune`, `distill`, `generate`, `evaluate`, `save`:
-see `method`), imported when they are first asked for.
+The steps of the method are functions of this package (`load`, `finetune`, `distill`, `generate`, `evaluate`, `save`,
+`save_adapter`: see `method`), imported when they are first asked for.
 """
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "distill", "evaluate", "finetune", "generate", "load", "save"]
+__all__ = ["LanguageModel", "Lora", "distill", "evaluate", "finetune", "generate", "load", "save", "save_adapter"]
 
 
 def __getattr__(name: str):

@@ -70,6 +70,14 @@ def save(model: LanguageModel, directory: epath.PathLike, dtype: str | None = No
     checkpoint.save_hf(directory, model.model, model.tokenizer, dtype)
 
 
+def save_adapter(model: LanguageModel, directory: epath.PathLike, base: str = "") -> None:
+    """Writes the adapter of a model that has one, in PEFT's format; whole or not at all.
+
+    base: where the model without it lies, for PEFT and for people; load(f"{base}+{directory}") gives this one again.
+    """
+    checkpoint.save_adapter(directory, model.model, base)
+
+
 def finetune(
     model: LanguageModel,
     texts: Sequence[str],

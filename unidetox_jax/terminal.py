@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from unidetox_jax import data, distributed, method
+from unidetox_jax import checkpoint, data, distributed
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding.objective import Objective
@@ -62,7 +62,8 @@ def run_command(options: argparse.Namespace) -> int:
     for other in chosen[1:]:  # may need fewer: those in front
         other.check_models(min(len(names), max(1, other.num_models)))
     distributed.use_compilation_cache()
-    models = [method.load(name) for name in names]
+    loaded = checkpoint.load_all(names)
+    models = [LanguageModel(*loaded[name], checkpoint.load_tokenizer(name)) for name in names]
     check_same_tokenizer([model.tokenizer for model in models], names)
     tokenizer = models[0].tokenizer
     for prompt in prompts:

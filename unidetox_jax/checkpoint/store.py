@@ -7,6 +7,7 @@ A model comes back in the dtype that it was stored in, while `cfg.dtype`, what i
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -51,6 +52,22 @@ def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | No
     if found.kind == "hf":
         return models.Model(hf.read_params(Weights(found.directory), cfg, mesh, param_dtype), cfg)
     return models.Model(_read_orbax(found.directory / PARAMS, cfg, mesh, param_dtype), cfg)
+
+
+def load_all(
+    sources: Iterable[epath.PathLike], mesh: Mesh | None = None, param_dtype: str | None = None
+) -> dict[str, models.Model]:
+    """`load` of each, by source. One that is named twice is loaded once, and MODEL+ADAPTER shares MODEL's weights with
+    all that are made of it."""
+    loaded: dict[str, models.Model] = {}
+
+    def get(source: str) -> models.Model:
+        if source not in loaded:
+            name, adapter = split(source)
+            loaded[source] = peft.attach(get(name), adapter) if adapter else load(name, mesh, param_dtype)
+        return loaded[source]
+
+    return {source: get(source) for source in map(str, sources)}
 
 
 def load_config(source: epath.PathLike) -> models.ModelConfig:

@@ -70,8 +70,9 @@ def forward_flops(cfg: ModelConfig, keys: float, logits: float = 1.0, ways: int 
 
 def training_flops(cfg: ModelConfig, length: float, remat: str = "none", ways: int = 1) -> float:
     """FLOPs of training on one token of a text of `length`: the backward pass costs two forward passes (Chowdhery et
-    al. 2022, appendix B), and with remat "full" the forward pass runs again."""
-    return (4 if remat == "full" else 3) * forward_flops(cfg, length / 2, ways=ways)
+    al. 2022, appendix B), one where only an adapter is trained, and with remat "full" the forward pass runs again."""
+    passes = (2 if cfg.lora.rank else 3) + (remat == "full")
+    return passes * forward_flops(cfg, length / 2, ways=ways)
 
 
 def param_bytes(cfg: ModelConfig, ways: int = 1) -> int:

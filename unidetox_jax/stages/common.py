@@ -1,7 +1,7 @@
 """What stages share: the run's mesh and its models, and the working directory's rooms."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from etils import epath
 from jax.sharding import Mesh
@@ -29,22 +29,17 @@ def mesh_of(run: Run, stage: str, programs: Sequence[Program]) -> Mesh:
 
 def load_model(run: Run, source: str, mesh: Mesh, param_dtype: str | None = None) -> Model:
     """A model on a mesh, computing in the run's dtype; `source` may hold `{workdir}`."""
-    params, cfg = checkpoint.load(run.path(source), mesh, param_dtype)
-    return Model(params, dataclasses.replace(cfg, dtype=run.shared.dtype or cfg.dtype))
+    return _computing(run, checkpoint.load(run.path(source), mesh, param_dtype))
 
 
-def load_models(run: Run, sources: Iterable[str], mesh: Mesh) -> dict[str, Model]:
-    """`load_model` of each, by source. One that is named twice is loaded once, and MODEL+ADAPTER shares MODEL's weights
-    with all that are made of it."""
-    loaded: dict[str, Model] = {}
+def load_models(run: Run, sources: Sequence[str], mesh: Mesh) -> dict[str, Model]:
+    """`load_model` of each, by source, with weights shared where they are the same."""
+    loaded = checkpoint.load_all([run.path(source) for source in sources], mesh)
+    return {source: _computing(run, loaded[run.path(source)]) for source in sources}
 
-    def load(source: str) -> Model:
-        if source not in loaded:
-            name, adapter = checkpoint.split(run.path(source))
-            loaded[source] = checkpoint.attach(load(name), adapter) if adapter else load_model(run, source, mesh)
-        return loaded[source]
 
-    return {source: load(source) for source in sources}
+def _computing(run: Run, model: Model) -> Model:
+    return Model(model.params, dataclasses.replace(model.cfg, dtype=run.shared.dtype or model.cfg.dtype))
 
 
 def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:

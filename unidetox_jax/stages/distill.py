@@ -156,7 +156,7 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
     mesh = common.mesh_of(run, "distill", [configuration.distillation(run, settings)])
-    whole = common.load_models(run, tokenizers, mesh)
+    whole = common.load_models(run, list(tokenizers), mesh)
     loaded = []
     for name, source in zip(settings.models, sources, strict=True):
         model, match = whole[source], _EARLY_EXIT.fullmatch(name)

@@ -77,7 +77,7 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
 def operations(run: Run, job: Job) -> float:
     """Roughly the floating-point operations of the training; texts are taken to be half as long as they may be."""
     tokens = job.settings.steps * job.settings.batch_size * job.settings.max_length / 2
-    return 6.0 * tokens * common.num_params(run, job.model)
+    return (4.0 if job.settings.lora.rank else 6.0) * tokens * common.num_params(run, job.model)
 
 
 def recorded(run: Run, job: Job) -> dict[str, Any]:
@@ -120,10 +120,11 @@ def train(run: Run, job: Job, directory: epath.Path) -> dict[str, Any]:
     )
     if adapter:
         checkpoint.save_adapter(directory / ADAPTER, trained.model, source)
-    if job.settings.lora.merge:  # into the weights as they are stored, which the training need not have held
+    merged = adapter and job.settings.lora.merge
+    if merged:  # into the weights as they are stored, which the training need not have held
         trained = trained._replace(params=None)
         trained = trained._replace(params=checkpoint.load(f"{source}+{directory / ADAPTER}", mesh).params)
-    if job.settings.lora.merge or not adapter:
+    if merged or not adapter:
         method.save(trained, directory / EXPORT, job.settings.export_dtype or None)
     logging.info("%s: %s", job.name, describe(trained.history))
     return dict(trained.history)
