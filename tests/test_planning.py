@@ -312,6 +312,23 @@ def test_the_compilers_complaints_are_read():
         assert compiler._needed(message) == expected
 
 
+@needs_gpu_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(8, 2), (8, 1), (6, 3), (5, 5)], ids=str)
+def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
+    """Over four devices: key-value heads of fewer than the queries', and heads of which no four are alike. Each layer
+    calls cuDNN once forward and once back, the forward call is not made again."""
+    queries, keys = heads
+    cfg = models.config_from_hf({
+        **VARIANTS["llama-3"], "vocab_size": 512, "hidden_size": 64 * queries, "head_dim": 64,
+        "num_attention_heads": queries, "num_key_value_heads": keys,
+    })  # fmt: skip
+    recipe = settings.TrainingSettings(max_length=33, remat="dots")
+    program = programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
+    text = program.lower(sharding.make_mesh("fsdp:2,model:4", topology.topology("h100-8").devices)).compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmha') == 2
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_a_slice_that_is_not_here_is_compiled_for(place):

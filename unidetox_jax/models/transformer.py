@@ -33,10 +33,17 @@ from unidetox_jax.models.registry import family
 
 Params = dict[str, Any]
 
+
+def _dots(primitive: Any, *values: Any, **settings: Any) -> bool:
+    """What matrix products give without a batch, and cuDNN's attention: to run that again costs as much."""
+    is_attention = primitive.name.startswith("dot_product_attention_fwd")
+    return is_attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *values, **settings)
+
+
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _dots,
 }
 
 
