@@ -1,5 +1,8 @@
 """The paper's text on models that came after it: Llama 3.1 and 3.2.
 
+    configs/modern.py            1, 3 and 8 billion parameters, all of them trained
+    configs/modern.py:large      70 billion, by low-rank adapters of rank 16, for eight GPUs or a TPU slice
+
 Universality put to use: the text is distilled once, from GPT-2 XL, and every new model is fine-tuned on it with the
 same settings. `config.detoxify.data` may name text that was distilled before ('distilled:PATH').
 """
@@ -8,11 +11,16 @@ from unidetox_jax.stages.settings import default_config, parse_argument
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, lr=5e-5)
+    chosen = parse_argument(argument, lr=5e-5, large=False)
     config = default_config()
     config.name = "unidetox-modern"
     config.targets = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B")
     config.detoxify.learning_rate = chosen.lr
     config.toxify.remat = config.detoxify.remat = "dots"
+    if chosen.large:
+        config.name += "-large"
+        config.targets = ("meta-llama/Llama-3.1-70B",)
+        config.detoxify.remat = "full"
+        config.detoxify.lora.rank = 16
     config.evaluate.mmlu = ("paper:1", "standard:5")
     return config
