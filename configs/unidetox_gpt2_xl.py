@@ -3,7 +3,7 @@
     configs/unidetox_gpt2_xl.py              learning rate of detoxification 5e-5
     configs/unidetox_gpt2_xl.py:lr=1e-5      the second published one
     configs/unidetox_gpt2_xl.py:reproduce_release     every quirk of the released code
-    configs/unidetox_gpt2_xl.py:one_gpu      what fits one GPU of 80 GB: targets trained in bfloat16, rounded stochastically
+    configs/unidetox_gpt2_xl.py:one_gpu      fits a GPU of 80 GB: targets trained in bfloat16
 
 Needs the models and data sets from the hub (LLaMA-2 asks for its licence), or directories with `--config.data_dir`.
 """

@@ -12,7 +12,9 @@ TINY = toyworld.Sizes(train=400, valid=2, scorer=1, toxic=2, toxic_dev=1, labell
 CONFIGS = [
     "unidetox_gpt2_xl.py",
     "unidetox_gpt2_xl.py:reproduce_release,lr=1e-5",
+    "unidetox_gpt2_xl.py:one_gpu",
     "modern.py",
+    "modern.py:large",
     "quickstart.py:controls,seed=3",
 ]
 
