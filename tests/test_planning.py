@@ -111,6 +111,7 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     state = 3 * 4 * models.num_params(cfg)  # weights and both moments
     monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(int(0.9 * state), 1e12, 1e11, 1e10))
     monkeypatch.setattr(work, "LOGITS", 0)
+    monkeypatch.setattr(programs, "LEANER", programs.LEANER[:1])
     toxify = lambda run, dtype: [("toxify", [programs.training_program("toxify gpt2", cfg, run.toxify)])]  # noqa: E731
     monkeypatch.setattr(configuration, "programs", toxify)
     command = ["plan", f"--config={place}/config.py", "--topology=local", f"--json={tmp_path}/plan.json"]

@@ -41,9 +41,9 @@ class Fit(NamedTuple):
 
 def suggestions(program: Program, mesh: Mesh, place: Topology) -> list[str]:
     """What fits in place of a program that does not on a mesh: on other meshes of these devices, with settings that
-    take less memory, on more devices; of each the first."""
+    take less memory, on the next number of devices that is enough."""
     here = [("", program)]
-    found = [first_fit(here, place, [mesh]), first_fit(program.leaner(), place)]
+    found = [first_fit(here, place, [mesh]), *(first_fit([leaner], place) for leaner in program.leaner())]
     found.append(next(filter(None, (first_fit(here, topology(name)) for name in larger(place))), None))
     return [str(fit) for fit in found if fit]
 

@@ -26,6 +26,7 @@ DECODING_UTILISATION = 0.60  # of memory bandwidth: this project's own target
 LEANER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("remat=full", {"remat": "full"}),
     ("remat=full accumulation=4", {"remat": "full", "accumulation": 4}),
+    ("precision=bfloat16", {"precision": "bfloat16"}),
     ("remat=full precision=bfloat16", {"remat": "full", "precision": "bfloat16"}),
     ("remat=full lora.rank=16", {"remat": "full", "lora": Lora(rank=16)}),
 )

@@ -47,9 +47,9 @@ def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused:
     owned, weights = _owned(cfg, sizes), costs.read_bytes(cfg, ways)
     again = recipe.remat == "full"
     sums = (6 if again else 4) * cfg.num_layers * parts  # of attention's and the feed-forward's parts, and back
-    # weights and moments, what is computed with, and its gradients; with an adapter, the weights that it is beside
+    # weights and moments, and their gradients; with an adapter, the weights that it is beside
     trained = adapter if (adapter := _adapter(cfg)) else owned
-    state = trained * (3 * _state_size(recipe) + 2 * size + 4 * (parts > 1)) + bool(adapter) * size * owned
+    state = trained * (3 * _state_size(recipe) + (size if parts == 1 else 4)) + bool(adapter) * size * owned
     saved = tokens // parts * cfg.num_layers * _saved(cfg, recipe.remat, length, ways, fused)
     return Work(
         flops=tokens * costs.training_flops(cfg, length, recipe.remat, ways),
