@@ -117,7 +117,7 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     command = ["plan", f"--config={place}/config.py", "--topology=local", f"--json={tmp_path}/plan.json"]
     assert cli.main(command) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("toxify gpt2 does not fit on local; what makes it fit: --topology=local --config.mesh=")
+    assert last.startswith("toxify gpt2 does not fit on local; what makes it fit: --config.mesh=")
     assert "; --config.toxify.remat=full " in last
     (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
     assert not found["fits"] and found["mesh"] == {"data": 8, "fsdp": 1, "model": 1} and len(found["suggestions"]) == 2

@@ -44,7 +44,8 @@ def suggestions(program: Program, mesh: Mesh, place: Topology) -> list[str]:
     take less memory, on the next number of devices that is enough."""
     here = [("", program)]
     found = [first_fit(here, place, [mesh]), *(first_fit([leaner], place) for leaner in program.leaner())]
-    found.append(next(filter(None, (first_fit(here, topology(name)) for name in larger(place))), None))
+    more = ((f"--topology={name}", topology(name)) for name in larger(place))
+    found.append(next(filter(None, (first_fit([(flag, program)], bigger) for flag, bigger in more)), None))
     return [str(fit) for fit in found if fit]
 
 
@@ -56,16 +57,16 @@ def first_fit(candidates: Iterable[tuple[str, Program]], place: Topology, but: S
         for mesh in (mesh for mesh in meshes if mesh not in but):
             report = compiler.compile_program(program, mesh, place.memory)
             if not report.refusal:
-                return Fit(" ".join(filter(None, (flags, _as_flag(program, mesh, place)))), mesh, report.peak)
+                return Fit(" ".join(filter(None, (flags, _as_flag(program, mesh)))), mesh, report.peak)
     return None
 
 
-def _as_flag(program: Program, mesh: Mesh, place: Topology) -> str:
-    """The mesh as a setting of the program's stage, and the topology."""
+def _as_flag(program: Program, mesh: Mesh) -> str:
+    """The mesh as a setting of the program's stage."""
     stage = program.name.split()[0].rstrip(":")
     section = f"{stage}." if stage in ("distill", "evaluate") else ""
     sizes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1)
-    return f"--topology={place.name}" + (f" --config.{section}mesh={sizes}" if sizes else "")
+    return f"--config.{section}mesh={sizes}" if sizes else ""
 
 
 def table(run: Run, places: Sequence[Topology], names: Iterable[str] = ("", *TABLE_MODELS)) -> Iterator[str]:
