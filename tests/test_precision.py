@@ -48,6 +48,16 @@ def test_a_number_becomes_a_neighbour_with_the_right_probability():
     np.testing.assert_array_equal(found[:, ~finite], np.broadcast_to(numbers[~finite], (1 << 16, 3)))
 
 
+@pytest.mark.parametrize("weight", [1.0, -1.0, 3.0, 8.0, -8.0])
+def test_a_sum_is_right_where_float32_would_round_the_change(weight):
+    """A change of 8.2 of float32's spacings at 8, which its sum takes for 8: 2.3 % less, at every step."""
+    change = np.float32(2.0**-7 / 1000)
+    high, low = jnp.arange(1 << 16, dtype=jnp.uint32)[:, None], jnp.arange(0, 1 << 16, 1 << 10, dtype=jnp.uint32)
+    found = jax.jit(rounding.add)(jnp.bfloat16(weight), change, (high << 16) | low)
+    moved = (np.asarray(found, np.float64) - weight).mean()
+    assert moved == pytest.approx(float(change), rel=2e-3)
+
+
 def test_random_bits_belong_to_seed_step_path_and_element():
     def draw(seed=1, step=2, path="blocks/mlp/up/kernel", shape=(3, 4, 5)):
         return np.stack([np.asarray(part) for part in rounding.random_bits(seed, jnp.int32(step), path, shape)])
@@ -139,8 +149,7 @@ def test_what_no_training_can_have_is_one_line(cfg):
 
 @pytest.mark.usefixtures("optimized")
 def test_a_million_small_updates_end_where_float64_ends():
-    """A thousandth of bfloat16's spacing at 1, a million times, up and down: through four binades, in which a sum in
-    float32 alone would round each update by up to 2.3 %, always in one direction."""
+    """A thousandth of bfloat16's spacing at 1, a million times, up and down, through four binades."""
     start = np.repeat([1.0, -1.0], 128)
     change = np.float32(start * 2.0**-7 / 1000)
 
