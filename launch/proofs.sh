@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
-#   launch/proofs.sh [effect] [small_real] [kills] [speed] [plan]     default: all; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
+#   launch/proofs.sh [effect] [small_real] [kills] [speed] [plan] [precision]     default: all; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
 #
 # effect: three seeds of the quickstart, every family with its control. small_real: real model, text and prompts.
 # kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
+# precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR adds that model's on real toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0; fi
 python=${VENV:-.venv}/bin/python
 data=${DATA:-../shared/data}
 out=${OUT:-runs/proofs}
@@ -36,11 +37,21 @@ speed() {
 
 plan() { unidetox plan --config=configs/unidetox_gpt2_xl.py --table; }
 
-for proof in "${@:-effect small_real kills speed plan}"; do
+precision() {
+  unidetox pretrain --config=configs/quickstart.py --workdir="$out/precision" --config.pretrain.models="('{workdir}/world/models/gpt2',)"
+  toxic="dghs?file=$out/precision/world/toxic.jsonl"
+  "$python" -m unidetox_jax.benchmarks.precision "$out/precision/pretrained/gpt2/hf" "$toxic" --validation="$toxic&split=dev" \
+    --steps=60 --batch_size=16
+  if [[ -n "${MODEL:-}" ]]; then
+    "$python" -m unidetox_jax.benchmarks.precision "$MODEL" "dghs?file=$data/dghs/filtered_with_split.jsonl" --steps=30 --batch_size=4 --max_length=64
+  fi
+}
+
+for proof in "${@:-effect small_real kills speed plan precision}"; do
   for name in $proof; do
     case $name in
-      effect | small_real | kills | speed | plan) echo "== $name" && "$name" ;;
-      *) echo "proofs.sh: no proof '$name' (effect, small_real, kills, speed, plan)" >&2 && exit 2 ;;
+      effect | small_real | kills | speed | plan | precision) echo "== $name" && "$name" ;;
+      *) echo "proofs.sh: no proof '$name' (effect, small_real, kills, speed, plan, precision)" >&2 && exit 2 ;;
     esac
   done
 done

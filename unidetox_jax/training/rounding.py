@@ -17,9 +17,9 @@ EXPONENT = jnp.uint32(0x7F800000)
 
 def random_bits(seed: int, step: jax.Array, path: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Two uint32 of a shape, functions of the seed, the step, the parameter's path and an element's index in it alone:
-    the same on every mesh and platform. One evaluation of Threefry (Salmon et al. 2011) gives both."""
-    key = jax.random.key(seed, impl="threefry2x32")
-    first, second = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(path.encode())))
+    the same on every mesh and platform. One evaluation of Threefry (Salmon et al. 2011) gives both: its key is the step
+    and a hash of the others, its counter the element's place."""
+    parameter = jnp.uint32(zlib.crc32(f"{seed}/{path}".encode()))
     rows = jnp.zeros(shape, jnp.uint32)  # a layer and an index in it: together they may pass 32 bits
     columns = jnp.zeros(shape, jnp.uint32)
     stride = 1
@@ -28,7 +28,7 @@ def random_bits(seed: int, step: jax.Array, path: str, shape: tuple[int, ...]) -
         stride *= shape[axis]
     if shape:
         rows += jax.lax.broadcasted_iota(jnp.uint32, shape, 0)
-    return tuple(threefry2x32_p.bind(first, second, rows, columns))
+    return tuple(threefry2x32_p.bind(parameter, step.astype(jnp.uint32), rows, columns))
 
 
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
