@@ -72,8 +72,7 @@ def fit(
       mesh: where it all lives.
       base: the frozen parameters that an adapter is for; None: there is no adapter.
       validation: what the evaluation loss is computed on; None: none.
-      accumulation, remat, dropout_seed: as in `make_train_step`.
-      label: for messages and the progress bar.
+      accumulation, remat, dropout_seed: as in `make_train_step`. label: for messages and the progress bar.
 
     Returns:
       (params, figures): the trained parameters (of an adapter, the adapter's), and `metrics.summary`.
@@ -86,18 +85,13 @@ def fit(
     train_step = make_train_step(
         cfg, optimizer, mesh, accumulation=accumulation, remat=remat, dropout_seed=dropout_seed
     )
-    evaluate = None if validation is None else _evaluation(cfg, mesh, validation, batches.batch_size, schedule)
-    placed = sharding.batch_sharding(mesh)
-    frozen = () if base is None else (base,)
-
-    def whole(params: Any) -> Any:
-        return params if base is None else models.lora.attach(base, params, cfg)
-
+    evaluate = None if validation is None else _evaluation(cfg, mesh, base, validation, batches.batch_size, schedule)
+    placed, frozen = sharding.batch_sharding(mesh), () if base is None else (base,)
     with preemption.noted() as asked_to_stop, _checkpointer(directory, schedule.keep) as checkpoints:
         start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
         log = metrics.Log(directory, start)
         if evaluate and start == 0:
-            log.validation(0, evaluate(whole(state.params)))
+            log.validation(0, evaluate(state.params))
         with (
             data.ahead(lambda step: sharding.put(batches[step], placed), start, schedule.steps) as made,
             Progress(schedule.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
@@ -111,9 +105,8 @@ def fit(
                 save_due = checkpoints and (step % schedule.save_every == 0 or last or stop)
                 if evaluation_due or save_due or last:
                     report.settle()
-                    log.line()
                 if evaluate and evaluation_due:
-                    log.validation(step, evaluate(whole(state.params)))
+                    log.validation(step, evaluate(state.params))
                 if save_due:
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)
@@ -151,8 +144,10 @@ def worthwhile_shapes(programs: int, most: int) -> int:
     return min(most, 1 + programs // 100)
 
 
-def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule: Schedule) -> Callable[[Any], float]:
-    """params → mean loss over all targets of `tokens`."""
+def _evaluation(
+    cfg, mesh: Mesh, base: Any, tokens: data.Tokens, batch_size: int, schedule: Schedule
+) -> Callable[[Any], float]:
+    """params → mean loss over all targets of `tokens`; base: what an adapter (`params`) is for, or None."""
     passes = 2 + schedule.steps // schedule.evaluate_every
     shapes = worthwhile_shapes(passes * len(tokens) // batch_size, most=6)
     plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_shards(mesh), max_shapes=shapes)
@@ -160,6 +155,7 @@ def _evaluation(cfg, mesh: Mesh, tokens: data.Tokens, batch_size: int, schedule:
     step = make_eval_step(cfg, mesh)
 
     def evaluate(params: Any) -> float:
+        params = params if base is None else models.lora.attach(base, params, cfg)
         with data.ahead(lambda i: sharding.put(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as made:
             sums = [step(params, batch) for batch in made]
         sums = jax.device_get(sums)
@@ -186,9 +182,10 @@ class _Report:
             self._read(*self._pending.popleft())
 
     def settle(self) -> None:
-        """Waits for all steps under way."""
+        """Waits for all steps under way, and logs them."""
         while self._pending:
             self._read(*self._pending.popleft())
+        self._log.line()
 
     def _read(self, step: int, figures: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(figures).items()}
