@@ -16,10 +16,12 @@ STEPS = 150
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a configuration of 150 steps, a checkpoint every 10, and a model with dropout."""
+    """A directory with a configuration of 150 steps, a checkpoint every 10, and a model with dropout, whose updates are
+    rounded stochastically (those of `test_run.py` are in float32)."""
     place = tmp_path_factory.mktemp("kill")
     world = make_world(place / "world")
     changes = {"steps": STEPS, "save_every": 10, "evaluate_every": 50, "log_every": 5}
+    changes |= {"precision": "bfloat16", "export_dtype": "float32"}
     write_config(place / "config.py", base=f"{world}/weights/gpt2", **training(world, "toxify", **changes))
     return place
 
