@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from unidetox_jax.decoding import thresholds, warpers
+from unidetox_jax.decoding import order_statistics, warpers
 from unidetox_jax.errors import UserError
 
 PAIRS = {
@@ -154,10 +154,10 @@ def test_bad_settings_are_named(make, value, expected):
 def test_kth_largest_equals_sorting(k):
     for kind in ("random", "tied", "mostly excluded"):
         scores = scores_of(kind)
-        np.testing.assert_array_equal(thresholds.kth_largest(scores, k)[:, 0], np.sort(scores, -1)[:, -k])
+        np.testing.assert_array_equal(order_statistics.kth_largest(scores, k)[:, 0], np.sort(scores, -1)[:, -k])
 
 
 def test_kth_largest_takes_another_k_for_each_row():
     scores, k = scores_of("random"), np.arange(1, 17)[:, None]
     expected = np.take_along_axis(np.sort(scores, -1)[:, ::-1], k - 1, -1)
-    np.testing.assert_array_equal(jax.jit(thresholds.kth_largest)(scores, k), expected)
+    np.testing.assert_array_equal(jax.jit(order_statistics.kth_largest)(scores, k), expected)

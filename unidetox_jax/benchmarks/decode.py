@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from unidetox_jax import devices, distributed, models, sharding
-from unidetox_jax.benchmarks import contest
+from unidetox_jax.benchmarks import side_by_side
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import default_layer_loop, make_plan
 from unidetox_jax.models import Model, ModelConfig, costs
@@ -40,7 +40,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )  # fmt: skip
     mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
-    torch_pair = [contest.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
+    torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
     rows = []
     with Progress(rounds, "rounds", "decode", disable=not distributed.first_process()) as bar:
@@ -50,7 +50,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
             contenders = {name: functools.partial(_ours, pair, *size, name) for name in LAYER_LOOPS}
             if torch_pair:
                 contenders["torch"] = functools.partial(_theirs, torch_pair, cfg, *size)
-            times = contest.race(contenders, settings.repeats, bar)
+            times = side_by_side.race(contenders, settings.repeats, bar)
             best = {name: min(seconds) for name, seconds in times.items()}
             for name, seconds in best.items():
                 row = {
@@ -98,7 +98,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str
     inputs = decoding_inputs(plan, batch, mesh)
     with jax.set_mesh(mesh):
         lower = functools.partial(loop.program_for(platform, batch).lower, params, inputs, **SETTINGS, plan=plan)
-        return contest.compile_programs({layer_loop: lower})[1]
+        return side_by_side.compile_programs({layer_loop: lower})[1]
 
 
 def _ours(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, seed: int) -> Any:

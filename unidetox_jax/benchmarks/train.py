@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, devices, distributed, models, sharding, training
-from unidetox_jax.benchmarks import contest
+from unidetox_jax.benchmarks import side_by_side
 from unidetox_jax.data.layout import Shape
 from unidetox_jax.models import ModelConfig, costs
 from unidetox_jax.plan.programs import training_program
@@ -60,7 +60,7 @@ def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, thei
     if theirs is not None:
         contenders["torch"] = lambda step: theirs(batches.indices(step))
         shapes["torch"] = [(size, int(batches.tokens.lengths.max()))] * count
-    times = contest.race(contenders, count, bar)
+    times = side_by_side.race(contenders, count, bar)
     for name, seconds in times.items():
         row = {
             "benchmark": "train",
@@ -109,14 +109,16 @@ def _rates(cfg: ModelConfig, batches: data.Batches, times: list[float], shapes: 
     }
 
 
-def _ours(cfg: ModelConfig, mesh: Mesh, batches: data.Batches, count: int) -> tuple[contest.Work, dict[str, float]]:
+def _ours(
+    cfg: ModelConfig, mesh: Mesh, batches: data.Batches, count: int
+) -> tuple[side_by_side.Work, dict[str, float]]:
     """Our step, compiled beforehand for every shape of batch that comes, and what that cost."""
     optimizer = training.Optimizer(LEARNING_RATE, STEPS)
     placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(count)]
     state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh), optimizer)
     train_step = training.make_train_step(cfg, optimizer, mesh, dropout_seed=SEED)
     lower = {batch["tokens"].shape: functools.partial(train_step.lower, state, batch) for batch in placed}
-    programs, compiled = contest.compile_programs(lower)
+    programs, compiled = side_by_side.compile_programs(lower)
 
     def work(step: int) -> Any:
         nonlocal state
@@ -132,7 +134,7 @@ def _theirs(cfg: ModelConfig, tokens: data.Tokens) -> Callable[[np.ndarray], flo
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    model, device = contest.torch_model(cfg, "float32").train(), contest.torch_device()
+    model, device = side_by_side.torch_model(cfg, "float32").train(), side_by_side.torch_device()
     autocast = torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, STEPS)

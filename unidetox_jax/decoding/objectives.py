@@ -19,7 +19,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax.decoding import thresholds
+from unidetox_jax.decoding import order_statistics
 from unidetox_jax.decoding.objective import Objective, Range, resolve
 
 Share = Annotated[float, Range("(0, 1]")]
@@ -49,7 +49,7 @@ def plausible(logits: jax.Array, alpha: jax.Array | float) -> jax.Array:
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """TopP(z, q): bool [..., V]; tokens tied with the crossing one are in the set too."""
     probabilities = jax.nn.softmax(_float32(logits), -1)
-    return probabilities >= thresholds.nucleus_floor(probabilities, top_p)
+    return probabilities >= order_statistics.nucleus_floor(probabilities, top_p)
 
 
 def base(base):
@@ -196,7 +196,7 @@ def soft_contrastive(base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 1
     size = base.shape[-1]
     k = jnp.minimum(jnp.maximum(jnp.floor(strength * size), min_k), size)
     favoured = jnp.where(base > -jnp.inf, log_toxic - log_base, -jnp.inf)
-    chosen = (favoured > 0) & (favoured >= thresholds.kth_largest(favoured, k))
+    chosen = (favoured > 0) & (favoured >= order_statistics.kth_largest(favoured, k))
     return jnp.where(chosen, base - strength * (log_toxic if shift_invariant else toxic), base)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax.decoding import thresholds
+from unidetox_jax.decoding import order_statistics
 from unidetox_jax.errors import UserError
 
 
@@ -57,7 +57,7 @@ class TopK:
 
     def __call__(self, scores: jax.Array) -> jax.Array:
         scores = scores.astype(jnp.float32)
-        floor = thresholds.kth_largest(scores, min(self.k, scores.shape[-1]))
+        floor = order_statistics.kth_largest(scores, min(self.k, scores.shape[-1]))
         return jnp.where(scores < floor, -jnp.inf, scores)
 
 
@@ -75,7 +75,7 @@ class TopP:
 
     def __call__(self, scores: jax.Array) -> jax.Array:
         scores = scores.astype(jnp.float32)
-        return jnp.where(thresholds.outside_tail(jax.nn.softmax(scores, -1), self.tail), scores, -jnp.inf)
+        return jnp.where(order_statistics.outside_tail(jax.nn.softmax(scores, -1), self.tail), scores, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass

@@ -41,7 +41,7 @@ METRICS = {
     "text_perplexity": f"{HERE}.text_perplexity:TextPerplexity",
     "diversity": f"{HERE}.diversity:Diversity",
     "mmlu": f"{HERE}.mmlu:Mmlu",
-    "harness": f"{HERE}.harness_tasks:HarnessTasks",
+    "harness": f"{HERE}.harness_metric:HarnessTasks",
 }
 
 

@@ -45,7 +45,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, metrics, prompts, scorers
 from unidetox_jax.plan import configuration
 from unidetox_jax.stages import base, common
-from unidetox_jax.stages import evaluation_results as results
+from unidetox_jax.stages import evaluation_files as results
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
 FORMS = ("original", "detoxified", "control")
