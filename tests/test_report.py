@@ -1,6 +1,7 @@
 """The report: changes by hand, sentences that follow from results, and the page in a real browser."""
 
 import csv
+import dataclasses
 import html.parser
 import io
 import json
@@ -16,7 +17,7 @@ import report_helpers as made
 from conftest import HANGS
 from matplotlib import image
 
-from unidetox_jax import storage
+from unidetox_jax import recipe, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.report import findings, page, results, tables
 from unidetox_jax.report.results import Cell, Quantity
@@ -297,10 +298,11 @@ def test_examples_are_spread_over_categories():
 
 def test_settings_are_shown_as_differences_from_the_defaults():
     def record(stage, **changed):
-        defaults = settings.default_config()[stage.partition(" ")[0]].to_dict()
+        defaults = dataclasses.asdict(settings.STAGES[stage.partition(" ")[0]]())
         return {"stage": stage, "settings": json.loads(json.dumps({**defaults, "dtype": "", **changed}))}
 
-    trained = [record(f"detoxify {name}", model=name, learning_rate=1e-3, tokens_kept=9) for name in "ab"]
+    adapter = dataclasses.asdict(recipe.Lora(rank=4))
+    trained = [record(f"detoxify {name}", model=name, learning_rate=1e-3, tokens_kept=9, lora=adapter) for name in "ab"]
     control = {**trained[0], "stage": "control a"}  # has detoxify's settings
     distilled = [record("distill", num_texts=8), record("distill control", num_texts=8, models=["base"])]
     other = {"stage": "pretrain world", "settings": {"world_seed": 3}}
@@ -308,8 +310,8 @@ def test_settings_are_shown_as_differences_from_the_defaults():
         ("pretrain", "world_seed=3 (0)"),
         ("distill", "num_texts=8 (640)"),
         ("distill control", 'models=["base"] (["base", "toxic"])'),
-        ("detoxify", "learning_rate=0.001 (5e-05), tokens_kept=9"),
-        ("control", "learning_rate=0.001 (5e-05), tokens_kept=9"),
+        ("detoxify", "learning_rate=0.001 (5e-05), lora.rank=4 (0), tokens_kept=9"),
+        ("control", "learning_rate=0.001 (5e-05), lora.rank=4 (0), tokens_kept=9"),
     ]
 
 

@@ -46,8 +46,7 @@ def attach(model: Model, source: epath.PathLike) -> Model:
     """
     directory = find_adapter(source)
     params, cfg = lora.merge(model)
-    file = _open(directory)
-    cfg = _with_adapter(cfg, directory, file)
+    cfg, file = _with_adapter(cfg, directory)
     arrays = {name: {letter: _stacked(file, name, letter, cfg) for letter in "AB"} for name in lora.modules(cfg)}
     mesh = sharding.mesh_of(params) or sharding.single_device_mesh()
     shardings = sharding.param_shardings(arrays, mesh)
@@ -57,7 +56,7 @@ def attach(model: Model, source: epath.PathLike) -> Model:
 def read_config(cfg: ModelConfig, source: epath.PathLike) -> ModelConfig:
     """The configuration of the model with the adapter at `source`. Raises UserError as `attach` does."""
     directory = find_adapter(source)
-    return _with_adapter(dataclasses.replace(cfg, lora=Lora()), directory, _open(directory))
+    return _with_adapter(dataclasses.replace(cfg, lora=Lora()), directory)[0]
 
 
 def save_adapter(directory: epath.PathLike, model: Model, base: str = "") -> None:
@@ -115,9 +114,10 @@ def _open(directory: epath.Path) -> SafetensorsFile | TorchFile:
     return TorchFile(directory / ADAPTER_TORCH)
 
 
-def _with_adapter(cfg: ModelConfig, directory: epath.Path, file: SafetensorsFile | TorchFile) -> ModelConfig:
-    """The model's configuration with the adapter's settings; its targets are the modules that the file has."""
+def _with_adapter(cfg: ModelConfig, directory: epath.Path) -> tuple[ModelConfig, SafetensorsFile | TorchFile]:
+    """The model's configuration with the adapter's settings, and its file, whose modules are the targets."""
     settings, hint = _settings(directory / ADAPTER)
+    file = _open(directory)
     another = f"the adapter is for another model than this {cfg.family}{hint}"
     every = lora.linear_layers(cfg)
     expected = {
@@ -147,7 +147,7 @@ def _with_adapter(cfg: ModelConfig, directory: epath.Path, file: SafetensorsFile
         if tuple(found.shape) != wanted:
             sizes = f"shape {found.shape}, expected {wanted} (r is {settings.rank})"
             raise UserError(f"{file.path}: key {name!r} has {sizes}, or {another}")
-    return cfg
+    return cfg, file
 
 
 def _settings(path: epath.Path) -> tuple[Lora, str]:

@@ -9,6 +9,7 @@ report is made anew without being asked, since nothing is lost.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +131,7 @@ def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str
     for record in records:
         stage = record["stage"].partition(" ")[0]
         tasks.setdefault(stage, []).append(record["stage"])
-        for name, value in record["settings"].items():
+        for name, value in _flat(record["settings"]):
             default = _default(stage, name)
             if name != "model" and value not in ("", default):
                 setting = f"{name}={_shown(value)}" + (f" ({_shown(default)})" if default != "" else "")
@@ -141,10 +142,16 @@ def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str
     return [{"Stage": who, "Setting (default)": ", ".join(listed)} for who, listed in settings_of.items()]
 
 
+def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of each setting; those of a group as GROUP.NAME."""
+    for name, value in values.items():
+        yield from _flat(value, f"{within}{name}.") if isinstance(value, Mapping) else [(within + name, value)]
+
+
 def _default(stage: str, name: str) -> Any:
     """A setting's default as JSON has it; an empty string where there is none."""
     section = "detoxify" if stage == "control" else stage.replace("-", "_")
-    value = getattr(settings.STAGES.get(section), name, "")
+    value = functools.reduce(lambda part, key: getattr(part, key, ""), name.split("."), settings.STAGES.get(section))
     return list(value) if isinstance(value, tuple) else value
 
 
