@@ -10,6 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 HANGS = 3600  # seconds after which a process or a wait counts as hanging, however busy the machine is
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # to compile for GPUs, not to run on one
+# Thousands of small programs: their compilation is most of the time that the tests take
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,8 +20,6 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
-# Thousands of small programs: their compilation is most of the time that the tests take
-jax.config.update("jax_disable_most_optimizations", True)
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
@@ -68,9 +68,11 @@ def forget_programs():
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs as users get them, for tests that run them long, or measure them."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    """Programs as users get them, here and in processes that are started, for tests that run them long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
     jax.config.update("jax_disable_most_optimizations", True)
 
 

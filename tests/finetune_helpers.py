@@ -85,7 +85,6 @@ def start(*arguments, file_kib: int | None = None, capture: bool = False, **surr
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **surroundings,
     }

@@ -9,6 +9,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 CELL = r"[\d.]+ \[[\d.]+, [\d.]+\]"
+pytestmark = pytest.mark.usefixtures("optimized")
 EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 
 

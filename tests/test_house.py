@@ -4,6 +4,7 @@ import ast
 import graphlib
 import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -133,3 +134,18 @@ def test_no_module_imports_itself_by_way_of_others():
     }
     # a package's __init__ gathers its own modules; they may not ask it for one another
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_importing_a_module_asks_for_no_device():
+    """Or several processes could not meet before jax looks at their devices."""
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
+    names = [name for name in names if not name.endswith((".__init__", ".harness"))]  # lm_eval is an extra
+    code = f"""
+import importlib
+from jax._src import xla_bridge
+for name in {names}:
+    importlib.import_module(name)
+    assert not xla_bridge._backends, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -9,10 +9,11 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 
-LOW = jnp.uint32(0xFFFF)  # the bits of a float32 that bfloat16 lacks
-EXPONENT = jnp.uint32(0x7F800000)
+LOW = np.uint32(0xFFFF)  # the bits of a float32 that bfloat16 lacks
+EXPONENT = np.uint32(0x7F800000)
 
 
 def random_bits(seed: int, step: jax.Array, path: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
