@@ -9,7 +9,6 @@ report is made anew without being asked, since nothing is lost.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,7 +150,9 @@ def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, An
 def _default(stage: str, name: str) -> Any:
     """A setting's default as JSON has it; an empty string where there is none."""
     section = "detoxify" if stage == "control" else stage.replace("-", "_")
-    value = functools.reduce(lambda part, key: getattr(part, key, ""), name.split("."), settings.STAGES.get(section))
+    value: Any = settings.STAGES.get(section)
+    for key in name.split("."):
+        value = getattr(value, key, "")
     return list(value) if isinstance(value, tuple) else value
 
 
