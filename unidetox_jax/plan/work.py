@@ -106,7 +106,8 @@ def scoring(cfg: ModelConfig, rows: int, length: int, scored: int, sizes: Sizes,
     return Work(
         flops=tokens * costs.forward_flops(cfg, length / 2, scored / length, ways),
         traffic=weights,
-        memory=4 * _owned(cfg, sizes) + tokens * _saved(cfg, "none", length, ways, fused) + LOGITS,
+        # with the weights in the compute dtype as well: TPUs' compiler casts them before the loop over layers
+        memory=(4 + size) * _owned(cfg, sizes) + tokens * _saved(cfg, "none", length, ways, fused) + LOGITS,
         network={
             "fsdp": _share(sizes["fsdp"]) * weights,
             "model": _share(ways) * 2 * 2 * layers * tokens * cfg.hidden_size * size,
