@@ -152,6 +152,6 @@ def has_libtpu() -> bool:
 
 def _of(name: str, shape: str, members) -> Topology:
     specs = devices.specs(members[0].device_kind)
-    asked = {} if specs or name != "local" else members[0].memory_stats() or {}
+    asked = {} if specs or name != "local" else jax.local_devices()[0].memory_stats() or {}  # others' are not told
     memory = specs.memory if specs else asked.get("bytes_limit", math.inf)
     return Topology(name, shape, tuple(members), specs, memory)
