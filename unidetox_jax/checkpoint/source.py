@@ -3,7 +3,7 @@ with an adapter, MODEL+ADAPTER."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -59,13 +59,7 @@ def find_adapter(source: epath.PathLike) -> epath.Path:
     Raises:
       UserError: there is nothing, something else, an unfinished stage, or the hub does not give it.
     """
-    directory = epath.Path(source).expanduser()
-    if not directory.exists():
-        if not HUB_ID.fullmatch(str(source)):
-            raise UserError(f"{source}: no such directory")
-        directory = _snapshot(str(source), (ADAPTER, ADAPTER_WEIGHTS, ADAPTER_TORCH))
-    if (directory / PARTIAL).exists() and not (directory / COMPLETE).exists():
-        raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
+    directory = _here(source, lambda name: _snapshot(name, (ADAPTER, ADAPTER_WEIGHTS, ADAPTER_TORCH)))
     for place in (directory, directory / "adapter"):
         if (place / ADAPTER).exists():
             return place
@@ -78,15 +72,9 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
     Raises:
       UserError: there is nothing, something else, an unfinished stage, or the hub does not give it.
     """
-    directory = epath.Path(source).expanduser()
-    if not directory.exists():
-        if not HUB_ID.fullmatch(str(source)):
-            raise UserError(f"{source}: no such directory")
-        directory = _download(str(source), weights)
+    directory = _here(source, lambda name: _download(name, weights))
     if not directory.is_dir():
         raise UserError(f"{directory}: a file; expected the directory of a checkpoint")
-    if (directory / PARTIAL).exists() and not (directory / COMPLETE).exists():
-        raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
     if not (directory / CONFIG).exists() and (directory / "hf" / CONFIG).exists():
         directory = directory / "hf"
     if (directory / ADAPTER).exists():
@@ -98,6 +86,18 @@ def find(source: epath.PathLike, weights: bool = True) -> Source:
     if (directory / "adapter" / ADAPTER).exists():
         raise UserError(_adapter(directory / "adapter" / ADAPTER, directory))
     raise UserError(f"{directory}: no checkpoint; expected {CONFIG} (Hugging Face's) or {MODEL} (this program's)")
+
+
+def _here(source: epath.PathLike, download: Callable[[str], epath.Path]) -> epath.Path:
+    """The source on this machine, a hub id's downloaded; UserError for nothing, or an unfinished stage."""
+    directory = epath.Path(source).expanduser()
+    if not directory.exists():
+        if not HUB_ID.fullmatch(str(source)):
+            raise UserError(f"{source}: no such directory")
+        directory = download(str(source))
+    if (directory / PARTIAL).exists() and not (directory / COMPLETE).exists():
+        raise UserError(f"{directory}: this stage is not finished; run it again to continue it")
+    return directory
 
 
 def _download(name: str, weights: bool) -> epath.Path:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from unidetox_jax import sharding
+from unidetox_jax import sharding, storage
 from unidetox_jax.devices import GIB
 from unidetox_jax.errors import UserError
 from unidetox_jax.plan import auto, compiler, configuration
@@ -62,8 +62,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
         print("; ".join(record["suggestions"]) or "nothing that was tried")
     if options.json:
         plan = {"topology": place.name, "slice": place.slice, "device": device, "devices": len(place.devices)}
-        with open(options.json, "w") as file:
-            json.dump({**plan, "programs": records}, file, indent=1)
+        storage.write_text(options.json, json.dumps({**plan, "programs": records}, indent=1))
     return 1 if refused else 0
 
 

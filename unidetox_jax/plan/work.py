@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from unidetox_jax import buckets
+from unidetox_jax import buckets, method
 from unidetox_jax.decoding import loop
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig, costs, lora
@@ -49,7 +49,8 @@ def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused:
     sums = (6 if again else 4) * cfg.num_layers * parts  # of attention's and the feed-forward's parts, and back
     # weights and moments, and their gradients; with an adapter, the weights that it is beside
     trained = adapter if (adapter := _adapter(cfg)) else owned
-    state = trained * (3 * _state_size(recipe) + (size if parts == 1 else 4)) + bool(adapter) * size * owned
+    kept = np.dtype(method.optimizer(recipe, 1).param_dtype).itemsize  # bytes of a weight, and of each of its moments
+    state = trained * (3 * kept + (size if parts == 1 else 4)) + bool(adapter) * size * owned
     saved = tokens // parts * cfg.num_layers * _saved(cfg, recipe.remat, length, ways, fused)
     return Work(
         flops=tokens * costs.training_flops(cfg, length, recipe.remat, ways),
@@ -137,11 +138,6 @@ def _adapter(cfg: ModelConfig) -> int:
 def _share(ways: int) -> float:
     """What a device receives of something that it has one of so many parts of."""
     return (ways - 1) / ways
-
-
-def _state_size(recipe: Recipe) -> int:
-    """Bytes of a weight, and of each of its moments, between steps."""
-    return 2 if recipe.reproduce_release or recipe.precision != "float32" else 4
 
 
 def _saved(cfg: ModelConfig, remat: str, length: int, ways: int, fused: bool) -> float:
