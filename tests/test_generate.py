@@ -264,7 +264,7 @@ def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, exp
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 @pytest.mark.parametrize("layout", ["fsdp:4", "data:2,fsdp:2,model:2"])
 def test_weights_over_fsdp_give_the_same_text_gathered_before_the_loop_or_in_it(layout, budget, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("unidetox_jax.decoding.generate"), "GATHER_BYTES", budget)
+    monkeypatch.setattr(importlib.import_module("unidetox_jax.decoding.preparation"), "GATHER_BYTES", budget)
     _, (params, cfg) = model_of("gpt2")
     mesh = sharding.make_mesh(layout, jax.devices()[: 4 if layout == "fsdp:4" else 8])
     placed = models.Model(jax.device_put(params, sharding.param_shardings(params, mesh)), cfg)

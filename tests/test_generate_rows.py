@@ -202,15 +202,14 @@ def instructions(text):
 def test_the_loop_writes_its_caches_in_place(pair, layer_loop, cache):
     """Within the loops, what has a whole cache's shape is passed on or updated by a slice, never copied."""
     batch, new = 3, 100
-    chosen = {"cache": cache, "layer_loop": layer_loop, "transpose_head": True}  # as `generate` has it on CPU
-    plan = make_plan([cfg for _, cfg in pair], [9, 9], new, **chosen)
+    prepared = preparation.prepare(pair, layer_loop=layer_loop)[0].params
+    plan = make_plan(prepared.configs, [9, 9], new, cache=cache)
     assert len(plan.segments) == 2
     prompts = (np.zeros((batch, plan.prompt_slots[0] + 1), np.int32),) * 2
     rows = np.arange(batch, dtype=np.int32)
     inputs = loop.Inputs(prompts, tuple(x == 0 for x in prompts), rows, rows >= 0, np.uint32(0), np.int32(new),
                          np.array([2], np.int32), np.int32(0))  # fmt: skip
-    params = tuple(tree for tree, _ in pair)
-    compiled = loop.program_for("cpu", batch).lower(params, inputs, CONTRASTIVE, (TOP_K,), plan=plan).compile()
+    compiled = loop.program_for("cpu", batch).lower(prepared.trees, inputs, CONTRASTIVE, (TOP_K,), plan=plan).compile()
     computations = instructions(compiled.as_text())
     shapes = {f"f32[{'2,' if layer_loop == 'scan' else ''}{batch},8,{length},4]"
               for segment in range(2) for length in plan.cache_lengths(segment)}  # fmt: skip

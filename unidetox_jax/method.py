@@ -220,7 +220,8 @@ def distill(
     """Step 2: texts from softmax(log p_base − log p_toxic) on the tokens with p_base ≥ α · max p_base (equation 3).
 
     Args:
-      language_models: base and toxic twin, or whatever the objective asks for, in the order of its arguments.
+      language_models: base and toxic twin, or whatever the objective asks for, in the order of its arguments. As
+        params they may have what `decoding.preparation.prepare` made of all of them.
       objective, settings: a name of `decoding.objectives`, "name(setting=…)" or "package.module:function", and its
         settings, such as alpha=0.1.
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.

@@ -94,10 +94,11 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Any, mesh: Mesh, gather: bool = False) -> Any:
     """The tree's NamedShardings by `RULES`, for parameters and for optimizer states that mirror them.
 
-    tree: arrays or ShapeDtypeStructs. What an axis does not divide stays whole on it, logged once per shape.
+    tree: arrays or ShapeDtypeStructs. What an axis does not divide stays whole on it, logged once per shape. gather:
+    whole over `fsdp`, for a loop that would gather them in every round.
 
     Raises:
       UserError: an axis larger than 1 (fsdp, model) of which nothing in the tree can make use.
@@ -106,11 +107,13 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         spec = _spec(path_string(path), leaf.shape, mesh)
+        if gather:
+            spec = PartitionSpec(*("model" if "model" in _names(axis) else None for axis in spec))
         used.update(name for axis in spec for name in _names(axis))
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
-    for axis in ("fsdp", "model"):
+    for axis in ("model",) if gather else ("fsdp", "model"):
         if mesh.shape[axis] > 1 and axis not in used:
             raise UserError(f"mesh: nothing of this model can be split {mesh.shape[axis]} ways over {axis!r}")
     return shardings
@@ -202,19 +205,6 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
 
     spec = PartitionSpec(*(fits(axis, size) for axis, size in zip(axes, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
-
-
-def gather(tree: Any) -> Any:
-    """Parameters inside a jitted function, whole over `fsdp` (cut over `model` as before): for a loop that would
-    gather them in every round."""
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def place(path, leaf):
-        if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
-            return leaf
-        return constrain(leaf, *(axis if axis == "model" else None for axis in _axes(path_string(path), leaf.ndim)))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -15,7 +15,8 @@ import numpy as np
 from unidetox_jax import devices, distributed, models, sharding
 from unidetox_jax.benchmarks import side_by_side
 from unidetox_jax.decoding import generate, loop, objectives, warpers
-from unidetox_jax.decoding.generate import default_layer_loop, make_plan
+from unidetox_jax.decoding.generate import make_plan
+from unidetox_jax.decoding.preparation import default_layer_loop, prepare
 from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.plan.programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
@@ -40,14 +41,15 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )  # fmt: skip
     mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
+    prepared = {name: prepare(pair, layer_loop=name) for name in LAYER_LOOPS}
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
     rows = []
     with Progress(rounds, "rounds", "decode", disable=not distributed.first_process()) as bar:
         for batch in settings.batch_sizes:
             size = batch, settings.new_tokens
-            compiled = {name: _compile(pair, *size, name, mesh) for name in LAYER_LOOPS}
-            contenders = {name: functools.partial(_ours, pair, *size, name) for name in LAYER_LOOPS}
+            compiled = {name: _compile(prepared[name], *size, mesh) for name in LAYER_LOOPS}
+            contenders = {name: functools.partial(_ours, prepared[name], *size) for name in LAYER_LOOPS}
             if torch_pair:
                 contenders["torch"] = functools.partial(_theirs, torch_pair, cfg, *size)
             times = side_by_side.race(contenders, settings.repeats, bar)
@@ -90,21 +92,21 @@ def _prompts(cfg: ModelConfig, batch: int) -> np.ndarray:
     return np.full((batch, 1), cfg.bos_token_id or 0, np.int32)
 
 
-def _compile(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, mesh) -> dict[str, float]:
+def _compile(pair: Sequence[Model], batch: int, new_tokens: int, mesh) -> dict[str, float]:
     """What the program of `_ours` costs."""
-    platform = sharding.device_of(mesh).platform
-    configs, params = [model.cfg for model in pair], tuple(model.params for model in pair)
-    plan = make_plan(configs, [1, 1], new_tokens, layer_loop=layer_loop, transpose_head=platform == "cpu")
+    platform, prepared = sharding.device_of(mesh).platform, pair[0].params
+    plan = make_plan(prepared.configs, [1, 1], new_tokens)
     inputs = decoding_inputs(plan, batch, mesh)
     with jax.set_mesh(mesh):
-        lower = functools.partial(loop.program_for(platform, batch).lower, params, inputs, **SETTINGS, plan=plan)
-        return side_by_side.compile_programs({layer_loop: lower})[1]
+        lower = functools.partial(
+            loop.program_for(platform, batch).lower, prepared.trees, inputs, **SETTINGS, plan=plan
+        )
+        return side_by_side.compile_programs({"": lower})[1]
 
 
-def _ours(pair: Sequence[Model], batch: int, new_tokens: int, layer_loop: str, seed: int) -> Any:
+def _ours(pair: Sequence[Model], batch: int, new_tokens: int, seed: int) -> Any:
     prompts = _prompts(pair[0].cfg, batch)
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": (), "layer_loop": layer_loop, "seed": seed}
-    return generate(pair, prompts, **SETTINGS, **options)
+    return generate(pair, prompts, **SETTINGS, max_new_tokens=new_tokens, eos_id=(), seed=seed)
 
 
 def _theirs(pair: Sequence[Any], cfg: ModelConfig, batch: int, new_tokens: int, seed: int) -> Any:

@@ -5,8 +5,6 @@ compiles nothing; padding costs reading of slots, never positions. The batch is 
 of rows is another program.
 """
 
-import contextlib
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import buckets, sharding
-from unidetox_jax.decoding import loop
+from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.decoding.preparation import Prepared
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import Model, ModelConfig, costs
+from unidetox_jax.models import Model, ModelConfig
 
 CACHES = ("own", "official")
-GATHER_BYTES = 7 << 30  # a device's weights of all models that fit beside their caches on the smallest chip (16 GiB)
 
 
 class Generation(NamedTuple):
@@ -60,7 +58,8 @@ def generate(
     """Continues prompts by tokens sampled from an objective over one or several models.
 
     Args:
-      models: `Model`s of one vocabulary, in the order of the objective's arguments; all on one mesh, or on none.
+      models: `Model`s of one vocabulary, in the order of the objective's arguments; all on one mesh, or on none. For
+        many calls, what `preparation.prepare` makes of them.
       prompts: int [B,T], or a list with one such array for each model (their T may differ).
       objective, warpers: of `decoding.objectives` and `decoding.warpers`.
       seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
@@ -73,12 +72,12 @@ def generate(
       row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
-      layer_loop: "scan" or "unroll" in place of the faster one.
+      layer_loop: "scan" or "unroll" in place of the faster one, where the models are not prepared.
 
     Raises:
       UserError: models, prompts or settings that do not fit together; logits that are not numbers (row and step).
     """
-    request = prepare(
+    request = make_request(
         models,
         prompts,
         objective=objective,
@@ -94,7 +93,7 @@ def generate(
         layer_loop=layer_loop,
     )
     platform = sharding.device_of(request.mesh).platform
-    with use(request.mesh):
+    with preparation.use(request.mesh):
         output = loop.program_for(platform, len(request.inputs.live))(
             request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
         )
@@ -110,7 +109,8 @@ def generate(
 
 
 class Request(NamedTuple):
-    """A generation that was checked and placed: what its program takes. batch: rows that were asked for."""
+    """A generation that was checked and placed: what its program takes, `params` the trees of `Prepared`. batch: rows
+    that were asked for."""
 
     params: tuple[Any, ...]
     inputs: loop.Inputs
@@ -119,7 +119,7 @@ class Request(NamedTuple):
     batch: int
 
 
-def prepare(
+def make_request(
     models: Sequence[Model],
     prompts: Any,
     *,
@@ -144,18 +144,21 @@ def prepare(
             raise UserError(f"{name}: found {value}, expected at least 1")
     batch = len(prompts[0]) * samples
     _check_lengths(models, masks, max_new_tokens)
-    mesh = _mesh(models)
+    mesh = preparation.mesh_of(models)
+    plain = cache == "own" and all(np.array_equal(x, y[0]) for y in (prompts, masks) for x in y)
+    prepared = models[0].params
+    if not isinstance(prepared, Prepared):
+        prepared = preparation.prepare(models, layer_loop=layer_loop, side_by_side=plain)[0].params
+    elif prepared.side_by_side and not plain:
+        raise ValueError("models that were prepared side by side read the same prompts, each into its own cache")
     plan = make_plan(
-        [model.cfg for model in models],
+        prepared.configs,
         [prompt.shape[1] for prompt in prompts],
         max_new_tokens,
-        transpose_head=sharding.device_of(mesh).platform == "cpu",
         cache=cache,
         log_probabilities=log_probabilities,
-        layer_loop=layer_loop,
         samples=samples,
         prompt_slots=prompt_slots,
-        ways=1 if mesh is None else mesh.shape["model"],
     )
     prompt_rows = buckets.multiple(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
@@ -169,45 +172,34 @@ def prepare(
         eos_ids=_eos_ids(models[0].cfg, eos_id),
         pad=_pad(models[0].cfg, eos_id),
     )
-    return Request(tuple(model.params for model in models), _place(inputs, mesh), plan, mesh, batch)
+    return Request(prepared.trees, _place(inputs, mesh), plan, mesh, batch)
 
 
 def make_plan(
     configs: Sequence[ModelConfig],
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
-    transpose_head: bool = False,
     cache: str = "own",
     log_probabilities: bool = False,
-    layer_loop: str | None = None,
     samples: int = 1,
     prompt_slots: int = 0,
-    ways: int = 1,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
-    transpose_head: what `generate` asks for on CPU; see `loop.program_for`. ways: of the mesh's axis `model`.
+    configs: of `preparation.Form`.
     """
     slots = tuple(
         max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
-    chosen = layer_loop or default_layer_loop()
     return loop.Plan(
-        configs=tuple(dataclasses.replace(cfg, layer_loop=chosen) for cfg in configs),
+        configs=tuple(configs),
         prompt_slots=slots,
         segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens),
-        transpose_head=transpose_head,
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
-        gather=sum(costs.param_bytes(cfg, ways) for cfg in configs) <= GATHER_BYTES,
     )
-
-
-def default_layer_loop() -> str:
-    """The faster loop over layers in a decoding step: unrolled, measured 1.8 times as fast as scanned on CPU."""
-    return "unroll"
 
 
 def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> None:
@@ -281,18 +273,6 @@ def _check_lengths(models: Sequence[Model], masks: Sequence[np.ndarray], max_new
                 f"{prompt + max_new_tokens}, but the context of model {index} ({cfg.family}) is "
                 f"{cfg.max_position_embeddings}"
             )
-
-
-def _mesh(models: Sequence[Model]) -> Mesh | None:
-    meshes = {mesh for model in models if (mesh := sharding.mesh_of(model.params)) is not None}
-    if len(meshes) > 1:
-        raise UserError("models: they lie on different meshes; load all of them with the same one")
-    return meshes.pop() if meshes else None
-
-
-def use(mesh: Mesh | None):
-    """Context: programs run on that mesh."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _fill(x: np.ndarray, rows: int, slots: int) -> np.ndarray:

@@ -36,11 +36,9 @@ class Plan:
     configs: tuple[ModelConfig, ...]
     prompt_slots: tuple[int, ...]  # P of each model; 0 for prompts of one token
     segments: tuple[int, ...]  # new tokens after each segment; the last is S
-    transpose_head: bool = False  # see `models.prepare`
     official_cache: bool = False
     log_probabilities: bool = False
     samples: int = 1  # rows that continue each prompt
-    gather: bool = False  # weights that are cut over `fsdp` are made whole before the loop
 
     @property
     def size(self) -> int:
@@ -75,7 +73,7 @@ class State(NamedTuple):
     lengths: jax.Array  # int32 [B]
     log_probabilities: jax.Array  # float32 [M,B]: sums over a row's tokens; [0,B] where not asked for
     bad: jax.Array  # bool [M+1,B]: a model's logits (last: the scores) are not finite
-    caches: tuple[Cache, ...]  # one for each model, or one that all read
+    caches: tuple[Cache, ...]  # one for each model, or one that all read, or that holds those of all side by side
 
 
 class Output(NamedTuple):
@@ -102,8 +100,11 @@ def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpers: tuple, *, plan: Plan) -> Output:
-    """Prompts in, tokens out. Compiled once for each plan, batch and mesh; all settings but shapes are traced."""
-    params, keys, state = begin(params, inputs, plan)
+    """Prompts in, tokens out. Compiled once for each plan, batch and mesh; all settings but shapes are traced.
+
+    params: the trees of `preparation.Prepared`.
+    """
+    keys, state = begin(params, inputs, plan)
 
     def advance(state: State) -> State:
         return step(params, keys, state, inputs, objective, warpers, plan)
@@ -121,13 +122,9 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
     return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
 
 
-def begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> tuple[tuple[Any, ...], jax.Array, State]:
-    """Parameters as the steps want them, the rows' keys, and the state before the first step."""
-    # Casts and slices of weights stand here, before the loops, where the compiler cannot put them into a step.
-    params = tuple(models.prepare(p, cfg, plan.transpose_head) for p, cfg in zip(params, plan.configs, strict=True))
-    if plan.gather:  # else the network carries all of them in every step, many times what the memory takes
-        params = sharding.gather(params)
-    return params, sampling.row_keys(inputs.seed, inputs.row_ids), _begin(params, inputs, plan)
+def begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> tuple[jax.Array, State]:
+    """The rows' keys, and the state before the first step."""
+    return sampling.row_keys(inputs.seed, inputs.row_ids), _begin(params, inputs, plan)
 
 
 def step(
@@ -140,8 +137,7 @@ def step(
 
 @functools.cache
 def program_for(platform: str, rows: int) -> jax.stages.Wrapped:
-    """`program` with the options under which a platform decodes so many rows fastest; use it with `transpose_head` on
-    CPU.
+    """`program` with the options under which a platform decodes so many rows fastest.
 
     On CPU, XLA gives matrix products to YNNPACK, which packs the weights anew in every step. Its older way, through
     Eigen, takes three quarters of the time for 8 to 64 rows, as long as no matrix has to be read transposed; from 128
@@ -159,18 +155,23 @@ def program_for(platform: str, rows: int) -> jax.stages.Wrapped:
 
 def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
     """Nothing sampled; the prompts but for their last tokens in the caches."""
-    batch, count = inputs.row_ids.shape[0], len(params)
-    caches = []
-    for tree, cfg, tokens, mask, length in zip(
-        params, plan.configs, inputs.prompts, inputs.masks, plan.cache_lengths(0), strict=True
-    ):
+    batch, count = inputs.row_ids.shape[0], len(plan.configs)
+
+    def fill(tree, model: int) -> Cache:
+        cfg, length = plan.configs[model], plan.cache_lengths(0)[model]
+        tokens, mask = inputs.prompts[model], inputs.masks[model]
         rows, slots = tokens.shape[0], tokens.shape[1] - 1
         if not slots:
-            caches.append(models.init_cache(cfg, batch, length))
-            continue
+            return models.init_cache(cfg, batch, length)
         cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
         _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        caches.append(cache if plan.samples == 1 else models.branch_cache(cache, plan.samples, length))
+        return cache if plan.samples == 1 else models.branch_cache(cache, plan.samples, length)
+
+    if len(params) < count:  # side by side
+        axes = models.cache_axes(branched=plan.samples > 1 and plan.prompt_slots[0] > 0)
+        caches = [jax.vmap(lambda tree: fill(tree, 0), out_axes=axes, axis_size=count)(params[0])]
+    else:
+        caches = [fill(tree, model) for model, tree in enumerate(params)]
     return State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.stack([jnp.repeat(tokens[:, -1], plan.samples) for tokens in inputs.prompts]),
@@ -189,6 +190,8 @@ def _continues(state: State, limit: jax.Array) -> jax.Array:
 
 def _step(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
     """Every model reads its next token."""
+    if len(params) < len(plan.configs):
+        return _step_side_by_side(params[0], state, plan)
     if len(state.caches) < len(params):
         return _step_on_shared_cache(params, state, plan)
     steps = [
@@ -196,6 +199,17 @@ def _step(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tu
         for tree, token, cfg, cache in zip(params, state.last, plan.configs, state.caches, strict=True)
     ]
     return tuple(logits for logits, _ in steps), tuple(cache for _, cache in steps)
+
+
+def _step_side_by_side(tree: Any, state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
+    """Models of one configuration, which read the same tokens, as one batched model."""
+    (cache,), token, cfg = state.caches, state.last[0], plan.configs[0]
+    axes = models.cache_axes(branched=cache.prefix is not None)
+    step = jax.vmap(
+        lambda tree, cache: models.decode_step(tree, token, cfg, cache), in_axes=(0, axes), out_axes=(0, axes)
+    )
+    logits, cache = step(tree, cache)
+    return tuple(logits), (cache,)
 
 
 def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
-from unidetox_jax.decoding.generate import check_numbers, prepare, use
+from unidetox_jax.decoding.generate import check_numbers, make_request
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.decoding.preparation import use
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.models import Model
 
@@ -51,7 +52,7 @@ def stream(
     Raises:
       UserError: as `generate`.
     """
-    request = prepare(
+    request = make_request(
         models,
         prompts,
         objective=objective,
@@ -63,14 +64,14 @@ def stream(
     plan = dataclasses.replace(request.plan, segments=request.plan.segments[-1:])  # one size of caches: one program
     in_order, batch = warpers_.in_order(warpers), request.batch
     with use(request.mesh):
-        params, keys, state = _begin(request.params, request.inputs, plan=plan)
+        keys, state = _begin(request.params, request.inputs, plan=plan)
     sums = np.zeros((len(models), batch), np.float32)
     for index in range(max_new_tokens):
         live = ~np.asarray(state.ended)[:batch]
         if not live.any():
             return
         with use(request.mesh):
-            state = _step(params, keys, state, request.inputs, objective, in_order, plan=plan)
+            state = _step(request.params, keys, state, request.inputs, objective, in_order, plan=plan)
         check_numbers(np.asarray(state.bad)[:, :batch], state.step, objective)
         before, sums = sums, np.asarray(state.log_probabilities)[:, :batch]
         yield Token(np.asarray(state.tokens)[index, :batch], live, sums - before)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unidetox_jax import sharding, text_statistics
+from unidetox_jax import text_statistics
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import decode
 from unidetox_jax.decoding.generate import generate
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.decoding.preparation import Prepared, mesh_of, prepare
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
@@ -67,7 +68,9 @@ def sample_texts(
         raise UserError(f"max_length: found {max_length}, but the prompt alone has {len(prompt)} tokens with BOS")
     names = distinct_names(names or objective.arguments)
     size = min(batch_size, num_texts)
-    hardware = _hardware(models[0])
+    hardware = _hardware(models)
+    if not isinstance(models[0].params, Prepared):
+        models = prepare(models, side_by_side=cache == "own")
     batches = []
     with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
         for first in range(0, num_texts, size):
@@ -117,13 +120,13 @@ def distinct_names(names: Sequence[str]) -> list[str]:
     return [name if name not in names[:i] else f"{name}#{i + 1}" for i, name in enumerate(names)]
 
 
-def _hardware(model: Model) -> str:
-    mesh = sharding.mesh_of(model.params)
+def _hardware(models: Sequence[Model]) -> str:
+    mesh, dtype = mesh_of(models), models[0].cfg.dtype
     device = jax.devices()[0].device_kind
     if mesh is None:
-        return f"1 x {device}, computed in {model.cfg.dtype}"
+        return f"1 x {device}, computed in {dtype}"
     layout = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
-    return f"{mesh.size} x {device}, mesh {layout}, computed in {model.cfg.dtype}"
+    return f"{mesh.size} x {device}, mesh {layout}, computed in {dtype}"
 
 
 def first_token(tokenizer: Any, name: str) -> int:

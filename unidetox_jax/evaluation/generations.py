@@ -17,6 +17,7 @@ import numpy as np
 from unidetox_jax import buckets, decoding
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
+from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.protocol import Protocol
@@ -125,6 +126,7 @@ def complete(
     new = np.empty((len(prompts), samples), object)
     ended = np.zeros((len(prompts), samples), bool)
     hidden = label is None or jax.process_index() > 0
+    (model,) = prepare([model])
     with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
         for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
             tokens, mask = _padded([prompts[p] for p in batch.prompts])

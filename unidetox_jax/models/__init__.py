@@ -1,7 +1,7 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
 from unidetox_jax.models import casting, lora
-from unidetox_jax.models.cache import Cache, branch_cache, grow_cache, init_cache
+from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table, stored_in_out
@@ -31,6 +31,7 @@ __all__ = [
     "abstract_params",
     "as_ids",
     "branch_cache",
+    "cache_axes",
     "casting",
     "config_from_hf",
     "config_to_hf",

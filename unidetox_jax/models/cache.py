@@ -60,6 +60,15 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = No
     )
 
 
+def cache_axes(branched: bool = False) -> Cache:
+    """For `jax.vmap` over models that read the same tokens, each with keys and values of its own: the axes of a cache.
+
+    branched: it has a prefix.
+    """
+    prefix = Branched(0, 0, None) if branched else None  # type: ignore[arg-type]  # axes in place of arrays
+    return Cache(0, 0, None, None, None, prefix)  # type: ignore[arg-type]
+
+
 def grow_cache(cache: Cache, length: int) -> Cache:
     """The same cache with `length` slots: what lets a decoding loop read live slots only."""
     more = length - cache.length
@@ -105,10 +114,24 @@ def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | ja
     zero, slot = jnp.zeros((), jnp.int32), jnp.asarray(slot, jnp.int32)
     if isinstance(layers, tuple):
         new = new.astype(layers[layer].dtype)
-        updated = jax.lax.dynamic_update_slice(layers[layer], new, (zero, zero, slot, zero))
+        updated = _update(layers[layer], new, (zero, zero, slot, zero))
         return (*layers[:layer], updated, *layers[layer + 1 :])
     index = jnp.asarray(layer, jnp.int32)
-    return jax.lax.dynamic_update_slice(layers, new[None].astype(layers.dtype), (index, zero, zero, slot, zero))
+    return _update(layers, new[None].astype(layers.dtype), (index, zero, zero, slot, zero))
+
+
+@jax.custom_batching.custom_vmap
+def _update(old: jax.Array, new: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(old, new, start)
+
+
+@_update.def_vmap
+def _update_all(size, batched, old, new, start):
+    """Models side by side write one slice; JAX's own rule makes a scatter of it."""
+    old, new = (
+        x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip((old, new), batched[:2], strict=True)
+    )
+    return jax.lax.dynamic_update_slice(old, new, (jnp.zeros_like(start[0]), *start)), True
 
 
 def read(layers: Layers, layer: int | jax.Array) -> jax.Array:

@@ -46,6 +46,7 @@ def evaluation(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[
             new_tokens=settings.max_new_tokens,
             batches=-(-_texts(settings) // settings.batch_size),
             samples=min(settings.samples, settings.batch_size),
+            stored=True,
         )
     ]
     if settings.mmlu:

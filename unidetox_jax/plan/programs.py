@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unidetox_jax import method, models, sharding, training
-from unidetox_jax.decoding import loop
+from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.warpers import Warper, in_order
@@ -98,52 +98,55 @@ def decoding_program(
     batches: int,
     samples: int = 1,
     cache: str = "own",
+    stored: bool = False,
 ) -> Program:
-    """One compiled generation, with weights in float32, as training leaves them.
+    """One compiled generation.
 
     Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
-    minutes instead of an hour.
+    minutes instead of an hour. stored: beside the weights that the loop reads stand those of the checkpoint, in float32
+    as training leaves them.
     """
     options: dict[str, Any] = {"cache": cache, "samples": samples}
 
-    def make(ways: int) -> loop.Plan:
-        return make_plan(configs, [prompt] * len(configs), new_tokens, layer_loop="scan", ways=ways, **options)
+    def make(configs: Sequence[ModelConfig], new_tokens: int) -> loop.Plan:
+        return make_plan(configs, [prompt] * len(configs), new_tokens, **options)
+
+    def form(mesh: Mesh | None, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.Form:
+        return preparation.form(configs, mesh, layer_loop, side_by_side=cache == "own")
 
     def resident(mesh: Mesh):
-        return tuple(_abstract_params(cfg, mesh) for cfg in configs)
+        prepared = preparation.abstract(form(mesh, configs), mesh)
+        return prepared, [_abstract_params(cfg, mesh) for cfg in configs if stored]
 
-    def lower(mesh: Mesh, plan: loop.Plan | None = None):
-        plan = plan or make(mesh.shape["model"])
+    def lower(mesh: Mesh, form: preparation.Form, new_tokens: int):
+        plan = make(form.configs, new_tokens)
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
-        params = tuple(_abstract_params(cfg, mesh) for cfg in plan.configs)
         with jax.set_mesh(mesh):
+            params = preparation.abstract(form, mesh)
             return loop.program.lower(params, inputs, objective, in_order(warpers), plan=plan)
 
     def shallow(mesh: Mesh, layers: int):
         few = [dataclasses.replace(cfg, num_layers=layers) for cfg in configs]
-        return lower(
-            mesh,
-            make_plan(few, [prompt] * len(few), loop.ROOM, layer_loop="unroll", ways=mesh.shape["model"], **options),
-        )
+        return lower(mesh, form(mesh, few, "unroll"), loop.ROOM)
 
     def leaner() -> Iterator[tuple[str, Program]]:
         for fewer in (rows // 2, rows // 4):
             if fewer >= max(1, samples):
                 again = decoding_program(
                     name, configs, objective, warpers, rows=fewer, prompt=prompt, new_tokens=new_tokens,
-                    batches=batches * (rows // fewer), **options,
+                    batches=batches * (rows // fewer), stored=stored, **options,
                 )  # fmt: skip
                 yield f"--config.{name.split()[0]}.batch_size={fewer}", again
 
-    loops = len(make(1).segments)  # only one of them runs in any step
+    loops = len(make(configs, new_tokens).segments)  # only one of them runs in any step
     layers = max(cfg.num_layers for cfg in configs)
     return Program(
         name,
         resident,
-        lower,
+        lambda mesh: lower(mesh, form(mesh, configs), new_tokens),
         steps=batches * new_tokens,
         work=lambda sizes, platform: work.decoding(
-            make(sizes["model"]), rows, prompt, sizes, work.LANES if platform == "tpu" else 1
+            make(configs, new_tokens), rows, prompt, sizes, work.LANES if platform == "tpu" else 1, stored
         ),
         utilisation=DECODING_UTILISATION,
         rounds=(0, 1 / loops, layers / loops),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from unidetox_jax import buckets, method
-from unidetox_jax.decoding import loop
+from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig, costs, lora
 from unidetox_jax.recipe import Recipe
@@ -69,22 +69,23 @@ def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused:
     )
 
 
-def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int) -> Work:
+def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int, stored: bool) -> Work:
     """Of one token more in each of `rows` rows, with half of the new tokens in the cache. lanes: what head sizes are
-    padded to."""
+    padded to. stored: see `programs.decoding_program`."""
     shards, ways = sizes["data"] * sizes["fsdp"], sizes["model"]
     rows = filled(-(-rows // plan.samples), sizes) // shards * plan.samples
+    gather = preparation.gathers(plan.configs, ways)
     flops = traffic = memory = gathered = summed = 0.0
     for cfg in plan.configs:
         size, weights = np.dtype(cfg.dtype).itemsize, costs.read_bytes(cfg, ways)
         owned = _owned(cfg, sizes)
-        prepared = costs.param_bytes(cfg, ways) if plan.gather else size * owned
+        prepared = costs.param_bytes(cfg, ways) if gather else size * owned
         padded = buckets.multiple(cfg.head_size, lanes) / cfg.head_size
         flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, ways=ways)
         traffic += weights + padded * costs.cache_bytes(cfg, rows * (prompt + plan.size / 2), ways)
-        memory += 4 * owned + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
+        memory += 4 * owned * stored + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
         memory += padded * GROWTH * costs.cache_bytes(cfg, rows * (plan.size + prompt / plan.samples), ways)
-        gathered += weights / (plan.size if plan.gather else 1)
+        gathered += weights / (plan.size if gather else 1)
         summed += 2 * cfg.num_layers * rows * cfg.hidden_size * size
     layers = sum(cfg.num_layers for cfg in plan.configs)
     return Work(
@@ -93,7 +94,7 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int) 
         memory,
         network={"fsdp": _share(sizes["fsdp"]) * gathered, "model": _share(ways) * 2 * summed},
         collectives={
-            "fsdp": (sizes["fsdp"] > 1) * layers / (plan.size if plan.gather else 1),
+            "fsdp": (sizes["fsdp"] > 1) * layers / (plan.size if gather else 1),
             "model": (ways > 1) * 2 * layers,
         },
     )

@@ -19,6 +19,7 @@ from etils import epath
 from unidetox_jax import checkpoint, distributed, method, models, storage
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.plan import configuration
@@ -89,6 +90,9 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     same = sampling.same_weights([one.model for one in language_models], settings.models)
     if same:
         logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same))
+    # From here on nobody holds the weights as they are stored
+    prepared = prepare([one.model for one in language_models], side_by_side=settings.cache == "own")
+    language_models = [one._replace(params=own.params) for one, own in zip(language_models, prepared, strict=True)]
     work = directory / PARTS
     try:
         texts = method.distill(
