@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for one another by turning round
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +24,8 @@ from etils import epath  # noqa: E402
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
+if jax.__version_info__ < (0, 11):  # LLVM alone compiles in half the time; later versions always emit by MLIR
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 if importlib.util.find_spec("torch") is None:  # EXTRA=quick of launch/test.sh
     IMPORTS = re.compile(r"^(import|from) (\w+\.)?(torch|eval_helpers)\b", re.MULTILINE)
@@ -70,7 +73,8 @@ def forget_programs():
 def optimized():
     """Programs as users get them, here and in processes that are started, for tests that run them long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+            patch.delenv(name, raising=False)
         jax.config.update("jax_disable_most_optimizations", False)
         yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -152,7 +152,7 @@ def test_killed_and_continued_is_the_same_to_the_byte(world, finished, workdir):
     assert not parts.exists()
 
 
-DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+DEVICES = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
 
 
 def test_killed_before_the_end_of_its_cleaning(world, finished, workdir):

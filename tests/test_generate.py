@@ -49,6 +49,11 @@ def last_logits(reference, ids):
         return reference(torch.tensor([ids])).logits[0, -1].numpy()
 
 
+@functools.cache
+def jitted(objective):
+    return jax.jit(objective.__call__)
+
+
 def greedy_by_hand(objective, sources, prompts, steps):
     """Tokens that an objective over several models ranks first, the texts read anew at each step.
 
@@ -56,7 +61,7 @@ def greedy_by_hand(objective, sources, prompts, steps):
     of them under each source alone.
     """
     told, sums = [], np.zeros(len(sources))
-    objective = jax.jit(objective.__call__)
+    objective = jitted(objective)
     while len(told) < steps and EOS not in told:
         logits = [source([*prompt, *told]) for source, prompt in zip(sources, prompts, strict=True)]
         told.append(int(np.argmax(objective(*(jnp.asarray(z)[None] for z in logits)))))
@@ -146,7 +151,7 @@ def shared_cache_by_hand(base, toxic, ids, objective, steps):
     model gets a copy from before the base model's step.
     """
     told, sums, cache, inputs = [], np.zeros(2), None, torch.tensor([ids])
-    objective = jax.jit(objective.__call__)
+    objective = jitted(objective)
     while len(told) < steps and EOS not in told:
         lent = copy.deepcopy(cache)
         with torch.no_grad():
@@ -261,8 +266,9 @@ def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, exp
     assert loop.plan_segments(slots, new) == expected
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
-@pytest.mark.parametrize("layout", ["fsdp:4", "data:2,fsdp:2,model:2"])
+@pytest.mark.parametrize(
+    ("layout", "budget"), [("fsdp:4", 0), ("data:2,fsdp:2,model:2", 0), ("data:2,fsdp:2,model:2", 1 << 30)]
+)
 def test_weights_over_fsdp_give_the_same_text_gathered_before_the_loop_or_in_it(layout, budget, monkeypatch):
     monkeypatch.setattr(importlib.import_module("unidetox_jax.decoding.preparation"), "GATHER_BYTES", budget)
     _, (params, cfg) = model_of("gpt2")

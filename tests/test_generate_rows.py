@@ -70,18 +70,18 @@ def assert_same_texts(pair, rows, found, expected):
         assert gap(pair, rows[i], found[i], expected[i]) <= NEAR, f"row {rows[i]}"
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_a_text_is_the_same_in_any_batch(pair, together, batch):
+@pytest.mark.parametrize(("batch", "texts"), [(1, 200), (7, TEXTS), (64, TEXTS)])
+def test_a_text_is_the_same_in_any_batch(pair, together, batch, texts):
     """Alone, or among others than its neighbours by id."""
-    order = np.random.default_rng(batch).permutation(TEXTS)
-    order = np.concatenate([order, order[: -TEXTS % batch]])
+    order = np.random.default_rng(batch).permutation(TEXTS)[:texts]
+    order = np.concatenate([order, order[: -texts % batch]])
     found = np.concatenate([sample(pair, rows) for rows in order.reshape(-1, batch)])
     assert_same_texts(pair, order, found, together[order])
 
 
-@pytest.mark.parametrize("layout", ["data:2", "model:2", "data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
 def test_a_text_is_the_same_on_any_mesh(pair, together, layout):
-    mesh = sharding.make_mesh(layout, jax.devices()[: 2 if layout.endswith(":2") and "," not in layout else 8])
+    mesh = sharding.make_mesh(layout)
     placed = [models.Model(jax.device_put(tree, sharding.param_shardings(tree, mesh)), cfg) for tree, cfg in pair]
     found = sample(placed, np.arange(TEXTS - 1))  # does not divide: rows are filled up
     assert_same_texts(pair, np.arange(TEXTS - 1), found, together[:-1])

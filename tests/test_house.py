@@ -136,16 +136,19 @@ def test_no_module_imports_itself_by_way_of_others():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-def test_importing_a_module_asks_for_no_device():
-    """Or several processes could not meet before jax looks at their devices."""
+def test_importing_a_module_asks_for_no_device_and_no_pytorch():
+    """Or several processes could not meet before jax looks at their devices, and every command would start later."""
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
     names = [name for name in names if not name.endswith((".__init__", ".harness"))]  # lm_eval is an extra
     code = f"""
-import importlib
+import importlib, sys
 from jax._src import xla_bridge
 for name in {names}:
     importlib.import_module(name)
     assert not xla_bridge._backends, name
+from unidetox_jax import models
+models.config_from_hf({{"model_type": "gpt2"}})
+assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr[-500:]

@@ -19,7 +19,7 @@ from unidetox_jax.recipe import Lora
 
 RANK, ALPHA = 4, 6.0
 LORA = Lora(rank=RANK, alpha=ALPHA)
-VARIANT_NAMES = ["gpt2", "opt-125m", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases"]
+VARIANT_NAMES = ["gpt2", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases"]
 
 
 def peft_model(model, settings: Lora = LORA, seed: int = 1, random_b: bool = True):
@@ -143,8 +143,7 @@ def test_an_adapter_begins_as_pefts():
         assert (pair["A"] != other[name]["A"]).any()
 
 
-@pytest.mark.parametrize("loop", ["scan", "unroll"])
-@pytest.mark.parametrize("variant", ["gpt2", "llama-3"])
+@pytest.mark.parametrize(("variant", "loop"), [("gpt2", "scan"), ("gpt2", "unroll"), ("llama-3", "unroll")])
 def test_prefill_and_decode_are_forward(variant, loop):
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA, layer_loop=loop)
     adapter = jax.tree.map(lambda leaf: leaf + 0.05, lora.init(cfg, jax.random.key(1)))
@@ -173,23 +172,6 @@ def test_dropout_is_on_what_a_reads_and_in_training_alone():
     without = models.forward(attached, tokens, dataclasses.replace(cfg, lora=LORA), dropout_key=key)
     np.testing.assert_array_equal(models.forward(attached, tokens, cfg), without)
     assert (models.forward(attached, tokens, cfg, dropout_key=key) != without).any()
-
-
-@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
-def test_eight_devices_are_one(layout):
-    cfg = dataclasses.replace(models.config_from_hf({**VARIANTS["llama-3"], "num_attention_heads": 8}), lora=LORA)
-    params, adapter, tokens = models.init(cfg, jax.random.key(0)), lora.init(cfg, jax.random.key(1)), make_tokens(8)
-    mesh = sharding.make_mesh(layout)
-    adapter = jax.tree.map(lambda leaf: leaf + 0.05, adapter)
-    expected = models.forward(lora.attach(params, adapter, cfg), tokens, cfg)
-    whole = lora.attach(params, adapter, cfg)
-    placed = jax.tree.map(jax.device_put, whole, sharding.param_shardings(whole, mesh))
-    with jax.set_mesh(mesh):
-        found = models.forward(placed, jax.device_put(tokens, sharding.batch_sharding(mesh)), cfg)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    ways = mesh.shape["fsdp"] * mesh.shape["model"]
-    for leaf in jax.tree.leaves(lora.init(cfg, jax.random.key(1), mesh)):
-        assert leaf.addressable_shards[0].data.size == leaf.size // ways
 
 
 @pytest.mark.parametrize(
@@ -301,14 +283,15 @@ def one_device():
     return losses
 
 
-@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+@pytest.mark.parametrize("layout", ["fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
 def test_steps_on_eight_devices_are_those_on_one(one_device, layout):
     mesh = sharding.make_mesh(layout)
     losses, state = train_on(mesh)
     np.testing.assert_allclose(losses, one_device, rtol=1e-5)
     ways = mesh.shape["fsdp"] * mesh.shape["model"]
     moment = state.opt_state[1].mu["model.layers.{layer}.mlp.up_proj"]["A"]
-    assert moment.addressable_shards[0].data.size == moment.size // ways
+    for leaf in (moment, *jax.tree.leaves(lora.init(ON_MESHES, jax.random.key(1), mesh))):
+        assert leaf.addressable_shards[0].data.size == leaf.size // ways
 
 
 def test_parts_of_a_batch_are_the_whole(one_device):

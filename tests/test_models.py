@@ -13,7 +13,6 @@ from variants import VARIANTS, params_from_tensors, params_from_torch, torch_mod
 from unidetox_jax import models
 from unidetox_jax.errors import UserError
 
-LENGTHS = (16, 500)
 TOLERANCE = 2e-4
 
 
@@ -31,10 +30,24 @@ def pair(request):
     return build(request.param)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1"])
+SAMPLE = ("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1")
+
+
+@pytest.fixture(scope="module", params=SAMPLE)
 def sample(request):
     """One variant for each kind of positions and blocks: for what depends on the stack alone."""
     return build(request.param)
+
+
+LOOPED = [*((name, "scan") for name in SAMPLE), ("gpt2", "unroll"), ("llama-3.1", "unroll")]
+
+
+@pytest.fixture(scope="module", params=LOOPED, ids="-".join)
+def looped(request):
+    """(parameters, config) of each of the sample, and of two with the other loop over the layers."""
+    name, layer_loop = request.param
+    _, params, cfg = build(name)
+    return params, dataclasses.replace(cfg, layer_loop=layer_loop)
 
 
 def tokens_of(cfg, batch, length, seed=0):
@@ -46,8 +59,7 @@ def torch_logits(reference, tokens):
         return reference(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_logits_equal_pytorch_with_any_padding(pair, length):
+def test_logits_equal_pytorch_with_any_padding(pair, length=500):
     reference, params, cfg = pair
     tokens = tokens_of(cfg, 3, length)
     mask = np.ones((3, length), np.int32)
@@ -61,15 +73,8 @@ def test_logits_equal_pytorch_with_any_padding(pair, length):
     assert np.abs(expected).max() > 0.1  # the comparison is not of zeros
 
 
-def test_unpadded_needs_no_mask(sample):
+def test_hidden_states_equal_pytorch(sample):
     reference, params, cfg = sample
-    tokens = tokens_of(cfg, 2, 16)
-    logits = models.forward(params, tokens, cfg)
-    assert np.abs(logits - torch_logits(reference, tokens)).max() <= TOLERANCE
-
-
-def test_hidden_states_equal_pytorch(pair):
-    reference, params, cfg = pair
     tokens = tokens_of(cfg, 2, 16)
     with torch.no_grad():
         theirs = reference(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states
@@ -78,21 +83,24 @@ def test_hidden_states_equal_pytorch(pair):
         assert np.abs(ours - theirs[layer].numpy()).max() <= TOLERANCE
 
 
-def test_gradients_equal_pytorch(pair):
+def test_unpadded_logits_and_their_gradients_equal_pytorch(pair):
     reference, params, cfg = pair
     tokens = tokens_of(cfg, 2, 16)
     reference.zero_grad()
     ids = torch.tensor(tokens, dtype=torch.long)
-    reference(ids, labels=ids).loss.backward()
+    output = reference(ids, labels=ids)
+    output.loss.backward()
     gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
     if cfg.tie_word_embeddings:
         gradients.pop("lm_head.weight", None)
 
     def loss(params):
-        log_probabilities = jax.nn.log_softmax(models.forward(params, tokens, cfg)[:, :-1])
-        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
+        logits = models.forward(params, tokens, cfg)
+        log_probabilities = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean(), logits
 
-    ours = jax.jit(jax.grad(loss))(params)
+    ours, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert np.abs(logits - output.logits.detach().numpy()).max() <= TOLERANCE
     theirs = params_from_tensors(gradients, cfg, models.key_table(cfg))
     norms = jax.tree.map(lambda g: float(np.linalg.norm(g)), theirs)
     total = np.sqrt(sum(norm**2 for norm in jax.tree.leaves(norms)))
@@ -108,10 +116,8 @@ def test_gradients_equal_pytorch(pair):
     assert max(error for _, error in checked) <= 1e-3, checked
 
 
-@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
-def test_prefill_and_steps_equal_forward(sample, layer_loop):
-    _, params, cfg = sample
-    cfg = dataclasses.replace(cfg, layer_loop=layer_loop)
+def test_prefill_and_steps_equal_forward(looped):
+    params, cfg = looped
     tokens = tokens_of(cfg, 3, 12)
     mask = np.ones((3, 12), np.int32)
     mask[1, :3] = 0  # left
@@ -132,11 +138,9 @@ def test_prefill_and_steps_equal_forward(sample, layer_loop):
     assert int(cache.slot) == 12 and cache.positions.tolist() == [12, 9, 9]
 
 
-@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
-def test_branches_of_a_prompt_equal_forward(sample, layer_loop):
+def test_branches_of_a_prompt_equal_forward(looped):
     """Two continuations of each prompt, which share its keys and values: at once, and token by token."""
-    _, params, cfg = sample
-    cfg = dataclasses.replace(cfg, layer_loop=layer_loop)
+    params, cfg = looped
     prompts, new = tokens_of(cfg, 3, 8), tokens_of(cfg, 10, 4)[4:]
     mask = np.ones((3, 8), np.int32)
     mask[1, :3] = 0
@@ -174,9 +178,9 @@ def test_causal_by_gradients(sample):
 def test_packed_texts_equal_texts_alone(sample):
     _, params, cfg = sample
     tokens = tokens_of(cfg, 1, 20)
-    segments = np.array([[1] * 7 + [2] * 9 + [3] * 2 + [0] * 2], np.int32)
+    segments = np.array([[1] * 8 + [2] * 8 + [3] * 2 + [0] * 2], np.int32)
     packed = models.forward(params, tokens, cfg, segment_ids=segments)
-    for start, end in ((0, 7), (7, 16), (16, 18)):
+    for start, end in ((0, 8), (8, 16), (16, 18)):
         alone = models.forward(params, tokens[:, start:end], cfg)
         assert np.abs(packed[:, start:end] - alone).max() <= TOLERANCE
 
@@ -201,9 +205,8 @@ def test_config_goes_back_to_hugging_face(pair):
     assert models.config_from_hf(AutoConfig.for_model(kind, **hf).to_dict()) == cfg
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
 @pytest.mark.parametrize("name", ["gpt2", "llama-3"])
-def test_rematerialised_gradients_are_the_same(name, remat):
+def test_rematerialised_gradients_are_the_same(name):
     cfg = models.config_from_hf(VARIANTS[name])
     params = models.init(cfg, jax.random.key(0))
     tokens = tokens_of(cfg, 2, 8)
@@ -211,8 +214,9 @@ def test_rematerialised_gradients_are_the_same(name, remat):
     def loss(params, remat):
         return models.forward(params, tokens, cfg, remat=remat).var()
 
-    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, mode) for mode in ("none", remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, again)
+    plain, *others = (jax.jit(jax.grad(loss), static_argnums=1)(params, mode) for mode in ("none", "dots", "full"))
+    for again in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, again)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear"])

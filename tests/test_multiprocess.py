@@ -62,11 +62,18 @@ def launch(place, workdir, count, devices, *arguments, config="config.py"):
     return start([command([*common, *more]) for more in several], devices)
 
 
-def whole_run(place, workdir, count, devices):
-    for stage in ("toxify", "distill", "detoxify", "evaluate"):
-        ended = wait(launch(place, workdir, count, devices, stage))
-        assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
+def whole_run(place, workdir, count):
+    """Four stages on eight devices, in one command."""
+    stages = "--stages=toxify,distill,detoxify,evaluate"
+    ended = wait(launch(place, workdir, count, 8 // count, "run", stages))
+    assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """The run of one process, on all devices."""
+    return whole_run(place, place / "alone", 1)
 
 
 def losses(directory):
@@ -86,9 +93,8 @@ def evaluated(workdir, form):
 
 
 @pytest.mark.parametrize(("count", "where"), [(2, "bucket"), (4, "disk")])
-def test_several_processes_give_what_one_gives(place, bucket, count, where):
-    alone = whole_run(place, place / f"alone{count}", 1, 2 * count)
-    several = whole_run(place, (bucket if where == "bucket" else place) / f"several{count}", count, 2)
+def test_several_processes_give_what_one_gives(place, alone, bucket, count, where):
+    several = whole_run(place, (bucket if where == "bucket" else place) / f"several{count}", count)
     assert texts(several) == texts(alone) and len(texts(alone)) == 10
     for directory in ("toxic", "detoxified/llama"):
         np.testing.assert_allclose(losses(several / directory), losses(alone / directory), rtol=1e-5)
@@ -102,60 +108,46 @@ def test_several_processes_give_what_one_gives(place, bucket, count, where):
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
 
 
-def checkpoints(place, workdir):
-    directory = place / workdir / "toxic" / "checkpoints"
+def checkpoints(place):
+    directory = place / "long" / "toxic" / "checkpoints"
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def wait_for_checkpoint(place, workdir, processes, seconds=HANGS):
-    end = time.monotonic() + seconds
-    while not checkpoints(place, workdir):
+def train_beyond(place, step, count, *arguments):
+    """Processes that train, and have written a checkpoint of a later step."""
+    processes = launch(place, "long", count, 2, "toxify", *arguments, config="long.py")
+    end = time.monotonic() + HANGS
+    while max(checkpoints(place), default=0) <= step:
         assert all(process.poll() is None for process in processes), [one.err[-2000:] for one in wait(processes, 60)]
         assert time.monotonic() < end
         time.sleep(0.1)
+    return processes
 
 
-def test_sigterm_to_one_of_four_saves_one_step_which_one_process_on_another_mesh_goes_on_from(place):
-    processes = launch(place, "told", 4, 2, "toxify", config="long.py")
-    wait_for_checkpoint(place, "told", processes)
-    processes[2].send_signal(signal.SIGTERM)
-    ended = wait(processes)
-    assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
-    steps = {re.search(r"saved at step (\d+) of 4000", one.last_line)[1] for one in ended}
-    assert len(steps) == 1
-    (step,) = map(int, steps)
-    assert checkpoints(place, "told")[-1] == step
-
-    # One process, three devices less, another mesh: it goes on from that very step
-    (other,) = launch(place, "told", 1, 2, "toxify", "--config.mesh=fsdp:2", config="long.py")
-    deadline = time.monotonic() + HANGS
-    while checkpoints(place, "told")[-1] <= step:
-        assert other.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    other.send_signal(signal.SIGTERM)
-    (end,) = wait([other])
-    assert end.code == 75, end.err[-2000:]
-    assert f"continues from step {step} of 4000" in end.err
-    found = losses(place / "told" / "toxic")
-    assert np.isfinite(found).all() and found[-1] < found[1]
-
-
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(place):
-    processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
-    wait_for_checkpoint(place, "killed", processes)
+def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_goes_on(place):
+    processes = train_beyond(place, 0, 4)
     processes[1].kill()
     ended = wait(processes)
     assert ended[1].code == -signal.SIGKILL
     for one in (ended[0], *ended[2:]):
         assert one.code not in (0, 75) and one.err.strip(), one
-    step = checkpoints(place, "killed")[-1]
-    processes = launch(place, "killed", 4, 2, "toxify", config="long.py")
-    deadline = time.monotonic() + HANGS
-    while checkpoints(place, "killed")[-1] <= step:
-        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
-        time.sleep(0.1)
-    processes[0].send_signal(signal.SIGTERM)
+
+    # Again, until SIGTERM: all save the same step
+    step = checkpoints(place)[-1]
+    processes = train_beyond(place, step, 4)
+    processes[2].send_signal(signal.SIGTERM)
     ended = wait(processes)
     assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
     assert f"continues from step {step} of 4000" in ended[0].err
+    [step] = {int(re.search(r"saved at step (\d+) of 4000", one.last_line)[1]) for one in ended}
+    assert checkpoints(place)[-1] == step
+
+    # One process, six devices less, another mesh: it goes on from that very step
+    [other] = train_beyond(place, step, 1, "--config.mesh=fsdp:2")
+    other.send_signal(signal.SIGTERM)
+    [end] = wait([other])
+    assert end.code == 75, end.err[-2000:]
+    assert f"continues from step {step} of 4000" in end.err
+    found = losses(place / "long" / "toxic")
+    assert np.isfinite(found).all() and found[-1] < found[1]

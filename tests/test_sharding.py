@@ -9,7 +9,6 @@ from variants import FALCON, GPT2, LLAMA, NEW_FALCON, OPT
 from unidetox_jax import models, sharding
 from unidetox_jax.errors import UserError
 
-MESHES = ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"]
 CONFIGS = {
     "gpt2": {**GPT2, "n_embd": 64, "n_head": 8, "vocab_size": 128},
     "gpt2-xl's 25 heads and odd vocabulary": {**GPT2, "n_embd": 200, "n_head": 25, "vocab_size": 257},
@@ -53,7 +52,16 @@ def specs(tree, mesh):
     return {sharding.path_string(path): leaf.spec for path, leaf in leaves}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# Every model on all axes at once, and alone on an axis what it may treat in its own way.
+PLACED = [
+    *((name, "data:2,fsdp:2,model:2") for name in CONFIGS),
+    *((name, "model:8") for name in CONFIGS if "heads" in name or name == "llama"),
+    ("gpt2", "data:8"),
+    ("llama", "fsdp:8"),
+]
+
+
+@pytest.fixture(scope="module")
 def single(request):
     """(config, parameters, tokens, logits) on one device."""
     cfg = models.config_from_hf(CONFIGS[request.param])
@@ -62,7 +70,7 @@ def single(request):
     return cfg, params, tokens, np.asarray(models.forward(params, tokens, cfg))
 
 
-@pytest.mark.parametrize("layout", MESHES)
+@pytest.mark.parametrize(("single", "layout"), PLACED, indirect=["single"])
 def test_logits_and_steps_equal_one_device(single, layout):
     cfg, params, tokens, expected = single
     mesh = sharding.make_mesh(layout)

@@ -14,6 +14,7 @@ from unidetox_jax import data, models, sharding, training
 
 losses = importlib.import_module("unidetox_jax.training.loss")  # the package's `loss` is the function
 
+jit = functools.partial(jax.jit, static_argnums=2)  # of (params, batch, cfg)
 CONFIGS = {
     "gpt2": {**GPT2, "n_layer": 1},
     "opt-350m": {**OPT, "num_hidden_layers": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
@@ -28,6 +29,8 @@ def random_batch(cfg, rows=3, length=10, seed=0) -> dict:
     return {"tokens": rng.integers(3, cfg.vocab_size, (rows, length)).astype(np.int32), "loss_mask": mask}
 
 
+@jit
+@jax.value_and_grad
 def plain_loss(params, batch, cfg):
     """The definition, by log_softmax over all logits."""
     logprobs = jax.nn.log_softmax(models.forward(params, batch["tokens"], cfg)[:, :-1])
@@ -41,10 +44,11 @@ def test_pieces_equal_the_plain_loss(name, positions, monkeypatch):
     cfg = models.config_from_hf(CONFIGS[name])
     params, batch = models.init(cfg, jax.random.key(1)), random_batch(cfg)
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 3 * cfg.vocab_size * positions)
-    expected, expected_gradients = jax.value_and_grad(plain_loss)(params, batch, cfg)
-    (found, aux), gradients = jax.value_and_grad(training.loss, has_aux=True)(params, batch, cfg)
+    expected, expected_gradients = plain_loss(params, batch, cfg)
+    (found, aux), gradients = jit(jax.value_and_grad(training.loss, has_aux=True))(params, batch, cfg)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(training.loss(params, batch, cfg)[0], expected, rtol=1e-6)  # without derivatives
+    without_derivatives = jit(lambda *inputs: training.loss(*inputs))(params, batch, cfg)[0]
+    np.testing.assert_allclose(without_derivatives, expected, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
     assert float(aux["targets"]) == batch["loss_mask"][:, 1:].sum()
     np.testing.assert_allclose(aux["total"], expected * aux["targets"], rtol=1e-6)
@@ -56,7 +60,7 @@ def test_without_targets_the_loss_is_zero():
     batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
     batch["loss_mask"][:, 0] = True
     params = models.init(cfg, jax.random.key(1))
-    (loss, aux), gradients = jax.value_and_grad(training.loss, has_aux=True)(params, batch, cfg)
+    (loss, aux), gradients = jit(jax.value_and_grad(training.loss, has_aux=True))(params, batch, cfg)
     assert float(loss) == float(aux["targets"]) == 0.0
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
 
@@ -117,5 +121,5 @@ def test_every_token_has_the_loss_it_has_alone(name, layout):
             seen[row, start + 1 : end] = True
             start = end
     assert (seen == batch["loss_mask"]).all()
-    total = training.loss(params, batch, cfg)[1]["total"]
+    total = jit(training.loss)(params, batch, cfg)[1]["total"]
     np.testing.assert_allclose(total, together[seen].sum(), rtol=1e-5)

@@ -14,6 +14,7 @@ GPT2_CONFIG = {**GPT2, "n_layer": 2, "n_embd": 32, "n_head": 8, "vocab_size": 12
 LLAMA_CONFIG = {
     **LLAMA, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
+FAMILIES = {"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}
 STEPS = 20
 OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
 PUBLISHED = training.Optimizer(learning_rate=5e-5, steps=STEPS)
@@ -50,17 +51,24 @@ def train(cfg, steps, mesh=None, optimizer=OPTIMIZER, **options):
     return history, state
 
 
+loss = jax.jit(training.loss, static_argnums=2)
+
+
 def column(history, name):
     return np.array([metrics[name] for metrics in history])
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module")
 def one_device(request):
-    cfg = models.config_from_hf({"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}[request.param])
+    cfg = models.config_from_hf(FAMILIES[request.param])
     return cfg, train(cfg, STEPS)[0]
 
 
-@pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
+@pytest.mark.parametrize(
+    ("one_device", "layout"),
+    [("gpt2", "data:8"), ("gpt2", "fsdp:8"), ("gpt2", "model:8"), *((f, "data:2,fsdp:2,model:2") for f in FAMILIES)],
+    indirect=["one_device"],
+)
 def test_the_loss_curve_is_one_devices(one_device, layout):
     cfg, expected = one_device
     mesh = sharding.make_mesh(layout)
@@ -121,7 +129,7 @@ def test_dropout_is_a_function_of_the_step(cfg):
     _, second = step(state, batch)
     assert float(first["loss"]) != float(second["loss"])
     assert float(step(start(1), batch)[1]["loss"]) == float(second["loss"])  # as if it had been resumed
-    quiet = training.loss(models.init(cfg, jax.random.key(0)), batch, cfg)[0]
+    quiet = loss(models.init(cfg, jax.random.key(0)), batch, cfg)[0]
     assert abs(float(first["loss"]) - float(quiet)) > 1e-4
 
 
@@ -162,7 +170,7 @@ def test_evaluation_totals_are_the_losses(cfg, layout):
     mesh = sharding.make_mesh(layout) if layout else None
     params, batch = models.init(cfg, jax.random.key(0), mesh), make_batch(0)
     totals = training.make_eval_step(cfg, mesh)(params, batch)
-    expected = training.loss(models.init(cfg, jax.random.key(0)), batch, cfg)[1]
+    expected = loss(models.init(cfg, jax.random.key(0)), batch, cfg)[1]
     np.testing.assert_allclose(totals["total"], expected["total"], rtol=1e-6)
     assert float(totals["targets"]) == float(expected["targets"]) == batch["loss_mask"][:, 1:].sum()
 

@@ -23,6 +23,7 @@ from unidetox_jax import storage
 from unidetox_jax.checkpoint import sentencepiece_file
 from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, find, split
 from unidetox_jax.errors import UserError
+from unidetox_jax.models.transformers_import import torch_on_demand
 
 WHOLE, SENTENCEPIECE, BYTE_LEVEL = "tokenizer.json", "tokenizer.model", "vocab.json"
 ENCODERS = ("vocab.txt", "sentencepiece.bpe.model")
@@ -72,7 +73,8 @@ def copy_tokenizer(source: epath.Path, destination: epath.Path) -> None:
 
 
 def _load(directory: epath.Path, name: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    with torch_on_demand():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     config = _json(directory / CONFIG) or _json(directory / MODEL).get("config", {})
     form = next(name for name in VOCABULARIES if (directory / name).exists())

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import jax
 from absl import logging
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unidetox_jax.errors import UserError
+from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.recipe import Lora
 
 # Kinds of rotary embedding, and what transformers' modeling_rope_utils.py reads for each beside rope_theta.
@@ -169,7 +168,7 @@ def read_hf(
     read: Iterable[str],
     off: Iterable[str] = (),
     older: Mapping[str, str] | None = None,
-) -> PreTrainedConfig:
+) -> Any:
     """Transformers' own reading of a config, with its defaults for what the config does not say.
 
     Args:
@@ -181,7 +180,7 @@ def read_hf(
     Raises:
       UserError: an option of `off` is on, the weights are quantized, or a value is not of its type.
     """
-    cls = CONFIG_MAPPING[family]
+    cls = config_class(family)
     for name in (*off, *QUANTIZED):
         if config.get(name):
             hint = "; give the unquantized checkpoint" if name in QUANTIZED else ""
@@ -204,7 +203,7 @@ def read_hf(
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def token_ids(config: PreTrainedConfig) -> dict[str, Any]:
+def token_ids(config: Any) -> dict[str, Any]:
     """The special tokens' fields, for a family's `from_hf`. A pad token that the vocabulary does not hold is none."""
     eos, pad = as_ids(config.eos_token_id), config.pad_token_id
     return {

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from etils import epath
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
+from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -105,7 +105,7 @@ def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
         if config.get(option) not in (None, wanted):
             raise UserError(f"{where}: {option} is {config[option]!r}, expected {wanted!r}")
     try:
-        hf = CONFIG_MAPPING[name].from_dict(config)
+        hf = config_class(name).from_dict(config)
     except Exception as error:  # transformers validates with several exception classes of its own
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
     width, activation = (getattr(hf, option) for option in KINDS[name].intermediate)
@@ -117,7 +117,7 @@ def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
         raise UserError(f"{where}: problem_type is {hf.problem_type!r}, expected {SINGLE}, {MULTI} or {REGRESSION}")
     if not hf.problem_type and hf.num_labels > 2:
         logging.warning("%s: no problem_type; its %d labels are taken not to exclude each other", where, hf.num_labels)
-    pad = CONFIG_MAPPING[name]().pad_token_id if hf.pad_token_id is None else hf.pad_token_id
+    pad = config_class(name)().pad_token_id if hf.pad_token_id is None else hf.pad_token_id
     if pad >= hf.vocab_size:
         raise UserError(f"{where}: pad_token_id is {pad}, expected a token below vocab_size {hf.vocab_size}")
     return EncoderConfig(

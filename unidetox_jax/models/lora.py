@@ -97,6 +97,11 @@ def abstract(cfg: ModelConfig) -> Adapter:
 
 def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Adapter:
     """An adapter as PEFT begins one, on the mesh (None: the first device): A uniform within ±1/√in, B zero."""
+    return _init_program(cfg, mesh or sharding.single_device_mesh())(key)
+
+
+@functools.cache
+def _init_program(cfg: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Adapter]:
     shapes = abstract(cfg)
 
     def make(key):
@@ -107,8 +112,7 @@ def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Adapter:
             made[name] = {"A": a, "B": jnp.zeros(pair["B"].shape, jnp.float32)}
         return made
 
-    mesh = mesh or sharding.single_device_mesh()
-    return jax.jit(make, out_shardings=sharding.param_shardings(shapes, mesh))(key)
+    return jax.jit(make, out_shardings=sharding.param_shardings(shapes, mesh))
 
 
 def attach(params: Any, adapter: Adapter, cfg: ModelConfig) -> Any:

@@ -56,9 +56,13 @@ class Model(NamedTuple):
 
 def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None, param_dtype: str = "float32") -> Params:
     """Random parameters as the family initialises them, made in place on the mesh (None: the first device)."""
-    mesh = mesh or sharding.single_device_mesh()
+    return _init_program(cfg, mesh or sharding.single_device_mesh(), param_dtype)(key)
+
+
+@functools.cache
+def _init_program(cfg: ModelConfig, mesh: Mesh, param_dtype: str) -> Callable[[jax.Array], Params]:
     shardings = sharding.param_shardings(abstract_params(cfg, param_dtype), mesh)
-    return jax.jit(lambda key: _init(cfg, key, param_dtype), out_shardings=shardings)(key)
+    return jax.jit(lambda key: _init(cfg, key, param_dtype), out_shardings=shardings)
 
 
 def abstract_params(cfg: ModelConfig, param_dtype: str = "float32") -> Params:

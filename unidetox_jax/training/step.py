@@ -44,10 +44,14 @@ def init_state(params: Any, optimizer: Optimizer) -> TrainState:
     params = jax.tree.map(
         lambda leaf, place: jax.device_put(jnp.asarray(leaf, optimizer.param_dtype), place), params, shardings
     )
-    init = make_optimizer(optimizer).init
-    opt_shardings = sharding.param_shardings(jax.eval_shape(init, params), mesh)
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, params, jax.jit(init, out_shardings=opt_shardings)(params))
+    return TrainState(step, params, _init_optimizer(params, optimizer, mesh))
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "mesh"))
+def _init_optimizer(params: Any, optimizer: Optimizer, mesh: Mesh) -> Any:
+    state = make_optimizer(optimizer).init(params)
+    return jax.lax.with_sharding_constraint(state, sharding.param_shardings(state, mesh))
 
 
 def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
