@@ -128,7 +128,7 @@ def finetune(
         cfg,
         initial,
         batches,
-        training.Schedule(steps, recipe.save_every, recipe.keep, recipe.evaluate_every, recipe.log_every),
+        training.Schedule(steps, recipe.save_minutes, recipe.keep, recipe.evaluate_every, recipe.log_every),
         optimizer(recipe, steps),
         mesh,
         base=frozen,

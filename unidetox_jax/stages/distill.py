@@ -26,6 +26,7 @@ from unidetox_jax.stages import base, card, common
 from unidetox_jax.stages.settings import DistillSettings, Run
 
 PARTS = "parts"
+TOKEN_BYTES = 20.0  # of a token on disk: its number, and its text twice
 _EARLY_EXIT = re.compile(r"(.+)@(\d+)")
 
 
@@ -65,7 +66,8 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
 
     recorded = {k: v for k, v in dataclasses.asdict(settings).items() if k != "mesh"}
     recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
-    return base.Task(name, directory, recorded, inputs, body, operations)
+    held = TOKEN_BYTES * settings.num_texts * settings.max_length
+    return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: (2.0 * held, held))
 
 
 def check(settings: DistillSettings) -> None:
@@ -126,7 +128,6 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     }
     storage.write_text(directory / "README.md", card.render(run, settings, texts, figures, sources))
     storage.write_text(directory / "texts.csv", as_csv(texts))
-    work.rmtree()
     return figures
 
 

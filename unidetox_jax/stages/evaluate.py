@@ -56,6 +56,7 @@ FORMATS = {
     ".json": (storage.read_json, storage.write_json),
 }
 TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
+LINE_BYTES, TOKEN_BYTES = 120.0, 5.0  # of generations.jsonl, beside the text and of it
 # what says which tasks there are, and what a result depends on by rounding at most
 NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size", "mesh")
 
@@ -122,6 +123,8 @@ def _task(run: Run, candidate: Candidate) -> base.Task:
         lambda: _inputs(run, candidate),
         lambda directory: evaluate(run, candidate, directory),
         lambda: _operations(run, candidate),
+        PARTS,
+        lambda: _disk(run.evaluate),
     )
 
 
@@ -134,6 +137,13 @@ def _operations(run: Run, candidate: Candidate) -> float:
     target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
     tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
     return sum(2.0 * common.num_params(run, source) * count for source, count in tokens.items() if source)
+
+
+def _disk(settings: EvaluateSettings) -> tuple[float, float]:
+    """Bytes of the generations, which are kept twice until they are all there."""
+    texts = (settings.max_prompts or TYPICAL_PROMPTS) * settings.samples * settings.runs
+    held = texts * (LINE_BYTES + TOKEN_BYTES * settings.max_new_tokens)
+    return 2.0 * held, held
 
 
 def _reads(run: Run) -> dict[str, Any]:
@@ -178,7 +188,6 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
     if not distributed.first_process():
         return {}
     measured = storage.read_json(directory / results.METRICS)
-    (directory / PARTS).rmtree(missing_ok=True)
     print(results.describe(measured), flush=True)
     return results.headline(measured)
 

@@ -17,7 +17,9 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
 
-RENAMED = {"official": "reproduce_release"}  # old spellings of settings, read for one more version
+# Read for one more version: old spellings of settings, and settings that are gone, with what there is instead
+RENAMED = {"official": "reproduce_release"}
+GONE = {"save_every": "save_minutes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +241,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
     for name, settings in STAGES.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
-        for old, new in RENAMED.items():
+        for old, new in (RENAMED | GONE).items():
             if new in config[name]:
                 config[name][old] = ml_collections.config_dict.placeholder(type(config[name][new]))
     return config
@@ -277,6 +279,9 @@ def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config")
     for old, new in RENAMED.items():
         if new in fields and (value := part.pop(old, None)) is not None:
             part[_renamed(old, f"{where}.")] = value
+    for old, new in GONE.items():
+        if new in fields and part.pop(old, None) is not None:
+            logging.warning("%s.%s: passed over, it counts no longer; see %s.%s", where, old, where, new)
     for name, value in part.items():
         if name in STAGES and settings is RunSettings:
             continue
