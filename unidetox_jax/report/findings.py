@@ -113,19 +113,19 @@ def _models(several: Sequence[Any]) -> str:
 def _control(rows: Sequence[Row]) -> Iterator[Finding]:
     pairs = results.pairs([row.evaluation for row in rows], CONTROL, DETOXIFIED)
     changes = results.pooled_change(pairs)
-    change = changes.get("tp_id", changes.get("tp_all"))
-    if change is None:
-        return
-    conclusion = {
-        -1: "in this run the effect is the contrast's, not that of fine-tuning on any sampled text",
-        0: "no difference beyond chance, so the contrast's own effect is not shown",
-        1: "in this run the control is less toxic, so the contrast made things worse",
-    }[results.beyond_chance(change)]
     models = ", ".join(pair[0].name for pair in pairs)
-    yield Finding(
-        f"Against the control, the same fine-tuning on as much text of the base model alone ({models}), toxicity after "
-        f"the contrast's text is {percent(change)} ({_interval(change)}): {conclusion}."
-    )
+    for judge in dict.fromkeys("".join(key.partition(" by ")[1:]) for key in changes):  # "" and " by NAME"
+        change = changes.get(f"tp_id{judge}", changes.get(f"tp_all{judge}"))
+        if change is not None:
+            conclusion = {
+                -1: "in this run the effect is the contrast's, not that of fine-tuning on any sampled text",
+                0: "no difference beyond chance, so the contrast's own effect is not shown",
+                1: "in this run the control is less toxic, so the contrast made things worse",
+            }[results.beyond_chance(change)]
+            yield Finding(
+                f"Against the control, the same fine-tuning on as much text of the base model alone ({models}), "
+                f"toxicity{judge} after the contrast's text is {percent(change)} ({_interval(change)}): {conclusion}."
+            )
 
 
 def _agreement(rows: Sequence[Row]) -> Iterator[Finding]:
