@@ -127,7 +127,7 @@ def exchange(name: str, value: str) -> list[str]:
         return [value]
     own = np.frombuffer(value.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(own)))  # by the devices: see `barrier`
-    everyone = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
+    everyone = multihost_utils.process_allgather(np.pad(own, (0, 1 + int(sizes.max()) - len(own))))
     return [row[:size].tobytes().decode() for row, size in zip(np.asarray(everyone), sizes, strict=True)]
 
 
