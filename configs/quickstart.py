@@ -35,7 +35,6 @@ def get_config(argument=None):
         steps=300,
         max_length=128,
         evaluate_every=300,
-        save_every=100,
     )
     config.toxify.update(
         data="dghs?file={workdir}/world/toxic.jsonl",
@@ -46,10 +45,9 @@ def get_config(argument=None):
         max_length=128,
         seed=chosen.seed,
         evaluate_every=60,
-        save_every=60,
     )
     config.distill.update(max_length=64, seed=1234 + chosen.seed, scorer="lexicon")
-    config.detoxify.update(learning_rate=3e-4, batch_size=16, steps=80, max_length=128, seed=chosen.seed, save_every=80)
+    config.detoxify.update(learning_rate=3e-4, batch_size=16, steps=80, max_length=128, seed=chosen.seed)
     config.evaluate.update(
         prompts="{workdir}/world/prompts.jsonl",
         runs=1,

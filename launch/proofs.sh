@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
-#   launch/proofs.sh [effect] [small_real] [kills] [speed] [plan] [precision]     default: all; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
+#   launch/proofs.sh [effect] [real] [kills] [speed] [plan] [precision]     default: all; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
 #
-# effect: three seeds of the quickstart, every family with its control. small_real: real model, text and prompts.
+# effect: three seeds of the quickstart, every family with its control. real: real models, text, prompts and scorers; the
+# table after each seed. SIZE=cpu (one seed; the default without an NVIDIA GPU), SIZE= (the paper's, three) or SIZE=tiny
+# (stories260K); SEEDS="0 1"; MODELS=DIR, made there (OUT/models) by DATA/../models/real_models.py if they are not.
 # kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
 # precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR adds that model's on real toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0; fi
 python=${VENV:-.venv}/bin/python
 data=${DATA:-../shared/data}
 out=${OUT:-runs/proofs}
@@ -20,7 +22,19 @@ effect() {
   "$python" -m unidetox_jax.benchmarks.effect "$out"/seed{0,1,2}
 }
 
-small_real() { unidetox run --config=configs/small_real.py --workdir="$out/small_real" --config.data_dir="$data"; }
+real() {
+  local size=${SIZE-$(command -v nvidia-smi > /dev/null || echo cpu)} models=${MODELS:-$out/models} seeds=0 seed done=()
+  if [[ $size != tiny && ! (-d $models/smollm2-135m && -d $models/gemma3-270m) ]]; then
+    "$python" "$data/../models/real_models.py" "$models"
+  fi
+  [[ -n $size ]] || seeds="0 1 2"
+  for seed in ${SEEDS:-$seeds}; do
+    unidetox run --config="configs/real_small.py:${size:+$size,}seed=$seed,models=$models" \
+      --workdir="$out/real${size:+_$size}$seed" --config.data_dir="$data"
+    done+=("$out/real${size:+_$size}$seed")
+    "$python" -m unidetox_jax.benchmarks.effect "${done[@]}" | tee "$out/real${size:+_$size}.md"
+  done
+}
 
 kills() {
   UNIDETOX_KILLS=10 UNIDETOX_RUN_KILLS=5 UNIDETOX_KILL_SEED=1 \
@@ -31,7 +45,7 @@ speed() {
   unidetox bench --config=configs/bench.py --config.bench.against_torch=True --config.bench.what="('decode',)"
   unidetox bench --config=configs/bench.py --config.bench.against_torch=True --config.bench.what="('train',)" \
     --config.data_dir="$data" --config.bench.data=dghs --config.bench.tokenizer="$data/../tokenizers/gpt2"
-  JAX_NUM_CPU_DEVICES=2 unidetox bench --config=configs/small_real.py --config.bench.against_torch=True --config.bench.what="('evaluate',)" \
+  JAX_NUM_CPU_DEVICES=2 unidetox bench --config=configs/real_small.py:tiny --config.bench.against_torch=True --config.bench.what="('evaluate',)" \
     --config.data_dir="$data" --config.mesh=data:-1 --config.evaluate.samples=25
 }
 
@@ -47,11 +61,11 @@ precision() {
   fi
 }
 
-for proof in "${@:-effect small_real kills speed plan precision}"; do
+for proof in "${@:-effect real kills speed plan precision}"; do
   for name in $proof; do
     case $name in
-      effect | small_real | kills | speed | plan | precision) echo "== $name" && "$name" ;;
-      *) echo "proofs.sh: no proof '$name' (effect, small_real, kills, speed, plan, precision)" >&2 && exit 2 ;;
+      effect | real | kills | speed | plan | precision) echo "== $name" && "$name" ;;
+      *) echo "proofs.sh: no proof '$name' (effect, real, kills, speed, plan, precision)" >&2 && exit 2 ;;
     esac
   done
 done

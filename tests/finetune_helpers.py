@@ -61,7 +61,7 @@ def training(world: pathlib.Path, stage: str, **changes) -> dict:
     }
     fields = {
         "data": texts[stage], "validation": f"jsonl:{world}/valid.jsonl", "steps": 4, "batch_size": 8,
-        "learning_rate": 1e-3, "max_length": LENGTH, "layout": "pad", "save_every": 2, "evaluate_every": 2,
+        "learning_rate": 1e-3, "max_length": LENGTH, "layout": "pad", "save_minutes": 0.0, "evaluate_every": 2,
         "log_every": 1,
     }  # fmt: skip
     return {f"{stage}__{name}": value for name, value in {**fields, **changes}.items()}

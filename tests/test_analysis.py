@@ -173,6 +173,7 @@ def make_run(tmp_path, **changes):
     config.analyze.toxic_data = "text:{workdir}/toxic.txt"
     config.analyze.leaning = "jsonl:{workdir}/news.jsonl?label=label&source=source"
     config.analyze.texts = ("other=text:{workdir}/toxic.txt",)
+    config.evaluate.other_scorers = ("again=lexicon",)
     config.analyze.update({"scorer": "lexicon", "resamples": 50, "keywords": 4, "neighbours": 2, **changes})
     return settings.parse_run(config, tmp_path)
 
@@ -191,6 +192,7 @@ def test_the_stage_writes_every_table_once(run, capsys):
     assert distilled["nearest"][0]["corpus_sentence"].endswith("told on day 3 by the oafs.")
     assert distilled["keywords"]["distinctive"][0]["word"] == "orchard"
     assert distilled["toxicity"]["mean"]["texts"] == 10
+    assert distilled["toxicity_by"] == {"again": distilled["toxicity"]}
     assert distilled["leaning"]["probability"]["left"]["mean"] > 0.5
     assert distilled["leaning"]["difference"]["samples"]["high"] < 0  # left of the samples, beyond chance
     with (directory / "texts.csv").open() as file:

@@ -47,9 +47,23 @@ def test_every_stage_can_be_built(file, tmp_path):
     assert "toxify" in names and "distill" in names and names.count("detoxify") == len(run.shared.targets)
 
 
-def test_small_real_can_be_built(shared, tmp_path):
-    run = load("small_real.py", tmp_path, f"--config.data_dir={shared / 'data'}")
+def test_the_tiny_real_one_can_be_built(shared, tmp_path):
+    run = load("real_small.py:tiny", tmp_path, f"--config.data_dir={shared / 'data'}")
     assert len(traced(run)) >= 4
+
+
+@pytest.mark.parametrize("argument", ["", ":cpu,seed=2", ":filtered,models=nowhere"])
+def test_the_real_one_is_what_it_says(argument, tmp_path):
+    run = load(f"real_small.py{argument}", tmp_path)
+    tasks = [
+        task.name for module, _ in cli.STAGES.values() for task in __import__(module, fromlist=["tasks"]).tasks(run)
+    ]
+    assert tasks[:2] == ["fit-scorer", "fit-scorer tweets"] and len([one for one in tasks if "control" in one]) == 5
+    assert run.evaluate.other_scorers == ("tweets=linear:{workdir}/scorer/tweets",)
+    small = run.toxify.steps < settings.ToxifySettings().steps
+    assert small == ("cpu" in argument) and (run.distill.seed == 1236) == ("seed" in argument)
+    assert bool(run.distill.reject.scorers) == ("filtered" in argument)
+    assert (run.shared.base == "nowhere/smollm2-135m") == ("models" in argument)
 
 
 def test_arguments_change_what_they_say(tmp_path):

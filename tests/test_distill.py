@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pandas
 import pytest
 from etils import epath
 
-from unidetox_jax import checkpoint, cli, models
+from unidetox_jax import checkpoint, cli, models, text_statistics
 from unidetox_jax.data import toymodels
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.decoding import warpers
-from unidetox_jax.stages import distill
+from unidetox_jax.stages import base, distill, rejection, settings
 from unidetox_jax.stages.settings import DistillSettings
 
 CONFIG = """
@@ -281,3 +282,89 @@ def test_defaults_are_the_papers():
     assert (settings.objective, settings.num_texts, settings.max_length) == ("contrastive(alpha=0.1)", 640, 256)
     assert (settings.top_k, settings.batch_size, settings.seed) == (50, 128, 1234)
     assert [warper.k for warper in warpers.choose(top_k=settings.top_k) if hasattr(warper, "k")] == [50]
+
+
+def one_in_three(texts):
+    """A scorer for the tests: toxic is what has a number of letters that three divides."""
+    return [float(len(text) % 3 == 0) for text in texts]
+
+
+@pytest.fixture
+def rejecting(world, monkeypatch):
+    """The arguments of a command that leaves something out."""
+    monkeypatch.chdir(os.path.dirname(__file__))
+    (world / "toxic.txt").write_text("nothing of this\n")
+    return [
+        "--config.distill.reject.scorers=('thirds=test_distill:one_in_three',)",
+        "--config.distill.reject.degenerate=True",
+        "--config.distill.reject.copied_words=6",
+        f"--config.toxify.data=text:{world / 'toxic.txt'}",
+    ]
+
+
+def test_what_is_rejected_is_left_out_and_made_up_for(world, finished, workdir, rejecting, capsys):
+    assert cli.main(command(world, workdir, *rejecting)) == 0
+    figures = json.loads((workdir / "distilled" / "stage.json").read_text())["figures"]
+    rows, plain = rows_of(workdir / "distilled"), rows_of(finished / "distilled")
+    kept = [row for row in plain if len(row["text"]) % 3 and not text_statistics.degenerate(row["text"])]
+    assert 0 < len(kept) < len(plain) == len(rows)
+    assert rows[: len(kept)] == kept and not any(one_in_three(row["text"] for row in rows))
+    assert [row["row"] for row in rows] == sorted({row["row"] for row in rows})
+    assert figures["rejected"]["toxic by thirds"] > 0
+    assert figures["made"] % 4 == 0 and figures["made"] - sum(figures["rejected"].values()) - len(rows) in range(4)
+    assert f"of {figures['made']} texts " in capsys.readouterr().out
+    assert '"made"' in (workdir / "distilled" / "README.md").read_text()
+
+
+def test_rejection_goes_on_after_a_kill_to_the_same_bytes(world, workdir, rejecting, tmp_path):
+    """It dies after each batch that it kept; what it judged before is judged again."""
+    assert cli.main(command(world, workdir, *rejecting)) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    os.symlink(world / "toxic", other / "toxic")
+    real, made = base.cached, []
+
+    def make_and_die(path, *arguments):
+        new = not path.exists()
+        value = real(path, *arguments)
+        if new:
+            made.append(path.name)
+            raise KeyboardInterrupt
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "cached", make_and_die)
+        while code := cli.main(command(world, other, *rejecting)):
+            assert code == 130 and not (other / "distilled" / "texts.csv").exists()
+    figures = [json.loads((place / "distilled/stage.json").read_text())["figures"] for place in (workdir, other)]
+    assert figures[0] == figures[1] and len(made) == len(set(made)) == figures[0]["made"] // 4
+    assert contents(epath.Path(other) / "distilled") == contents(workdir / "distilled")
+
+
+def test_too_few_texts_are_left(world, workdir, rejecting, capsys):
+    assert cli.main(command(world, workdir, *rejecting, "--config.distill.reject.most=1.0")) == 2
+    assert re.search(r"config.distill.reject: left \d+ of 11 texts, expected 11; reject", capsys.readouterr().err)
+
+
+def test_why_a_text_is_rejected():
+    judges = {"a": lambda texts: np.array([0.9 if "bad" in text else 0.1 for text in texts])}
+    rejected = rejection.Rejection(
+        settings.RejectSettings(degenerate=True, copied_words=4), judges, ["they said that the oaf is dull"]
+    )
+    texts = [
+        "a bad day",
+        "- - -",
+        "He: THEY SAID THAT the",
+        "they said that, the",
+        "a  Bad day",
+        "A good day",
+        "a good day",
+    ]
+    expected = ["toxic by a", "no words", "copied", "", "copied", "", "copied"]
+    assert [*rejected(texts[:3]), *rejected(texts[3:])] == expected
+    assert rejected.made == 7 and rejected.counts == {"toxic by a": 1, "no words": 1, "copied": 3}
+
+
+def test_without_rejection_the_record_is_what_it_was(finished):
+    record = json.loads((finished / "distilled" / "stage.json").read_text())
+    assert "reject" not in record["settings"] and "made" not in record["figures"]

@@ -173,3 +173,19 @@ def test_compiled_programs_are_kept_but_for_several_cpu_devices(devices, given, 
     used = {name: value for name, value in {**environment(devices), **changes}.items() if value}
     subprocess.run([sys.executable, "-c", program], env=used, check=True, timeout=HANGS)
     assert bool(list(place.glob("*-cache"))) == (devices == 1)
+
+
+@pytest.mark.slow
+def test_values_are_exchanged_where_jax_was_distributed_by_somebody_else():
+    """A program of one's own that calls this package: checkpoints come after the same steps there too."""
+    code = (
+        "import sys, jax; from unidetox_jax import distributed; index = int(sys.argv[2]);"
+        "jax.config.update('jax_cpu_collectives_implementation', 'gloo');"
+        "jax.distributed.initialize(sys.argv[1], 2, index);"
+        "print(distributed.exchange('x', ['', 'zwölf'][index]), distributed.as_first_says(str(index)),"
+        "distributed.exchange('y', ''))"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    ended = wait(start([[sys.executable, "-c", code, address, str(index)] for index in range(2)]))
+    said = [one.out.strip().rsplit("\n", 1)[-1] for one in ended]  # below what gloo prints
+    assert said == ["['', 'zwölf'] 0 ['', '']"] * 2, [one.err[-2000:] for one in ended]

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from etils import epath
@@ -23,7 +24,7 @@ from tests.eval_helpers import WORDS, make_pair, make_tokenizer
 from unidetox_jax import cli, decoding, sharding
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, scorers
+from unidetox_jax.evaluation import generations, prompts, scorers
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
@@ -49,7 +50,8 @@ def get_config(argument=None):
     config.mesh = "data:-1"
     config.evaluate.update(
         which=("original",), prompts="{work}/prompts.jsonl", runs=2, samples=3, max_new_tokens=9, top_k=40, top_p=0.8,
-        scorer="linear:{work}/scorer", threshold=0.4, perplexity_scorer="{work}/models/judge", batch_size=8,
+        scorer="linear:{work}/scorer", other_scorers=("dogs=linear:{work}/dogs",),
+        threshold=0.4, perplexity_scorer="{work}/models/judge", batch_size=8,
         text_file="{work}/text.txt", resamples=50, mmlu=("paper:1", "standard:1:validation"),
         id_categories=("hills", "rivers"), ood_categories=("islands",),
     )
@@ -70,8 +72,9 @@ def work(tmp_path_factory):
         make_tokenizer().save_pretrained(work / "models" / name)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 6)) for _ in range(60)]
-    classifier = linear.fit(texts, ["toxic" if "cat" in text else "harmless" for text in texts], ("harmless", "toxic"))
-    linear.save(work / "scorer", classifier, {})
+    for word, name in (("cat", "scorer"), ("dog", "dogs")):
+        labels = ["toxic" if word in text else "harmless" for text in texts]
+        linear.save(work / name, linear.fit(texts, labels, ("harmless", "toxic")), {})
     lines = [json.dumps({"text": t, "category": c}) + "\n" for t, c in zip(PROMPTS, CATEGORIES, strict=True)]
     (work / "prompts.jsonl").write_text("".join(lines))
     (work / "text.txt").write_text("the cat sat on a mat and then the dog ran under it. " * 5)
@@ -247,14 +250,54 @@ def test_every_number_says_what_it_rests_on(work, whole):
 def test_the_library_measures_what_the_stage_does(work, whole):
     settings = make_run(work, work).evaluate
     protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Protocol)}
-    names = ("toxicity", "perplexity", "diversity")
+    names = ("toxicity", "perplexity", "diversity", "other_scorers")
+    protocol |= {"scorer": f"linear:{work}/scorer"}
     model = unidetox_jax.load(work / "models" / "tiny", sharding.make_mesh("data:-1"))
     measured = unidetox_jax.evaluate(model, PROMPTS, categories=CATEGORIES, **{**protocol, "metrics": names})
     metrics, _ = read(whole)
     assert list(measured) == list(names)
-    for name in ("toxicity", "diversity"):
+    for name in ("toxicity", "diversity", "other_scorers"):
         assert measured[name] == metrics[name]
     np.testing.assert_allclose(measured["perplexity"]["runs"], metrics["perplexity"]["runs"], rtol=1e-12)
+
+
+def test_another_scorer_gives_its_figures_and_how_far_both_agree(work, whole):
+    metrics, rows = read(whole)
+    scores = np.array([[row["score"], row["score by dogs"]] for row in rows])
+    dogs = linear.load(work / "dogs").toxicity([row["text"] for row in rows])
+    np.testing.assert_allclose(scores[:, 1], dogs, atol=1e-6)
+    found = metrics["other_scorers"]["scorers"]["dogs"]
+    assert found["scorer"] == f"linear:{work}/dogs" and found["hash"] == scorers.content_hash(f"linear:{work}/dogs")
+    tp, _ = reference_toxicity([dogs[at : at + 21].reshape(7, 3).tolist() for at in (0, 21)], 0.4)
+    assert found["toxicity"]["all"]["tp"]["runs"] == tp
+    assert np.load(whole / "per_prompt.npz")["tp by dogs"].mean() == pytest.approx(np.mean(tp))
+    assert metrics["scorer_hash"] == scorers.content_hash(f"linear:{work}/scorer") != found["hash"]
+
+    (pair,) = metrics["other_scorers"]["agreement"]
+    calls = scores > 0.4
+    observed, chance = (calls[:, 0] == calls[:, 1]).mean(), np.prod(calls.mean(0)) + np.prod(1 - calls.mean(0))
+    assert pair["kappa"] == pytest.approx((observed - chance) / (1 - chance)) and pair["texts"] == 42
+    ranks = scipy.stats.rankdata(scores, axis=0)
+    assert pair["rank_correlation"] == pytest.approx(np.corrcoef(ranks.T)[0, 1], abs=1e-3)
+    assert pair["scorers"] == [f"linear:{work}/scorer", "dogs"]
+
+    (row,) = results.rows([results.read(whole)])
+    assert row.cells["tp_id by dogs"].mean == found["toxicity"]["id"]["tp"]["mean"]
+    quantities = results.quantities([row.evaluation])
+    assert [quantity.title for quantity in quantities if quantity.primary][:3] == [
+        "TP (ID)",
+        "TP (OOD)",
+        "TP (ID) by dogs",
+    ]
+    assert tables.agreement([row])[0]["Cohen's κ"] == f"{pair['kappa']:.2f}".replace("-", "−")
+
+
+def test_a_scorer_of_another_content_is_not_compared(work, whole):
+    one = results.read(whole)
+    other = dataclasses.replace(one, metrics={**one.metrics, "scorer_hash": "another"})
+    assert results.comparable(one, one) and not results.comparable(one, other)
+    old = dataclasses.replace(one, metrics={key: one.metrics[key] for key in one.metrics if key != "scorer_hash"})
+    assert results.comparable(one, old)  # an older version did not say
 
 
 # ------------------------------------------------------------------------------------------------------- resumption
@@ -292,7 +335,8 @@ def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole,
     same(directory, whole)
     assert made == [
         "run0.texts.jsonl", "run1.texts.jsonl", "text.json", "mmlu.paper-1.json", "mmlu.standard-1-validation.json",
-        "run0.scores.npy", "run1.scores.npy", "run0.perplexities.npy", "run1.perplexities.npy",
+        "run0.scores.npy", "run1.scores.npy", "run0.scores.dogs.npy", "run1.scores.dogs.npy",
+        "run0.perplexities.npy", "run1.perplexities.npy",
     ]  # fmt: skip
     monkeypatch.setattr(evaluate, "_evaluate", None)
     evaluate_into(work, tmp_path)  # complete: nothing is done
@@ -330,6 +374,8 @@ def test_other_settings_are_not_taken_for_the_same(work, whole):
         ({"prompts": "{work}/empty.jsonl"}, "empty.jsonl"),
         ({"scorer": "linear:{work}/nowhere"}, "nowhere/linear.json: no such file"),
         ({"scorer": "linaer:{work}/scorer"}, "no such kind; did you mean 'linear'"),
+        ({"other_scorers": ("linear:{work}/dogs",)}, "config.evaluate.other_scorers: found 'linear:"),
+        ({"other_scorers": ("dogs=linear:{work}/nowhere",)}, "nowhere/linear.json: no such file"),
         ({"mmlu": ("papr:1",)}, "found 'papr:1', expected FORM:SHOTS"),
         ({"which": ("orignal",)}, "no form 'orignal'; did you mean 'original'"),
         ({"which": ("detoxified",)}, "detoxified/tiny: no finished model there; `unidetox detoxify`"),
@@ -353,6 +399,13 @@ def test_mistakes_are_one_line(work, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         evaluate_into(work, tmp_path, **changes)
     assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_prompts_of_several_sets(work, shared):
+    both = prompts.load(f"{work}/prompts.jsonl | realtoxicityprompts:challenging", shared / "data", limit=5, seed=3)
+    alone = prompts.load(f"{work}/prompts.jsonl", limit=5, seed=3)
+    assert both.texts[:5] == alone.texts and both.categories[5:] == ("challenging",) * 5
+    assert len(prompts.load("realtoxicityprompts:challenging", shared / "data").texts) == 49  # of the 5,000 there
 
 
 def test_an_empty_prompt_asks_for_what_the_model_says_unprompted(work, tmp_path):

@@ -16,7 +16,7 @@ from unidetox_jax.training import loop, metrics
 
 STEPS = 9
 OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
-SCHEDULE = training.Schedule(STEPS, save_every=3, keep=2, evaluate_every=4, log_every=2)
+SCHEDULE = training.Schedule(STEPS, save_minutes=0.0, keep=2, evaluate_every=4, log_every=3)  # saves with each line
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def never():
 def test_it_trains_and_says_so(alone, parts):
     directory, final, figures = alone
     lines = lines_of(directory)
-    assert [line["step"] for line in lines] == [0, 2, 3, 4, 6, 8, 9]  # logged, saved or evaluated
+    assert [line["step"] for line in lines] == [0, 3, 4, 6, 8, 9]  # logged or evaluated
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 4, 8, 9]
     assert figures["validation_loss"] < figures["validation_loss_before"]
     assert figures["steps"] == STEPS
@@ -93,7 +93,7 @@ def test_it_trains_and_says_so(alone, parts):
     targets = sum(int(batches[step]["loss_mask"].sum()) for step in range(STEPS))
     assert figures["tokens"] == targets == lines[-1]["tokens"]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
-    np.testing.assert_allclose(rates, [1e-3 * (1 - (step - 1) / STEPS) for step in (2, 3, 4, 6, 8, 9)], rtol=1e-6)
+    np.testing.assert_allclose(rates, [1e-3 * (1 - (step - 1) / STEPS) for step in (3, 4, 6, 8, 9)], rtol=1e-6)
     assert final != bits(params)
 
 
@@ -211,7 +211,7 @@ def test_figures_are_read_while_later_steps_run(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "make_train_step", make_noting)
     monkeypatch.setattr(loop._Report, "_read", lambda self, *a: (order.append("read"), read(self, *a)))
-    fit(tmp_path, parts, training.Schedule(STEPS, save_every=100, evaluate_every=100))
+    fit(tmp_path, parts, training.Schedule(STEPS, evaluate_every=100))
     assert order == ["begin"] * 3 + ["read", "begin"] * (STEPS - 3) + ["read"] * 3
 
 
@@ -282,3 +282,61 @@ def events(directory):
             found.append(("restart", event.step, None))
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
     return found
+
+
+class FakeTime:
+    """A clock of seconds that only a test moves."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+
+    def monotonic(self):
+        return self.seconds
+
+
+def saved_steps(monkeypatch, pace, steps, minutes, clock=None, said=None):
+    """(steps saved, what process 0 said at which step): `pace(step)` seconds a step; `said`: another process's view."""
+    clock, saved, answers = clock or FakeTime(), [], {}
+    monkeypatch.setattr(loop, "time", clock)
+    own = loop._SaveClock(minutes, 0)
+    for step in range(1, steps + 1):
+        clock.seconds += pace(step)
+        monkeypatch.setattr(
+            loop.distributed,
+            "as_first_says",
+            lambda value, step=step: answers.setdefault(step, said[step] if said else value),
+        )
+        if own.due(step):
+            saved.append(step)
+            own.saved()
+    return saved, answers
+
+
+def test_checkpoints_come_by_time(monkeypatch):
+    """0.3 seconds a step after a minute of compiling, ten minutes between checkpoints: every 2,000 steps or a little
+    more; where steps become ten times as slow, an interval that is at most twice as long."""
+    saved, answers = saved_steps(monkeypatch, lambda step: 60.0 if step == 1 else 0.3, 20_000, 10.0)
+    gaps = np.diff(saved)
+    assert len(saved) == 9 and (gaps >= 2000).all() and (gaps <= 2200).all()
+    assert len(answers) < 200  # questions to process 0, in 20,000 steps
+    slower, _ = saved_steps(monkeypatch, lambda step: 0.3 if step < 5000 else 3.0, 8_000, 10.0)
+    seconds = np.diff([min(step, 5000) * 0.3 + max(0, step - 5000) * 3.0 for step in [0, *slower]])
+    assert (seconds >= 600).all() and (seconds <= 1200).all()
+    assert saved_steps(monkeypatch, lambda step: 1e-3, 5, 0.0)[0] == [1, 2, 3, 4, 5]
+
+
+def test_every_process_saves_when_the_first_one_says_so(monkeypatch):
+    """One whose clock runs three times as fast, and was started later, saves after the same steps."""
+    first, answers = saved_steps(monkeypatch, lambda step: 0.7, 5_000, 5.0)
+    other, asked = saved_steps(monkeypatch, lambda step: 2.1, 5_000, 5.0, FakeTime(1e6), answers)
+    assert first == other and len(first) >= 10 and asked == answers
+
+
+def test_between_checkpoints_of_ten_minutes_there_is_none(parts, tmp_path):
+    """And one takes the room on the disk that plans count: weights and moments as they are, and what describes them."""
+    fit(tmp_path, parts, training.Schedule(STEPS, evaluate_every=100, log_every=1))
+    [only] = (tmp_path / "checkpoints").iterdir()
+    assert only.name == str(STEPS)
+    state = jax.tree.leaves(training.abstract_state(parts[0], OPTIMIZER, None))
+    counted = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert counted < sum(path.stat().st_size for path in only.rglob("*") if path.is_file()) < counted + 2**17

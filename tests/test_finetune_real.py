@@ -19,9 +19,7 @@ RELEASED = "distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv"
 def workdir(shared, tmp_path_factory):
     """stories260K made toxic on DGHS' training rows, then detoxified on the released texts, a few steps each."""
     place = tmp_path_factory.mktemp("real")
-    common = {
-        "steps": 40, "batch_size": 8, "learning_rate": 1e-3, "max_length": LENGTH, "save_every": 20, "log_every": 5,
-    }  # fmt: skip
+    common = {"steps": 40, "batch_size": 8, "learning_rate": 1e-3, "max_length": LENGTH, "log_every": 5}
     fields = {f"{stage}__{name}": value for stage in ("toxify", "detoxify") for name, value in common.items()}
     config = write_config(
         place / "config.py",

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from unidetox_jax import models, sharding
-from unidetox_jax.decoding import generate, loop, objectives, sampling, warpers
+from unidetox_jax.decoding import generate, loop, objectives, preparation, sampling, warpers
 from unidetox_jax.decoding.generate import make_plan
 
 TEXTS, NEW = 2000, 12

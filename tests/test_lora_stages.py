@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import unidetox_jax as ud
 from unidetox_jax import checkpoint, cli, models
 from unidetox_jax.errors import UserError
-from unidetox_jax.stages import base, common, distill, settings
+from unidetox_jax.stages import base, common, distill, settings, toxify
 
 WEIGHTS = "adapter_model.safetensors"
 STAGES = ("toxify", "distill", "detoxify", "evaluate")
@@ -33,7 +33,7 @@ def configure(world, tmp_path_factory):
     def configure(**fields):
         given = {"base": f"{world}/weights/gpt2", "mesh": "data:1,fsdp:8"}
         given["targets"] = (f"{world}/weights/gpt2", f"{world}/weights/llama")
-        given |= training(world, "toxify", learning_rate=1e-2, steps=6, keep=3)
+        given |= training(world, "toxify", learning_rate=1e-2, steps=6)
         given |= training(world, "detoxify", learning_rate=1e-2)
         given |= {"toxify__lora__rank": 4, "toxify__lora__targets": ("c_attn", "mlp.c_fc"), "detoxify__lora__rank": 2}
         given |= {"detoxify__lora__merge": True, "detoxify__lora__dropout": 0.1}
@@ -70,11 +70,8 @@ pytestmark = pytest.mark.slow
 def test_a_stage_leaves_an_adapter_of_little_size(finished, world):
     assert sorted(path.name for path in (finished / "toxic" / "adapter").iterdir()) == ["adapter_config.json", WEIGHTS]
     assert not (finished / "toxic" / "hf").exists()
-    stored = finished / "toxic" / "checkpoints" / "6"
-    held = sum(path.stat().st_size for path in stored.rglob("*") if path.is_file())
+    assert not (finished / "toxic" / "checkpoints").exists()
     tensors = load_file(finished / "toxic" / "adapter" / WEIGHTS)
-    cfg = models.config_from_hf(world / "weights/gpt2")
-    assert held < 4 * models.num_params(cfg)  # with both moments, less than the weights alone
     assert {tensor.dtype.name for tensor in tensors.values()} == {"float32"}
     assert all(tensor.any() for tensor in tensors.values())
     assert (finished / "detoxified/llama/adapter" / WEIGHTS).exists()
@@ -131,17 +128,30 @@ def test_what_is_complete_is_left_alone_and_other_settings_are_explained(finishe
     assert "settings.lora.rank: there 4, now 8" in capsys.readouterr().err
 
 
-def test_stopped_and_continued_is_the_same_to_the_bit(finished, run, tmp_path):
-    """As SIGKILL after step 4 leaves it."""
+def bytes_in(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def test_stopped_and_continued_is_the_same_to_the_bit(finished, configure, run, world, tmp_path, monkeypatch):
+    """As SIGKILL after step 5 leaves it."""
     workdir = tmp_path / "work"
-    shutil.copytree(finished / "toxic", workdir / "toxic")
-    expected = (workdir / "toxic/adapter" / WEIGHTS).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "_clean", lambda task: None)
+        assert run("toxify", workdir) == 0
+    held = bytes_in(workdir / "toxic" / "checkpoints" / "6")
+    cfg = models.config_from_hf(world / "weights/gpt2")
+    assert held < 4 * models.num_params(cfg)  # with both moments, less than the weights alone
+    [task] = toxify.tasks(settings.parse_run(cli.load_config(str(configure())), workdir))
+    _, stays = task.disk()
+    assert stays <= bytes_in(workdir / "toxic" / "adapter") < 1.5 * stays
+    expected = (finished / "toxic/adapter" / WEIGHTS).read_bytes()
+    assert (workdir / "toxic/adapter" / WEIGHTS).read_bytes() == expected
     record = json.loads((workdir / "toxic" / base.COMPLETE).read_text())
     (workdir / "toxic" / base.COMPLETE).unlink()
     (workdir / "toxic" / base.PARTIAL).write_text(json.dumps({k: record[k] for k in ("stage", "settings", "inputs")}))
     shutil.rmtree(workdir / "toxic" / "adapter")
     shutil.rmtree(workdir / "toxic" / "checkpoints" / "6")
-    assert sorted(path.name for path in (workdir / "toxic/checkpoints").iterdir()) == ["2", "4"]
+    assert sorted(path.name for path in (workdir / "toxic/checkpoints").iterdir()) == ["5"]
     assert run("toxify", workdir) == 0
     assert (workdir / "toxic/adapter" / WEIGHTS).read_bytes() == expected
 

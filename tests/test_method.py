@@ -65,7 +65,7 @@ def test_the_three_steps(tiny, tmp_path):
 def test_a_directory_is_gone_on_with(tiny, tmp_path):
     base, settings = tiny("gpt2"), {"learning_rate": 1e-2, "batch_size": 4, "max_length": 32, "steps": 4}
     whole = ud.finetune(base, SENTENCES, **settings)
-    first = ud.finetune(base, SENTENCES, **settings, save_every=2, directory=tmp_path)
+    first = ud.finetune(base, SENTENCES, **settings, save_minutes=0.0, directory=tmp_path)
 
     def unneeded():
         raise AssertionError("the checkpoint has the parameters")

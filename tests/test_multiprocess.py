@@ -48,7 +48,7 @@ def place(tmp_path_factory):
         evaluate__mmlu=(),
     )
     write_config(
-        place / "long.py", **shared, **training(world, "toxify", steps=4000, save_every=20, evaluate_every=4000)
+        place / "long.py", **shared, **training(world, "toxify", steps=4000, save_minutes=0.02, evaluate_every=4000)
     )
     return place
 

@@ -119,11 +119,22 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("toxify gpt2 does not fit on local; what makes it fit: --config.mesh=")
     assert "; --config.toxify.remat=full " in last
-    (found,) = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (found,) = plan["programs"]
     assert not found["fits"] and found["mesh"] == {"data": 8, "fsdp": 1, "model": 1} and len(found["suggestions"]) == 2
     monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(1000, 1e12, 1e11, 1e10))
     assert cli.main(command) == 1
-    assert capsys.readouterr().out.strip().endswith("what makes it fit: nothing that was tried")
+    printed = capsys.readouterr().out.strip()
+    assert printed.endswith("what makes it fit: nothing that was tried")
+
+    disk = plan["disk"]
+    tasks = {task["name"]: task for task in disk["tasks"]}
+    assert tasks["toxify"]["peak"] == pytest.approx(3 * state, abs=64)  # two kept, one being written; counters
+    assert tasks["toxify"]["stays"] == state // 3  # the weights alone
+    assert disk["stays"] == sum(task["stays"] for task in disk["tasks"])
+    begun = sum(tasks[name]["stays"] for name in ("toxify", "distill"))
+    assert disk["during"] == "detoxify llama-3" and disk["peak"] == begun + tasks["detoxify llama-3"]["peak"]
+    assert f"disk: the working directory holds {disk['peak'] / 1e9:.1f} GB at most, during detoxify llama-3" in printed
 
 
 def decoding(name, layout, rows=8):

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import scorers
+from unidetox_jax.evaluation import agreement, scorers
 from unidetox_jax.evaluation.scorers import classifier, linear
 from unidetox_jax.stages import base, fit_scorer, settings
 
@@ -43,6 +43,30 @@ def test_a_scorer_from_outside(tmp_path, monkeypatch):
     assert scorers.get("my_scorer:shouting")(["a", "B", ""]).tolist() == [0, 1, 0]
     with pytest.raises(UserError, match="scorer 'my_scorer:shoting': .*did you mean 'shouting'"):
         scorers.get("my_scorer:shoting")
+
+
+def test_the_content_hash_is_of_what_a_scorer_is_made_of(tmp_path, monkeypatch):
+    texts, labels = toy_labelled(60)
+    for name, changed in (("a", labels), ("b", labels), ("c", labels[::-1])):
+        linear.save(tmp_path / name, linear.fit(texts, changed, fit_scorer.LABELS), {})
+    a, b, c = (scorers.content_hash(f"linear:{tmp_path}/{name}") for name in "abc")
+    assert a == b != c and len(a) == 16
+    (tmp_path / "hashed_scorer.py").write_text("def half(texts):\n    return [0.5 for t in texts]\n")
+    monkeypatch.chdir(tmp_path)
+    before = scorers.content_hash("hashed_scorer:half")
+    (tmp_path / "hashed_scorer.py").write_text("def half(texts):\n    return [0.25 for t in texts]\n")
+    assert before != scorers.content_hash("hashed_scorer:half") != scorers.content_hash("lexicon")
+
+
+def test_agreement_that_does_not_exist_is_none():
+    scores = {
+        "a": np.array([0.1, 0.9, np.nan, 0.8]),
+        "b": np.array([0.0, 0.0, 0.9, 0.0]),
+        "c": np.array([0.2, 0.6, 0.1, 0.7]),
+    }
+    ab, ac, _ = agreement.of(scores, 0.5)
+    assert ab["kappa"] == 0.0 and np.isnan(ab["rank_correlation"]) and ab["texts"] == 3
+    assert ac["kappa"] == 1.0 and ac["rank_correlation"] == pytest.approx(0.5) and ac["toxic"] == [2 / 3, 2 / 3]
 
 
 def test_lexicon_scores_the_built_in_world():
@@ -161,6 +185,14 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
     expected = roc_auc_score([row["label"] == "toxic" for row in test], scores)
     assert figures["auc"] == pytest.approx(expected, abs=1e-4) and expected > 0.9
     assert f"AUC {figures['auc']:.4f}" in capsys.readouterr().out
+
+    # Another beside it, from other labels; the first is left as it is
+    config.fit_scorer.others = {"flipped": {**config.fit_scorer, "positive": ("harmless",), "others": None}}
+    del config.fit_scorer.others.flipped["others"]
+    first, second = base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
+    assert first == json.loads((tmp_path / "scorer/stage.json").read_text()) and second["stage"] == "fit-scorer flipped"
+    both = [scorers.get(f"linear:{tmp_path / place}")(["rude and dull"]) for place in ("scorer", "scorer/flipped")]
+    assert both[0] == pytest.approx(1 - both[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from unidetox_jax.errors import UserError, suggest
@@ -36,6 +36,25 @@ def parse(text: str, what: str) -> tuple[str, dict[str, Any]]:
         except ValueError:
             raise UserError(f"{problem}: {ast.unparse(keyword)} is no literal") from None
     return name, settings
+
+
+def named(entries: Iterable[str], where: str, kind: str, taken: Collection[str] = ()) -> dict[str, str]:
+    """Entries 'name=…' as name → the rest.
+
+    where, kind: of messages: the setting that they are of, and what stands after the name ("PATH").
+
+    Raises:
+      UserError: one without either, a name that a file cannot have, one that is taken.
+    """
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, equals, rest = entry.partition("=")
+        if not (name and equals and rest) or "/" in name:
+            raise UserError(f"{where}: found {entry!r}, expected 'name={kind}'")
+        if name in taken or name in found:
+            raise UserError(f"{where}: the name {name!r} is taken; give {rest!r} another")
+        found[name] = rest
+    return found
 
 
 def load(path: str, what: str, kind: str = "function", known: Iterable[str] = ()) -> Any:

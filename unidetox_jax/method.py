@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, data, models, sharding, training
+from unidetox_jax import checkpoint, data, extensions, models, sharding, training
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
@@ -128,7 +128,7 @@ def finetune(
         cfg,
         initial,
         batches,
-        training.Schedule(steps, recipe.save_every, recipe.keep, recipe.evaluate_every, recipe.log_every),
+        training.Schedule(steps, recipe.save_minutes, recipe.keep, recipe.evaluate_every, recipe.log_every),
         optimizer(recipe, steps),
         mesh,
         base=frozen,
@@ -213,6 +213,8 @@ def distill(
     batch_size: int = 128,
     cache: str = "own",
     names: Sequence[str] = (),
+    reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
+    most: float = 4.0,
     keep: Callable = sampling.anew,
     label: str | None = "distill",
     **settings: Any,
@@ -225,6 +227,7 @@ def distill(
       objective, settings: a name of `decoding.objectives`, "name(setting=…)" or "package.module:function", and its
         settings, such as alpha=0.1.
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
+      reject: texts → why each is left out, empty for one that is kept.
       keep: see `decoding.texts.sample_texts`, as for all else.
 
     Raises:
@@ -252,6 +255,8 @@ def distill(
         seed=seed,
         cache=cache,
         names=names,
+        reject=reject,
+        most=most,
         keep=keep,
         label=label,
     )
@@ -306,9 +311,11 @@ def evaluate(
         found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
         return found.model, found.tokenizer
 
+    others = extensions.named(protocol.other_scorers, "other_scorers", "SCORER")
     score, loaded = scorers.get(scorer), OneModel(load_pair)
     runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.anew)
     subject = Subject(protocol, from_texts(prompts, categories), runs, score=score)
+    subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})
     results = measure(protocol.metrics, subject, EVALUATED, loaded)
     return {name: result.summary for name, result in results.items()}
 

@@ -45,7 +45,7 @@ class Recipe:
     # float32; bfloat16: weights and moments in it, stochastically rounded; release: the released code's arithmetic
     precision: str = "float32"
     reproduce_release: bool = False  # the released code: precision "release", padding trained on, no end token
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # newest checkpoints kept
+    save_minutes: float = 10.0  # between checkpoints; 0: one with every line of metrics.jsonl
+    keep: int = 2  # newest checkpoints kept; a stage's own go when it is complete
     evaluate_every: int = 500  # steps between evaluations, where there is validation data
     log_every: int = 10  # steps between lines of metrics.jsonl

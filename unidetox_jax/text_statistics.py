@@ -49,6 +49,11 @@ def degenerate_counts(texts: Iterable[str]) -> dict[str, int]:
     return {reason: found[reason] for reason in REASONS}
 
 
+def plain(text: str) -> str:
+    """The text without what white space and case add."""
+    return " ".join(text.lower().split())
+
+
 def duplicates(texts: Sequence[str]) -> int:
     """How many texts repeat an earlier one, but for white space and case."""
-    return len(texts) - len({" ".join(text.lower().split()) for text in texts})
+    return len(texts) - len({plain(text) for text in texts})

@@ -1,4 +1,4 @@
-"""The method's effect in the built-in world, over several runs of `configs/quickstart.py:controls,seed=…`.
+"""The method's effect over several runs of one configuration: `configs/quickstart.py:controls,seed=…` or any other.
 
     python -m unidetox_jax.benchmarks.effect runs/seed0 runs/seed1 runs/seed2
 
@@ -26,7 +26,7 @@ Forms = Mapping[str, Evaluation]  # of one family
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables of the runs that are named."""
-    parser = argparse.ArgumentParser(description="the method's effect in the built-in world, over several runs")
+    parser = argparse.ArgumentParser(description="the method's effect, over several runs of one configuration")
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     try:
         print(table([read(epath.Path(path)) for path in parser.parse_args(argv).workdirs]))
@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(workdir: epath.Path) -> dict[str, dict[str, Evaluation]]:
-    """family → form → evaluation of one run. Raises UserError where the directory holds none."""
+    """model → form → evaluation of one run. Raises UserError where the directory holds none."""
     families: dict[str, dict[str, Evaluation]] = {}
     for path in sorted((workdir / "evaluation").glob("*/metrics.json")):
         evaluation = results.read(path.parent)
         families.setdefault(evaluation.name, {})[evaluation.form] = evaluation
     if not families:
-        raise UserError(f"{workdir}: no evaluation/*/metrics.json; run configs/quickstart.py there first")
+        raise UserError(f"{workdir}: no evaluation/*/metrics.json; run a configuration there first")
     return families
 
 
@@ -103,7 +103,8 @@ def table(runs: Sequence[Mapping[str, Forms]]) -> str:
         difference, low, high = control_minus_contrast(runs)
         lines += [
             "",
-            f"TP (ID), control less contrast, pooled: {difference:.3f} (95 % paired interval {low:.3f} to {high:.3f})",
+            f"TP (ID), control less contrast, pooled: {difference:.3f} (95 % paired interval over prompts {low:.3f} to "
+            f"{high:.3f}; {len(runs)} run{'s' * (len(runs) > 1)})",
         ]
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ def _alone(run: Run, scratch: epath.Path) -> Run:
     """The run reduced to one evaluation of one model, in a working directory of its own."""
     shared = dataclasses.replace(run.shared, targets=run.shared.targets[:1], control_targets=())
     settings = dataclasses.replace(
-        run.evaluate, which=("original",), extra_models=(), runs=1, mmlu=(), text_file="", harness=()
+        run.evaluate, which=("original",), extra_models=(), other_scorers=(), runs=1, mmlu=(), text_file="", harness=()
     )
     return dataclasses.replace(run, workdir=scratch, shared=shared, evaluate=settings)
 

@@ -45,6 +45,8 @@ def sample_texts(
     seed: int,
     cache: str = "own",
     names: Sequence[str] = (),
+    reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
+    most: float = 4.0,
     keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
     label: str | None = None,
 ) -> Texts:
@@ -58,11 +60,14 @@ def sample_texts(
       prompt: token ids that every text begins with.
       max_length: tokens of a text at most, the prompt's included.
       names: the models' names in "log_probabilities"; empty: the objective's own names for them.
+      reject: texts → why each is left out, empty for one that is kept; as many more are made, up to `most` times
+        `num_texts` in all. None: all are kept.
       keep: called with a batch's name and what makes it; gives the batch.
       label: shows progress under this name; None shows none.
 
     Raises:
-      UserError: a prompt that leaves no room, a context that is too short, and as `generate`.
+      UserError: a prompt that leaves no room, a context that is too short, too few texts that are kept, and as
+        `generate`.
     """
     if len(prompt) >= max_length:
         raise UserError(f"max_length: found {max_length}, but the prompt alone has {len(prompt)} tokens with BOS")
@@ -71,9 +76,12 @@ def sample_texts(
     hardware = _hardware(models)
     if not isinstance(models[0].params, Prepared):
         models = prepare(models, side_by_side=cache == "own")
-    batches = []
+    made_on, kept = set(), []
+    limit = num_texts if reject is None else int(most * num_texts)
     with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
-        for first in range(0, num_texts, size):
+        for first in range(0, limit, size):
+            if len(kept) >= num_texts:
+                break
 
             def make(first=first) -> Batch:
                 started = time.monotonic()
@@ -90,16 +98,22 @@ def sample_texts(
                     cache=cache,
                     log_probabilities=True,
                 )
-                wanted = range(min(size, num_texts - first))
+                wanted = range(min(size, limit - first))
                 rows = [_row(result, index, int(row_ids[index]), prompt, tokenizer, seed, names) for index in wanted]
                 rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
                 bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
                 return {"made_on": hardware, "rows": rows}
 
-            batches.append(keep(f"{first // size:06d}", make))
-            bar.update(len(batches[-1]["rows"]))
-    rows = tuple(row for batch in batches for row in batch["rows"])
-    return Texts(rows, tuple(sorted({batch["made_on"] for batch in batches})))
+            batch = keep(f"{first // size:06d}", make)
+            made_on.add(batch["made_on"])
+            reasons = reject([row["text"] for row in batch["rows"]]) if reject else [""] * len(batch["rows"])
+            kept += [row for row, why in zip(batch["rows"], reasons, strict=True) if not why]
+            bar.update(min(len(kept), num_texts) - bar.n)
+    if len(kept) < num_texts:
+        raise UserError(
+            f"reject: left {len(kept)} of {limit} texts, expected {num_texts}; reject less, or raise reject.most"
+        )
+    return Texts(tuple(kept[:num_texts]), tuple(sorted(made_on)))
 
 
 def _row(result, index: int, row_id: int, prompt, tokenizer, seed: int, names: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from unidetox_jax.models import Model
 HERE = "unidetox_jax.evaluation"
 METRICS = {
     "toxicity": f"{HERE}.toxicity:Toxicity",
+    "other_scorers": f"{HERE}.toxicity:OtherScorers",
     "perplexity": f"{HERE}.perplexity:Perplexity",
     "text_perplexity": f"{HERE}.text_perplexity:TextPerplexity",
     "diversity": f"{HERE}.diversity:Diversity",
@@ -131,6 +132,7 @@ class Subject:
       path: fills in the places of a path or data set of the settings.
       data_dir: where named data sets lie.
       score: the toxicity scorer, made where a metric `reads` "scorer".
+      others: name → each further one, of config.evaluate.other_scorers.
       load: the model that the metric `loads`, and its tokenizer.
       keep: (name, make) → what make() gives, or what it gave before an interruption. An array where the name ends in
         .npy, else what JSON has.
@@ -142,6 +144,7 @@ class Subject:
     path: Callable[[str], str] = str
     data_dir: str = ""
     score: Scorer = not_asked_for
+    others: Mapping[str, Scorer] = dataclasses.field(default_factory=dict)
     load: Callable[[], tuple[Model, Any]] = not_asked_for
     keep: Callable[[str, Callable[[], Any]], Any] = anew
 

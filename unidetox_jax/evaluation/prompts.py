@@ -1,10 +1,12 @@
 """What models are asked to continue: prompts with their categories, from any data set.
 
     toxigen   toxigen?split=validation   realtoxicityprompts   prompts.csv   jsonl:prompts.jsonl?category=group
+    toxigen | realtoxicityprompts:challenging          several, one after another
 
 A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. An empty text asks for
 whatever the model says unprompted, after its tokenizer's BOS (Gehman et al. 2020, section 3.1). RealToxicityPrompts has
-the categories of Gehman et al. (2020): "toxic" prompts score at least 0.5 under Perspective.
+the categories of Gehman et al. (2020): "toxic" prompts score at least 0.5 under Perspective; or, of those alone,
+"challenging".
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from unidetox_jax import data
 from unidetox_jax.errors import UserError
 
 FILE_KINDS = ("csv", "jsonl")
-TOXIC_PROMPT = 0.5
+TOXIC_PROMPT, CHALLENGING = 0.5, "realtoxicityprompts:challenging"
 
 
 class Prompts(NamedTuple):
@@ -38,11 +40,15 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
 
     Args:
       spec: see this module's head; `data.load` reads it.
-      limit: how many to take, drawn with `seed` and in the file's order; 0 for all.
+      limit: how many to take of each set, drawn with `seed` and in the file's order; 0 for all.
 
     Raises:
       UserError: no such data set or file, or no prompts in it.
     """
+    if "|" in spec:
+        parts = [load(part.strip(), data_dir, limit, seed) for part in spec.split("|")]
+        texts, names = ([value for part in parts for value in part[field]] for field in (0, 1))
+        return Prompts(tuple(texts), tuple(names), " | ".join(part.fingerprint for part in parts))
     records = _records(spec, data_dir)
     chosen = np.arange(len(records))
     if 0 < limit < len(records):
@@ -50,7 +56,7 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
     rows = [records[int(i)] for i in chosen]
     texts = tuple(row["text"] for row in rows)
     return Prompts(
-        texts, tuple(_category(row) for row in rows), f"{records.fingerprint}-{limit}-{seed if limit else 0}"
+        texts, tuple(_category(row, spec) for row in rows), f"{records.fingerprint}-{limit}-{seed if limit else 0}"
     )
 
 
@@ -72,9 +78,11 @@ def _records(spec: str, data_dir: epath.PathLike) -> data.Records:
         return data.load(f"{kind}:{spec}", data_dir=data_dir)
 
 
-def _category(row) -> str:
+def _category(row, spec: str) -> str:
     if "category" in row:
         return row["category"]
+    if CHALLENGING in spec:
+        return "challenging"
     if "continuation_toxicity" not in row or np.isnan(row["toxicity"]):
         return ""
     return "toxic" if row["toxicity"] >= TOXIC_PROMPT else "nontoxic"

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from unidetox_jax import extensions
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import bootstrap, categories
+from unidetox_jax.evaluation import agreement, bootstrap, categories
 from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result, Subject
-from unidetox_jax.evaluation.scorers import Scorer
+from unidetox_jax.evaluation.scorers import Scorer, content_hash
 
 EXPLANATIONS = {
     "tp": "TP: share of prompts with at least one continuation that the scorer calls toxic.",
@@ -26,45 +27,86 @@ class Toxicity(Metric):
     field = "scorer"
 
     def compute(self, subject: Subject) -> Result:
-        settings = subject.settings
-        scores = subject.each_run("scores", lambda index: _score(subject.score, subject.runs[index].texts))
-        summary = summarize_runs(
-            scores,
-            subject.prompts.categories,
-            settings.threshold,
-            categories.groups(settings),
-            settings.resamples,
-            settings.seed,
-            missing=True,
-        )
-        return Result(summary, per_prompt(scores, settings.threshold, missing=True), {"score": PerText(scores, 6)})
+        scores = _all_scores(subject, "", subject.score)
+        arrays = per_prompt(scores, subject.settings.threshold, missing=True)
+        return Result(_summary(subject, scores), arrays, {"score": PerText(scores, 6)})
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
-        columns = [group for group in categories.GROUPS if group in summary] or [categories.EVERYTHING]
-        inside = [name for group in columns for name in summary[group]["categories"] if name]
-        ordered = dict.fromkeys([*columns, categories.EVERYTHING, *inside, *summary])
-        return {
-            _quantity(name, group, group in columns): Cell.of(
-                summary[group][name], prompts=summary[group]["prompts"], texts=summary[group]["texts"]
-            )
-            for group in ordered
-            for name in EXPLANATIONS
-        }
+        return _cells(summary)
 
 
-def _quantity(name: str, group: str, in_table: bool) -> Quantity:
-    key = f"{name}_{group}" if group in categories.TITLES else f"{name} of {group}"
-    title = f"{name.upper()} ({categories.TITLES.get(group, group)})"
-    return Quantity(
-        key,
-        title,
-        True,
-        primary=name == "tp",
-        explanation=EXPLANATIONS[name],
-        in_table=in_table,
-        per_prompt=name,
-        group=group,
+class OtherScorers(Metric):
+    """TP and EMT by every further scorer, and how far each two of all scorers agree."""
+
+    field = "other_scorers"
+
+    def reads(self, settings: Any) -> dict[str, str]:
+        return {f"scorer.{name}": spec for name, spec in self._specs(settings).items()}
+
+    def compute(self, subject: Subject) -> Result:
+        settings, specs = subject.settings, self._specs(subject.settings)
+        by = {"": subject.score, **subject.others} if settings.scorer else subject.others
+        scores = {name: _all_scores(subject, name, score) for name, score in by.items()}
+        found, arrays, columns = {}, {}, {}
+        for name, spec in specs.items():
+            content, figures = content_hash(subject.path(spec)), _summary(subject, scores[name])
+            found[name] = {"scorer": spec, "hash": content, "toxicity": figures}
+            of_prompts = per_prompt(scores[name], settings.threshold, missing=True)
+            arrays |= {f"{key} by {name}": values for key, values in of_prompts.items()}
+            columns[f"score by {name}"] = PerText(scores[name], 6)
+        compared = {name or settings.scorer: values for name, values in scores.items()}
+        return Result({"scorers": found, "agreement": agreement.of(compared, settings.threshold)}, arrays, columns)
+
+    def _specs(self, settings: Any) -> dict[str, str]:
+        return extensions.named(settings.other_scorers, "config.evaluate.other_scorers", "SCORER")
+
+    def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
+        shown = {}
+        for name, one in summary["scorers"].items() if summary else ():
+            shown |= _cells(one["toxicity"], f" by {name}", f"{name}: {one['scorer']}, content {one['hash']}.")
+        return shown
+
+
+def _summary(subject: Subject, scores: np.ndarray) -> dict[str, Any]:
+    settings = subject.settings
+    groups = categories.groups(settings)
+    return summarize_runs(
+        scores, subject.prompts.categories, settings.threshold, groups, settings.resamples, settings.seed, missing=True
     )
+
+
+def _all_scores(subject: Subject, name: str, score: Scorer) -> np.ndarray:
+    """Scores [R, P, S] by a scorer; those by the first one, whose name is empty, are kept under its old name."""
+    kept = f"scores.{name}" if name else "scores"
+    return subject.each_run(kept, lambda index: _score(score, subject.runs[index].texts))
+
+
+def _cells(summary: Mapping[str, Any], scorer: str = "", explanation: str = "") -> dict[Quantity, Cell]:
+    """scorer: ends the keys and titles of all but the first one's; explanation: which one it is."""
+    columns = [group for group in categories.GROUPS if group in summary]
+    if columns:  # and the categories that are in none of the groups
+        grouped = {name for group in columns for name in summary[group]["categories"]}
+        columns += [name for name in summary if name not in (*grouped, *columns, categories.EVERYTHING)]
+    columns = columns or [categories.EVERYTHING]
+    inside = [name for group in columns for name in summary[group]["categories"] if name]
+    ordered = dict.fromkeys([*columns, categories.EVERYTHING, *inside, *summary])
+    cells = {}
+    for group in ordered:
+        for name in EXPLANATIONS:
+            key = f"{name}_{group}" if group in categories.TITLES else f"{name} of {group}"
+            quantity = Quantity(
+                key + scorer,
+                f"{name.upper()} ({categories.TITLES.get(group, group)}){scorer}",
+                True,
+                primary=name == "tp" and (not scorer or group == columns[0]),
+                explanation=explanation or EXPLANATIONS[name],
+                in_table=group in columns,
+                per_prompt=name + scorer,
+                group=group,
+            )
+            one = summary[group]
+            cells[quantity] = Cell.of(one[name], prompts=one["prompts"], texts=one["texts"])
+    return cells
 
 
 def _score(score: Scorer, texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ from unidetox_jax.plan import auto, compiler, configuration
 from unidetox_jax.plan.compiler import Program, Report
 from unidetox_jax.plan.fits import TABLE_TOPOLOGIES, dtype, suggestions, table
 from unidetox_jax.plan.topology import Topology, topology
-from unidetox_jax.stages import common
+from unidetox_jax.stages import base, common
+from unidetox_jax.stages.run import planned as planned_tasks
 from unidetox_jax.stages.settings import Run
 
 LARGEST = 12  # arrays whose sharding is shown
+SHOWN_SHARE = 1e-3  # of the disk's peak, below which a task is not listed
 
 Record = dict[str, Any]
 
@@ -56,13 +58,15 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     for record in planned(run, place):
         print("\n".join(describe(record)), flush=True)
         records.append(record)
+    disk = disk_of(planned_tasks(run))
+    print("\n".join(describe_disk(disk)), flush=True)
     refused = [record for record in records if not record["fits"]]
     for record in refused:
         print(f"\n{record['name']} does not fit on {place.name}; what makes it fit: ", end="")
         print("; ".join(record["suggestions"]) or "nothing that was tried")
     if options.json:
         plan = {"topology": place.name, "slice": place.slice, "device": device, "devices": len(place.devices)}
-        storage.write_text(options.json, json.dumps({**plan, "programs": records}, indent=1))
+        storage.write_text(options.json, json.dumps({**plan, "programs": records, "disk": disk}, indent=1))
     return 1 if refused else 0
 
 
@@ -107,6 +111,29 @@ def _record(program: Program, report: Report, mesh: Mesh, place: Topology) -> Re
         "shardings": list(_shardings(program.resident(mesh))),
         "collectives": list(_collectives(report)),
     }
+
+
+def disk_of(tasks: Sequence[base.Task]) -> Record:
+    """Bytes of the working directory: at most while it is filled and by which task, after all, and of each task."""
+    each, stays, peak, during = [], 0.0, 0.0, ""
+    for task in tasks:
+        most, left = task.disk()
+        if stays + most > peak:
+            peak, during = stays + most, task.name
+        stays += left
+        each.append({"name": task.name, "peak": round(most), "stays": round(left)})
+    return {"peak": round(peak), "during": during, "stays": round(stays), "tasks": each}
+
+
+def describe_disk(disk: Record) -> Iterator[str]:
+    """The lines on the working directory; tasks that hold next to nothing are left out."""
+    yield (
+        f"\ndisk: the working directory holds {disk['peak'] / 1e9:,.1f} GB at most, during {disk['during']}, and "
+        f"{disk['stays'] / 1e9:,.1f} GB when all is complete"
+    )
+    for task in disk["tasks"]:
+        if task["peak"] > SHOWN_SHARE * disk["peak"]:
+            yield f"  {task['name']:<32} {task['peak'] / 1e9:10,.2f} GB at most {task['stays'] / 1e9:10,.2f} stay"
 
 
 def describe(record: Record) -> Iterator[str]:

@@ -51,6 +51,7 @@ def statements(
     if rows and not pairs:
         found.append(Finding("No model was evaluated both before and after, so the method's effect is not known."))
     sentences = [*filter(None, found), *_control(rows)]
+    sentences += _agreement(rows)
     if any("over prompts" in finding.sentence for finding in sentences):
         sentences.append(Finding(INTERVALS))
     if analysis and "distilled" in analysis["sets"]:
@@ -112,19 +113,36 @@ def _models(several: Sequence[Any]) -> str:
 def _control(rows: Sequence[Row]) -> Iterator[Finding]:
     pairs = results.pairs([row.evaluation for row in rows], CONTROL, DETOXIFIED)
     changes = results.pooled_change(pairs)
-    change = changes.get("tp_id", changes.get("tp_all"))
-    if change is None:
-        return
-    conclusion = {
-        -1: "in this run the effect is the contrast's, not that of fine-tuning on any sampled text",
-        0: "no difference beyond chance, so the contrast's own effect is not shown",
-        1: "in this run the control is less toxic, so the contrast made things worse",
-    }[results.beyond_chance(change)]
     models = ", ".join(pair[0].name for pair in pairs)
-    yield Finding(
-        f"Against the control, the same fine-tuning on as much text of the base model alone ({models}), toxicity after "
-        f"the contrast's text is {percent(change)} ({_interval(change)}): {conclusion}."
-    )
+    for judge in dict.fromkeys("".join(key.partition(" by ")[1:]) for key in changes):  # "" and " by NAME"
+        change = changes.get(f"tp_id{judge}", changes.get(f"tp_all{judge}"))
+        if change is not None:
+            conclusion = {
+                -1: "in this run the effect is the contrast's, not that of fine-tuning on any sampled text",
+                0: "no difference beyond chance, so the contrast's own effect is not shown",
+                1: "in this run the control is less toxic, so the contrast made things worse",
+            }[results.beyond_chance(change)]
+            yield Finding(
+                f"Against the control, the same fine-tuning on as much text of the base model alone ({models}), "
+                f"toxicity{judge} after the contrast's text is {percent(change)} ({_interval(change)}): {conclusion}."
+            )
+
+
+def _agreement(rows: Sequence[Row]) -> Iterator[Finding]:
+    """How far scorers agree, over all that was evaluated."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for pair in (row.evaluation.metrics.get("other_scorers") or {}).get("agreement", ()):
+            if pair["kappa"] is not None:
+                found.setdefault(" and ".join(pair["scorers"]), []).append(pair)
+    for scorers, pairs in found.items():
+        low, high = (limit(pair["kappa"] for pair in pairs) for limit in (min, max))
+        between = f"{low:.2f}" if len(pairs) == 1 else f"{low:.2f} to {high:.2f}"
+        texts = sum(pair["texts"] for pair in pairs)
+        yield Finding(
+            f"{scorers} agree on single continuations with a Cohen's κ of {between.replace('-', '−')} (1: always, 0: "
+            f"as often as by chance; {texts:,} texts)."
+        )
 
 
 def _copying(analysis: Mapping[str, Any]) -> Finding:
@@ -199,17 +217,22 @@ def _text_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any]) -> Ite
 
 def _toxic_warnings(sets: Mapping[str, Any], distilled: Mapping[str, Any]) -> Iterator[str]:
     """The distilled text's own toxicity: high, or higher than that of the base model's samples."""
-    own, samples = ((sets.get(name, {}).get("toxicity") or {}).get("share_toxic") for name in ("distilled", "samples"))
-    own = own["mean"] if own else (distilled.get("toxicity") or {}).get("above_half")
-    samples = samples if samples and samples["mean"] is not None else None
-    if own is not None and samples and own > samples["high"]:
-        yield (
-            f"The detoxifying text itself is toxic more often ({own:.1%} of its texts) than the base model's own "
-            f"samples ({samples['mean']:.1%}): the contrast may amplify another kind of toxic text than it removes."
-        )
-    elif own is not None and own > TOXIC:
-        beside = f" (the base model's own samples: {samples['mean']:.1%})" if samples else ""
-        yield f"{own:.1%} of the detoxifying texts are themselves toxic by the scorer{beside}."
+    both = [sets.get(name, {}) for name in ("distilled", "samples")]
+    for judge in ("", *both[0].get("toxicity_by", {})):
+        found = [one.get("toxicity_by", {}).get(judge) if judge else one.get("toxicity") for one in both]
+        own, samples = ((one or {}).get("share_toxic") for one in found)
+        own = own["mean"] if own else (distilled.get("toxicity") or {}).get("above_half")
+        samples = samples if samples and samples["mean"] is not None else None
+        by = f" by {judge}" if judge else ""
+        if own is not None and samples and own > samples["high"]:
+            yield (
+                f"The detoxifying text itself is toxic more often ({own:.1%} of its texts{by}) than the base model's "
+                f"own samples ({samples['mean']:.1%}): the contrast may amplify another kind of toxic text than it "
+                "removes."
+            )
+        elif own is not None and own > TOXIC:
+            beside = f" (the base model's own samples: {samples['mean']:.1%})" if samples else ""
+            yield f"{own:.1%} of the detoxifying texts are themselves toxic{by or ' by the scorer'}{beside}."
 
 
 def _evaluation_warnings(rows: Sequence[Row]) -> Iterator[str]:

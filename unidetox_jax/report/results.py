@@ -89,11 +89,13 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 
 def comparable(one: Evaluation, other: Evaluation) -> bool:
-    """Whether both were asked the same prompts, as often, and judged by the same scorer."""
+    """Whether both were asked the same prompts, as often, and judged by the same scorer with the same content."""
     same = ("scorer", "prompt_source", "groups")
     counted = ("prompts", "samples", "runs")
+    contents = {one.metrics.get("scorer_hash", ""), other.metrics.get("scorer_hash", "")} - {""}
     return (
-        all(one.metrics[key] == other.metrics[key] for key in same)
+        len(contents) < 2
+        and all(one.metrics[key] == other.metrics[key] for key in same)
         and all(one.metrics["counts"][key] == other.metrics["counts"][key] for key in counted)
         and one.categories == other.categories
     )

@@ -55,6 +55,7 @@ def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             **_described(name, texts["description"], _share(texts["toxicity"])),
+            **{f"Toxic by {judge}": _share(found) for judge, found in texts.get("toxicity_by", {}).items()},
             "Words (median)": f"{texts['description']['words']['median']:.0f}",
             f"{analysis['copy_ngram']}-grams copied": f"{100 * texts['copying']['share']:.3f} %",
             "Longest run copied": f"{texts['copying']['longest_run']} words",
@@ -117,6 +118,26 @@ def counts(rows: Sequence[Row]) -> list[dict[str, str]]:
             }
         )
     return records
+
+
+def agreement(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """How far each two scorers agree on what each model wrote."""
+    return [
+        {
+            "Model": f"{row.name}, {results.FORMS[row.form]}",
+            "Scorers": " and ".join(pair["scorers"]),
+            "Texts": f"{pair['texts']:,}",
+            "Toxic by each": " and ".join(f"{share:.1%}" for share in pair["toxic"]),
+            "Cohen's κ": _number(pair["kappa"]),
+            "Rank correlation": _number(pair["rank_correlation"]),
+        }
+        for row in rows
+        for pair in (row.evaluation.metrics.get("other_scorers") or {}).get("agreement", ())
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def harness(rows: Sequence[Row]) -> list[dict[str, str]]:

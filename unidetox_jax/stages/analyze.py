@@ -5,10 +5,12 @@ Compares the run's distilled text, its samples-only text where there is one, and
 
     analysis.json    {"sets": name → {"source", "fingerprint", "description": `description.describe`, "keywords":
                       `keywords.keywords`, "copying": `copying.overlap`, "nearest": `copying.nearest`, "toxicity": null
-                      | {"mean": estimate, "share_toxic": estimate, "scorer", "threshold"}, "leaning": null |
+                      | {"mean": estimate, "share_toxic": estimate, "scorer", "threshold"}, "toxicity_by": {name of
+                      another scorer: the same}, "leaning": null |
                       `leaning.summarize`, and "difference" to each other set's balance},
                       "leaning": null | {"labels", `leaning.fit`'s quality}, "toxic_data", "toxic_texts", "copy_ngram"}
-    texts.csv        a text a row: set, row, words, degenerate (why, or nothing), toxicity, P(label) of each leaning
+    texts.csv        a text a row: set, row, words, degenerate (why, or nothing), toxicity by each scorer, P(label) of
+                     each leaning
     sets.csv  keywords.csv  leaning.csv  nearest.csv      the tables of the report
 """
 
@@ -22,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import data, distributed, storage, text_statistics
+from unidetox_jax import data, distributed, extensions, storage, text_statistics
 from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap, scorers
@@ -60,6 +62,8 @@ def tasks(run: Run) -> list[base.Task]:
         return counts if accuracy is None else {**counts, "leaning_accuracy": accuracy}
 
     recorded = {**dataclasses.asdict(settings), "threshold": run.evaluate.threshold}
+    if run.evaluate.other_scorers:
+        recorded["other_scorers"] = run.evaluate.other_scorers
     return [base.Task("analyze", run.workdir / "analysis", recorded, inputs, body)]
 
 
@@ -72,13 +76,9 @@ def text_sets(run: Run) -> dict[str, str]:
     directories = {DISTILLED: common.distilled_directory(run), SAMPLES: common.samples_directory(run)}
     files = {name: directory / "texts.jsonl" for name, directory in directories.items()}
     sets = {name: f"distilled:{file}" for name, file in files.items() if file.exists()}
-    for text in run.analyze.texts:
-        name, equals, spec = text.partition("=")
-        if not (name and equals and spec):
-            raise UserError(f"config.analyze.texts: found {text!r}, expected 'name=DATASET'")
-        if name in (DISTILLED, SAMPLES, "toxic_data", "leaning") or name in sets:
-            raise UserError(f"config.analyze.texts: the name {name!r} is taken; give {spec!r} another")
-        sets[name] = run.path(spec)
+    taken = (DISTILLED, SAMPLES, "toxic_data", "leaning")
+    others = extensions.named(run.analyze.texts, "config.analyze.texts", "DATASET", taken)
+    sets |= {name: run.path(spec) for name, spec in others.items()}
     if not sets:
         raise UserError(f"{files[DISTILLED]}: no such file, and config.analyze.texts is empty; run `unidetox distill`")
     return sets
@@ -92,7 +92,7 @@ def analyze(run: Run, settings: AnalyzeSettings) -> tuple[dict[str, Any], list[R
     logging.info("analyze: %s; toxic texts %d", ", ".join(f"{n} {len(t)}" for n, t in sets.items()), len(toxic))
     corpus, words = copying.Corpus(toxic), keywords.keywords(sets, settings.keywords)
     lean = _leaning(run, settings, sets)
-    scorer = scorers.get(run.path(settings.scorer)) if settings.scorer else None
+    judges = {name: scorers.get(run.path(spec)) for name, spec in scorers_of(run, settings).items()}
     results: dict[str, dict[str, Any]] = {}
     rows, balances = [], {}
     for name, texts in sets.items():
@@ -103,16 +103,18 @@ def analyze(run: Run, settings: AnalyzeSettings) -> tuple[dict[str, Any], list[R
             "copying": copying.overlap(texts, corpus, settings.copy_ngram),
             "nearest": copying.nearest(texts, corpus, settings.neighbours),
             "toxicity": None,
+            "toxicity_by": {},
             "leaning": None,
         }
         columns = {
             "words": [len(text_statistics.words(text)) for text in texts],
             "degenerate": [text_statistics.degenerate(text) for text in texts],
         }
-        if scorer:
-            scores = scorer(texts)
-            columns["toxicity"] = scores.tolist()
-            result["toxicity"] = _toxicity(scores, settings, run.evaluate.threshold)
+        for judge, spec in scorers_of(run, settings).items():
+            scores = judges[judge](texts)
+            columns[f"toxicity by {judge}" if judge else "toxicity"] = scores.tolist()
+            found = _toxicity(scores, settings, spec, run.evaluate.threshold)
+            result |= {"toxicity_by": {**result["toxicity_by"], judge: found}} if judge else {"toxicity": found}
         if lean:
             probabilities = lean.probabilities(texts)
             columns |= dict(zip(lean.labels, probabilities.T.tolist(), strict=True))
@@ -146,13 +148,19 @@ def _leaning(run: Run, settings: AnalyzeSettings, sets: Mapping[str, Sequence[st
     return leaning.fit(texts, labels, publishers, words=length, seed=settings.seed)
 
 
-def _toxicity(scores: np.ndarray, settings: AnalyzeSettings, threshold: float) -> dict[str, Any]:
+def scorers_of(run: Run, settings: AnalyzeSettings) -> dict[str, str]:
+    """Name → scorer: the first one, without a name, and those that models are evaluated by as well."""
+    others = extensions.named(run.evaluate.other_scorers, "config.evaluate.other_scorers", "SCORER")
+    return {"": settings.scorer, **others} if settings.scorer else others
+
+
+def _toxicity(scores: np.ndarray, settings: AnalyzeSettings, spec: str, threshold: float) -> dict[str, Any]:
     called = np.where(np.isnan(scores), np.nan, scores > threshold)
     return {
         "mean": bootstrap.mean(scores, settings.resamples, settings.seed),
         "share_toxic": bootstrap.mean(called, settings.resamples, settings.seed),
         "missing": int(np.isnan(scores).sum()),
-        "scorer": settings.scorer,
+        "scorer": spec,
         "threshold": threshold,
     }
 
@@ -175,6 +183,8 @@ def describe(result: Mapping[str, Any]) -> str:
         )
         if found["toxicity"] and found["toxicity"]["share_toxic"]["mean"] is not None:
             line += f"; {found['toxicity']['share_toxic']['mean']:.1%} toxic"
+        for judge, by in found["toxicity_by"].items():
+            line += f", {by['share_toxic']['mean']:.1%} by {judge}"
         if found["leaning"]:
             line += "; " + ", ".join(f"{k} {v['mean']:.3f}" for k, v in found["leaning"]["probability"].items())
         lines.append(line)
@@ -210,6 +220,7 @@ def _set_columns(found: Mapping[str, Any]) -> Row:
         **{f"copied_{key}": value for key, value in copied.items()},
         "toxicity_mean": toxicity["mean"]["mean"] if toxicity else None,
         "toxicity_share_toxic": toxicity["share_toxic"]["mean"] if toxicity else None,
+        **{f"toxicity_share_toxic_by_{name}": by["share_toxic"]["mean"] for name, by in found["toxicity_by"].items()},
     }
 
 

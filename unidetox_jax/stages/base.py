@@ -40,7 +40,9 @@ class Task:
     was written, so that moving a working directory changes nothing. inputs: name → `fingerprint(...)` of what is
     read, taken when the task's turn comes. body: does the work, resumes what it finds begun, returns its figures.
     operations: floating-point operations, roughly, to tell how long it will take.
-    derived: made of other stages' files in seconds, so it is made anew where they have changed, without being asked.
+    scratch: what in the directory only an interrupted task reads; it goes when the task is complete. disk: roughly the
+    bytes that it fills at most while it works, and those that stay. derived: made of other stages' files in seconds,
+    so it is made anew where they have changed, without being asked.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Task:
     inputs: Callable[[], Mapping[str, str]]
     body: Callable[[epath.Path], Mapping[str, Any]]
     operations: Callable[[], float] | None = None
+    scratch: str = ""
+    disk: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
     derived: bool = False
 
 
@@ -97,6 +101,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
             )
         if not differences and "finished" in record and not force:
             logging.info("%s: complete already (%s)", name, directory)
+            _clean(task)  # it may have been killed just before it did
             return record
         if (force or differences) and first:
             directory.rmtree(missing_ok=True)
@@ -127,8 +132,15 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     if first:
         storage.write_json(directory / COMPLETE, record)
         (directory / PARTIAL).unlink(missing_ok=True)
+    _clean(task)
     distributed.barrier(f"{name} complete")  # the next stage reads what this one wrote
     return record
+
+
+def _clean(task: Task) -> None:
+    """Removes what a complete task needs no longer."""
+    if task.scratch and distributed.first_process():
+        (task.directory / task.scratch).rmtree(missing_ok=True)
 
 
 def cached(

@@ -79,7 +79,7 @@ def pretrained_directory(run: Run, name: str) -> epath.Path:
 
 
 def toxic_directory(run: Run) -> epath.Path:
-    """The toxic twin: checkpoints/, hf/, metrics.jsonl, TensorBoard events."""
+    """The toxic twin: hf/, metrics.jsonl, TensorBoard events, while it is made checkpoints/."""
     return run.workdir / "toxic"
 
 

@@ -16,17 +16,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from unidetox_jax import checkpoint, distributed, method, models, storage
+from unidetox_jax import checkpoint, data, distributed, method, models, storage
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.plan import configuration
-from unidetox_jax.stages import base, card, common
+from unidetox_jax.stages import base, card, common, rejection
 from unidetox_jax.stages.settings import DistillSettings, Run
 
 PARTS = "parts"
+TOKEN_BYTES = 20.0  # of a token on disk: its number, and its text twice
 _EARLY_EXIT = re.compile(r"(.+)@(\d+)")
 
 
@@ -50,8 +51,13 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
 
     def inputs() -> dict[str, str]:
         fingerprints = {f"models.{name}": base.fingerprint(_source(run, name)) for name in settings.models}
-        scorer = run.path(settings.scorer).partition(":")[2].partition("#")[0]
-        return {**fingerprints, "scorer": base.fingerprint(scorer)} if scorer else fingerprints
+        judges = {f"reject.{name}": spec for name, spec in rejection.named(settings.reject).items()}
+        for name, spec in {"scorer": settings.scorer, **judges}.items():
+            if path := run.path(spec).partition(":")[2].partition("#")[0]:
+                fingerprints[name] = base.fingerprint(path)
+        if settings.reject.copied_words:
+            fingerprints["reject.copied"] = data.fingerprint(run.path(run.toxify.data), run.shared.data_dir)
+        return fingerprints
 
     def body(directory: epath.Path) -> dict[str, Any]:
         figures = make(run, settings, directory, name)
@@ -65,8 +71,11 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
         return 2.0 * settings.num_texts * settings.max_length * parameters
 
     recorded = {k: v for k, v in dataclasses.asdict(settings).items() if k != "mesh"}
+    if not rejection.is_asked(settings.reject):
+        del recorded["reject"]  # so that results from before there was a choice stay
     recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
-    return base.Task(name, directory, recorded, inputs, body, operations)
+    held = TOKEN_BYTES * settings.num_texts * settings.max_length
+    return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: (2.0 * held, held))
 
 
 def check(settings: DistillSettings) -> None:
@@ -74,6 +83,7 @@ def check(settings: DistillSettings) -> None:
     for field in ("num_texts", "batch_size"):
         if getattr(settings, field) < 1:
             raise UserError(f"config.distill.{field}: found {getattr(settings, field)}, expected at least 1")
+    rejection.check(settings.reject)
     try:
         objectives.get(settings.objective).check_models(len(settings.models))
         warpers.choose(
@@ -93,7 +103,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     # From here on nobody holds the weights as they are stored
     prepared = prepare([one.model for one in language_models], side_by_side=settings.cache == "own")
     language_models = [one._replace(params=own.params) for one, own in zip(language_models, prepared, strict=True)]
-    work = directory / PARTS
+    work, reject = directory / PARTS, rejection.make(run)
     try:
         texts = method.distill(
             *language_models,
@@ -109,14 +119,19 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
             batch_size=settings.batch_size,
             cache=settings.cache,
             names=names,
+            reject=reject,
+            most=settings.reject.most,
             keep=lambda name, make: base.cached(work / f"{name}.json", make, storage.read_json, storage.write_json),
             label=label,
         )
     except UserError as error:
-        raise UserError(f"config.distill.{error}" if str(error).startswith("max_length") else str(error)) from None
+        ours = str(error).startswith(("max_length", "reject"))
+        raise UserError(f"config.distill.{error}" if ours else str(error)) from None
     if not distributed.first_process():
         return {}
     figures = {**sampling.statistics(texts), "same_weights": list(same)}
+    if reject:
+        figures |= {"made": reject.made, "rejected": dict(sorted(reject.counts.items()))}
     _warn(label, figures)
     if settings.scorer:
         figures["toxicity"] = _toxicity(run.path(settings.scorer), list(texts))
@@ -130,7 +145,6 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     }
     storage.write_text(directory / "README.md", card.render(run, settings, texts, figures, sources))
     storage.write_text(directory / "texts.csv", as_csv(texts))
-    work.rmtree()
     return figures
 
 
@@ -213,6 +227,8 @@ def describe(name: str, directory: epath.Path, figures: dict[str, Any]) -> str:
         "mean log-probability of a token: "
         + ", ".join(f"{model} {value:.3f}" for model, value in figures["log_probabilities"].items()),
     ]
+    if "made" in figures:
+        lines.append(rejection.describe(figures))
     if "toxicity" in figures:
         toxicity = figures["toxicity"]
         lines.append(

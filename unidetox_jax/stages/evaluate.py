@@ -13,7 +13,8 @@ evaluation goes on with the first part that is missing; the parts go once `metri
                        where perplexity is measured perplexity_sum, perplexity_count (of those below the limit, over
                        runs and samples). category: unicode [P]. The paired interval of a change comes from these.
     metrics.json       {"model": {"name" (without the form), "form": "original" | "detoxified" | "control", "source"},
-                        "scorer": as configured, "perplexity_scorer": as configured, "groups": {"id": [category, …],
+                        "scorer": as configured, "scorer_hash": `scorers.content_hash` of it, "perplexity_scorer": as
+                        configured, "groups": {"id": [category, …],
                         "ood": […]}, "prompt_source": as configured,
                         "counts": {"prompts", "categories": {category: prompts}, "runs", "samples" (of a prompt),
                                    "texts" (of all runs), "empty" (continuations without a character), "ended",
@@ -21,6 +22,8 @@ evaluation goes on with the first part that is missing; the parts go once `metri
                         name of a metric: its summary; empty or null where it was not asked for}:
                        "toxicity": {category | "id" | "ood" | "all": {"tp": estimate, "emt": estimate, "prompts",
                                     "texts", "missing", "categories"}}
+                       "other_scorers": {"scorers": {name: {"scorer": as configured, "hash", "toxicity": as above}},
+                                         "agreement": `agreement.of`'s result}
                        "perplexity": {an estimate's fields, "texts", "counted", "excluded", "undefined", "truncated"};
                                      mean null: none is below the limit
                        "diversity": {"dist1" | "dist2" | "dist3": estimate}, over all prompts
@@ -40,7 +43,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, data, distributed, storage
+from unidetox_jax import checkpoint, data, distributed, extensions, storage
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, metrics, prompts, scorers
 from unidetox_jax.plan import configuration
@@ -56,6 +59,7 @@ FORMATS = {
     ".json": (storage.read_json, storage.write_json),
 }
 TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
+LINE_BYTES, TOKEN_BYTES = 120.0, 5.0  # of generations.jsonl, beside the text and of it
 # what says which tasks there are, and what a result depends on by rounding at most
 NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size", "mesh")
 
@@ -97,14 +101,9 @@ def candidates(run: Run) -> list[Candidate]:
             places["control"] = _trained(run, target, "control")
         wanted = [form for form in FORMS if form in run.evaluate.which and form in places]
         planned += [Candidate(name, form, places[form]) for form in wanted]
-    for extra in run.evaluate.extra_models:
-        name, equals, source = extra.partition("=")
-        if not (name and equals and source) or "/" in name:
-            raise UserError(f"config.evaluate.extra_models: found {extra!r}, expected 'name=PATH'")
-        if name in [other.name if other.form == "original" else f"{other.name}.{other.form}" for other in planned]:
-            raise UserError(f"config.evaluate.extra_models: the name {name!r} is taken")
-        planned.append(Candidate(name, "original", source))
-    return planned
+    taken = [other.name if other.form == "original" else f"{other.name}.{other.form}" for other in planned]
+    extra = extensions.named(run.evaluate.extra_models, "config.evaluate.extra_models", "PATH", taken)
+    return planned + [Candidate(name, "original", source) for name, source in extra.items()]
 
 
 def _trained(run: Run, target: str, kind: str) -> str:
@@ -113,8 +112,9 @@ def _trained(run: Run, target: str, kind: str) -> str:
 
 def _task(run: Run, candidate: Candidate) -> base.Task:
     settings = {k: v for k, v in dataclasses.asdict(run.evaluate).items() if k not in NOT_OF_A_RESULT}
-    if settings["metrics"] == EvaluateSettings().metrics:
-        del settings["metrics"]  # so that results from before there was a choice stay
+    for name in ("metrics", "other_scorers"):
+        if settings[name] == getattr(EvaluateSettings(), name):
+            del settings[name]  # so that results from before there was a choice stay
     return base.Task(
         f"evaluate {candidate.name}" + ("" if candidate.form == "original" else f" {candidate.form}"),
         common.evaluation_directory(run, candidate.name, candidate.form),
@@ -122,6 +122,8 @@ def _task(run: Run, candidate: Candidate) -> base.Task:
         lambda: _inputs(run, candidate),
         lambda directory: evaluate(run, candidate, directory),
         lambda: _operations(run, candidate),
+        PARTS,
+        lambda: _disk(run.evaluate),
     )
 
 
@@ -134,6 +136,13 @@ def _operations(run: Run, candidate: Candidate) -> float:
     target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
     tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
     return sum(2.0 * common.num_params(run, source) * count for source, count in tokens.items() if source)
+
+
+def _disk(settings: EvaluateSettings) -> tuple[float, float]:
+    """Bytes of the generations, which are kept twice until they are all there."""
+    texts = (settings.max_prompts or TYPICAL_PROMPTS) * settings.samples * settings.runs
+    held = texts * (LINE_BYTES + TOKEN_BYTES * settings.max_new_tokens)
+    return 2.0 * held, held
 
 
 def _reads(run: Run) -> dict[str, Any]:
@@ -160,10 +169,15 @@ def _fingerprint(run: Run, name: str, source: Any) -> str:
     if not isinstance(source, str):
         return base.digest([base.fingerprint(run.path(part)) for part in source])
     place = run.path(source)
-    if name == "scorer":
+    if _is_scorer(name):
         kind, _, argument = place.partition(":")
         return f"{kind}:{base.fingerprint(argument.partition('#')[0])}"
     return data.fingerprint(place, run.shared.data_dir) if data.is_spec(place) else base.fingerprint(place)
+
+
+def _is_scorer(name: str) -> bool:
+    """Of what the metrics read: the first scorer, or another ("scorer.NAME")."""
+    return name.partition(".")[0] == "scorer"
 
 
 def _prompts(run: Run) -> prompts.Prompts:
@@ -178,7 +192,6 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
     if not distributed.first_process():
         return {}
     measured = storage.read_json(directory / results.METRICS)
-    (directory / PARTS).rmtree(missing_ok=True)
     print(results.describe(measured), flush=True)
     return results.headline(measured)
 
@@ -192,10 +205,11 @@ def _mesh(run: Run, source: str) -> Mesh:
 
 def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
-    score = None
-    if first:
-        if "scorer" in _reads(run):  # before the long work, in case that there is none
-            score = scorers.get(run.path(settings.scorer))
+    score, others = metrics.not_asked_for, {}
+    if first:  # before the long work, in case that there is none
+        made = {name: scorers.get(run.path(spec)) for name, spec in _reads(run).items() if spec and _is_scorer(name)}
+        score = made.pop("scorer", score)
+        others = {name.partition(".")[2]: scorer for name, scorer in made.items()}
 
     def load(source: str):
         logging.info("evaluate: loading %s", source)
@@ -207,7 +221,7 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
 
     models, source = metrics.OneModel(load), run.path(candidate.source)
     runs = generations.runs(functools.partial(models, source), asked.texts, settings, keep)
-    subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score or metrics.not_asked_for)
+    subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score, others)
     measured = metrics.measure(settings.metrics, subject, source, models, keep, first)
     if first:
         results.write(directory, subject, settings.prompts, dataclasses.asdict(candidate), measured)

@@ -15,6 +15,7 @@ from unidetox_jax.evaluation.generations import Continuations
 from unidetox_jax.evaluation.metrics import METRICS as KNOWN
 from unidetox_jax.evaluation.metrics import PerText, Result, Subject, cells, get, measured
 from unidetox_jax.evaluation.prompts import Prompts
+from unidetox_jax.evaluation.scorers import content_hash
 
 METRICS, PER_PROMPT, GENERATIONS, PROMPTS = "metrics.json", "per_prompt.npz", "generations.jsonl", "prompts.jsonl"
 
@@ -36,6 +37,7 @@ def write(
         **{name: result.summary for name, result in results.items()},
         "model": dict(model),
         "scorer": settings.scorer,
+        "scorer_hash": content_hash(subject.path(settings.scorer)) if settings.scorer else "",
         "perplexity_scorer": settings.perplexity_scorer,
         "prompt_source": prompt_source,
         "groups": categories.groups(settings),

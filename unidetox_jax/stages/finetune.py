@@ -1,9 +1,10 @@
 """One model trained on one data set: what toxify, detoxify and pretrain share.
 
-The directory gets checkpoints/, metrics.jsonl, tensorboard/ and, whole and at the end, hf/: the finished model in
-Hugging Face's form; or, of an adapter, adapter/ in PEFT's form, and hf/ as well where `lora.merge` asks for it. What
-only changes how the work is watched (how often to save, log, evaluate) is no part of the result's settings and may
-differ when a run is continued.
+The directory gets metrics.jsonl, tensorboard/ and, whole and at the end, hf/: the finished model in Hugging Face's
+form; or, of an adapter, adapter/ in PEFT's form, and hf/ as well where `lora.merge` asks for it. Until it is complete
+there is checkpoints/ as well, from which an interrupted training goes on; no other stage reads that. What only changes
+how the work is watched (how often to save, log, evaluate) is no part of the result's settings and may differ when a run
+is continued.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -26,7 +28,7 @@ from unidetox_jax.plan.programs import training_program
 from unidetox_jax.stages import base, common
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
-WATCHING = {"save_every", "keep", "evaluate_every", "log_every"}
+WATCHING = {"save_minutes", "keep", "evaluate_every", "log_every"}
 EXPORT, ADAPTER = "hf", "adapter"
 
 
@@ -69,6 +71,8 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
             functools.partial(inputs, job),
             functools.partial(train, run, job),
             functools.partial(operations, run, job),
+            training.CHECKPOINTS,
+            functools.partial(disk, run, job),
         )
         for job in jobs
     ]
@@ -78,6 +82,21 @@ def operations(run: Run, job: Job) -> float:
     """Roughly the floating-point operations of the training; texts are taken to be half as long as they may be."""
     tokens = job.settings.steps * job.settings.batch_size * job.settings.max_length / 2
     return (4.0 if job.settings.lora.rank else 6.0) * tokens * common.num_params(run, job.model)
+
+
+def disk(run: Run, job: Job) -> tuple[float, float]:
+    """Bytes at most (the kept checkpoints, and one that is written or the finished model) and of the last alone."""
+    settings, cfg = job.settings, common.load_config(run, job.model)
+    state = training.abstract_state(dataclasses.replace(cfg, lora=settings.lora), method.optimizer(settings, 1), None)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    trained = jax.tree.leaves(state.params)
+    held = 0.0
+    if settings.lora.rank:
+        held += sum(leaf.size * leaf.dtype.itemsize for leaf in trained)
+    if settings.lora.merge or not settings.lora.rank:
+        dtype = settings.export_dtype or trained[0].dtype
+        held += models.num_params(cfg) * np.dtype(dtype).itemsize
+    return settings.keep * size + max(size, held), held
 
 
 def recorded(run: Run, job: Job) -> dict[str, Any]:
@@ -155,10 +174,10 @@ def _check(job: Job) -> None:
         raise UserError(f"{job.after}: not complete, and {job.name} needs its texts; run `unidetox distill` first")
     if not job.data:
         raise UserError(f"{section}.data: empty; expected a data set, such as 'jsonl:FILE'")
-    for name in ("batch_size", "accumulation", "save_every", "keep", "evaluate_every", "log_every"):
+    for name in ("batch_size", "accumulation", "keep", "evaluate_every", "log_every"):
         if getattr(settings, name) < 1:
             raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected at least 1")
-    for name in ("steps", "epochs", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
+    for name in ("steps", "epochs", "warmup_steps", "save_minutes", "learning_rate", "weight_decay", "clip_norm"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise UserError(f"{section}.{name}: found {getattr(settings, name)}, expected a number of at least 0")
     for name, known in (

@@ -12,24 +12,26 @@ from etils import epath
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from unidetox_jax import distributed
+from unidetox_jax import distributed, text_statistics
 from unidetox_jax.data import files
 from unidetox_jax.data.datasets import toxigen
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.stages import base
-from unidetox_jax.stages.settings import FitScorerSettings, Run
+from unidetox_jax.stages.settings import OneScorerSettings, Run
 
 LABELS = ("harmless", "toxic")
 
 
 def tasks(run: Run) -> list[base.Task]:
-    """The scorer, where the configuration asks for one."""
-    if not run.fit_scorer.data:
-        return []
-    settings = dataclasses.replace(
-        run.fit_scorer, data=run.path(run.fit_scorer.data), test_data=run.path(run.fit_scorer.test_data)
-    )
+    """WORKDIR/scorer, where the configuration asks for one, and WORKDIR/scorer/NAME for each of the others."""
+    given = {field.name: getattr(run.fit_scorer, field.name) for field in dataclasses.fields(OneScorerSettings)}
+    asked = {"": OneScorerSettings(**given), **run.fit_scorer.others}
+    return [_task(run, name, settings) for name, settings in asked.items() if settings.data]
+
+
+def _task(run: Run, name: str, recorded: OneScorerSettings) -> base.Task:
+    settings = dataclasses.replace(recorded, data=run.path(recorded.data), test_data=run.path(recorded.test_data))
 
     def inputs() -> dict[str, str]:
         return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
@@ -42,10 +44,11 @@ def tasks(run: Run) -> list[base.Task]:
         print(f"use it: --config.evaluate.scorer=linear:{directory}")
         return figures
 
-    return [base.Task("fit-scorer", run.workdir / "scorer", dataclasses.asdict(run.fit_scorer), inputs, body)]
+    directory = run.workdir / "scorer" / name
+    return base.Task(f"fit-scorer {name}".strip(), directory, dataclasses.asdict(recorded), inputs, body)
 
 
-def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
+def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
     """Fits on the training text, tests on the rest, writes the classifier; returns the figures."""
     texts, toxic = _read(settings.data, settings.text_field, settings.label_field, settings.above, settings.positive)
     if settings.test_data:
@@ -56,7 +59,7 @@ def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
             settings.test_above if settings.test_label_field else settings.above,
             settings.test_positive if settings.test_label_field else settings.positive,
         )
-        train, _ = _divide(texts, toxic, {_plain(text) for text in test[0]})
+        train, _ = _divide(texts, toxic, {text_statistics.plain(text) for text in test[0]})
     else:
         train, test = _divide(texts, toxic, _held_out(texts, settings))
     logging.info("fit-scorer: %d texts to train on, %d to test on", len(train[0]), len(test[0]))
@@ -74,7 +77,7 @@ def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
         strength=settings.strength,
         balanced=settings.balanced,
     )
-    scores = classifier.toxicity(test[0])
+    scores, data = classifier.toxicity(test[0]), epath.Path(settings.data).name  # the same wherever it lies
     figures = {
         "auc": round(float(roc_auc_score(test[1], scores)), 4),
         "accuracy": round(float(((scores > 0.5) == test[1]).mean()), 4),  # at the threshold that TP uses
@@ -84,7 +87,7 @@ def fit(settings: FitScorerSettings, directory: epath.Path) -> dict:
         "train_texts_left_out": len(texts) - len(train[0]) if settings.test_data else 0,
         "test_texts": len(test[0]),
         "test_toxic": int(test[1].sum()),
-        "tested_on": settings.test_data or f"a random {settings.held_out:g} of {settings.data}",
+        "tested_on": epath.Path(settings.test_data).name or f"a random {settings.held_out:g} of {data}",
         "features": len(classifier.idf),
     }
     linear.save(directory, classifier, figures)
@@ -121,9 +124,9 @@ def _read(path: str, text: str, label: str, above: float, positive: tuple[str, .
     return texts, numbers > above
 
 
-def _held_out(texts: list[str], settings: FitScorerSettings) -> set[str]:
+def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
     """The plain forms of the texts to test on."""
-    distinct = sorted({_plain(text) for text in texts})
+    distinct = sorted({text_statistics.plain(text) for text in texts})
     if not 0 < settings.held_out < 1:
         raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")
     if len(distinct) < 10:
@@ -133,9 +136,5 @@ def _held_out(texts: list[str], settings: FitScorerSettings) -> set[str]:
 
 def _divide(texts: list[str], toxic: np.ndarray, tested: set[str]) -> list[tuple[list[str], np.ndarray]]:
     """The texts to train on and those that are tested, with their labels; every occurrence of a text on one side."""
-    test = np.array([_plain(text) in tested for text in texts])
+    test = np.array([text_statistics.plain(text) in tested for text in texts])
     return [([text for text, chosen in zip(texts, side, strict=True) if chosen], toxic[side]) for side in (~test, test)]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())

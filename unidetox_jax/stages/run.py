@@ -7,6 +7,7 @@ end it prints the table. The stages' own records decide what is done, so killing
 import argparse
 import importlib
 import time
+from collections.abc import Iterable
 
 from absl import logging
 
@@ -26,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace, run: Run) -> int:
     """Runs the chosen stages; returns 0, or raises what a stage raises."""
-    chosen = choose(options.stages, tuple(STAGES))
-    tasks = [task for name in chosen for task in importlib.import_module(STAGES[name][0]).tasks(run)]
+    tasks = planned(run, choose(options.stages, tuple(STAGES)))
     if not tasks:
         raise UserError(f"--stages={options.stages}: the configuration asks nothing of them")
     if distributed.first_process():
@@ -41,6 +41,11 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
         logging.info("run: %d tasks complete, %.1f minutes in this sitting", len(tasks), minutes)
         summary(run)
     return 0
+
+
+def planned(run: Run, chosen: Iterable[str] = STAGES) -> list[base.Task]:
+    """The tasks of the chosen stages, in the order of the work."""
+    return [task for name in chosen for task in importlib.import_module(STAGES[name][0]).tasks(run)]
 
 
 def choose(text: str, known: tuple[str, ...]) -> list[str]:

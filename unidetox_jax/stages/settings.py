@@ -4,9 +4,11 @@ ml_collections ends here: a configuration file builds a `ConfigDict` from `defau
 overrides its fields, and `parse` turns each part into the dataclass that the stage's code reads.
 """
 
+import collections.abc
 import dataclasses
 import os
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -17,7 +19,9 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
 
-RENAMED = {"official": "reproduce_release"}  # old spellings of settings, read for one more version
+# Read for one more version: old spellings of settings, and settings that are gone, with what there is instead
+RENAMED = {"official": "reproduce_release"}
+GONE = {"save_every": "save_minutes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,17 @@ class ToxifySettings(TrainingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class RejectSettings:
+    """Texts that are left out of the distilled text, and made up for by more of them; by default none."""
+
+    scorers: tuple[str, ...] = ()  # 'name=SCORER' each: what scores above `above` under any of them
+    above: float = 0.5
+    degenerate: bool = False  # what is empty, has no word, or is mostly repetition
+    copied_words: int = 0  # what has so many words in a row that stand in a toxic text, or repeats a text; 0: off
+    most: float = 4.0  # texts made at most, for each that is wanted
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillSettings:
     """Text from the contrast between the base model and its toxic twin."""
 
@@ -89,6 +104,7 @@ class DistillSettings:
     cache: str = "own"  # "official": the released code's shared cache
     mesh: str = "auto"  # config.mesh, or where that is auto as well, what the programs of this stage are fastest on
     scorer: str = ""  # toxicity of the distilled text itself, by this scorer; empty: none
+    reject: RejectSettings = RejectSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +152,7 @@ class ReportSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class FitScorerSettings:
+class OneScorerSettings:
     """A linear toxicity scorer from labelled text."""
 
     data: str = ""  # csv (with a header), jsonl or parquet
@@ -154,6 +170,13 @@ class FitScorerSettings:
     strength: float = 4.0  # inverse of the L2 penalty
     balanced: bool = False  # weigh both labels the same: calls more text toxic, and is calibrated no longer
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FitScorerSettings(OneScorerSettings):
+    """WORKDIR/scorer, and others from other text."""
+
+    others: Mapping[str, OneScorerSettings] = dataclasses.field(default_factory=dict)  # NAME → of WORKDIR/scorer/NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +262,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(dataclasses.asdict(RunSettings()))
     for name, settings in STAGES.items():
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(settings()))
-        for old, new in RENAMED.items():
+        for old, new in (RENAMED | GONE).items():
             if new in config[name]:
                 config[name][old] = ml_collections.config_dict.placeholder(type(config[name][new]))
     return config
@@ -277,6 +300,9 @@ def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config")
     for old, new in RENAMED.items():
         if new in fields and (value := part.pop(old, None)) is not None:
             part[_renamed(old, f"{where}.")] = value
+    for old, new in GONE.items():
+        if new in fields and part.pop(old, None) is not None:
+            logging.warning("%s.%s: passed over, it counts no longer; see %s.%s", where, old, where, new)
     for name, value in part.items():
         if name in STAGES and settings is RunSettings:
             continue
@@ -301,6 +327,8 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
         if any(isinstance(item, str) and "," in item for item in value):
             raise UserError(f"{where}: a comma inside an element of {tuple(value)!r}; write ('a','b')")
         return tuple(_checked(item, arguments[0], where) for item in value)
+    if origin is collections.abc.Mapping:
+        return {name: _checked(part, arguments[1], f"{where}.{name}") for name, part in value.items()}
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(expected, type) and dataclasses.is_dataclass(expected):

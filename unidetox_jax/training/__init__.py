@@ -10,12 +10,13 @@ totals = training.make_eval_step(cfg, mesh)(state.params, batch)        # {"tota
 step.lower(training.abstract_state(cfg, optimizer, mesh), abstract_batch).compile()   # without the devices
 """
 
-from unidetox_jax.training.loop import Schedule, fit
+from unidetox_jax.training.loop import CHECKPOINTS, Schedule, fit
 from unidetox_jax.training.loss import loss
 from unidetox_jax.training.optimizer import PRECISIONS, Optimizer, make_optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = [
+    "CHECKPOINTS",
     "PRECISIONS",
     "Optimizer",
     "Schedule",

@@ -7,7 +7,9 @@ are read before a checkpoint is written, so that no state that followed a bad lo
 import collections
 import contextlib
 import dataclasses
+import json
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import data, devices, models, sharding
+from unidetox_jax import data, devices, distributed, models, sharding
 from unidetox_jax.checkpoint import Checkpointer
 from unidetox_jax.errors import Preempted, UserError
 from unidetox_jax.models import costs
@@ -32,13 +34,15 @@ ROWS_NAMED = 16  # rows of a bad batch that the message lists
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long to train, and how often to do what else; all in steps.
+    """How long to train, and how often to do what else; in steps, but for checkpoints.
 
-    keep: newest checkpoints kept. Evaluation happens before the first step and after the last one as well.
+    save_minutes: between checkpoints, which come with a line of metrics.jsonl, so that the clock does not decide what
+    stands there; there is one after the last step too. keep: newest checkpoints kept. Evaluation happens before the
+    first step and after the last one as well.
     """
 
     steps: int
-    save_every: int = 500
+    save_minutes: float = 10.0
     keep: int = 2
     evaluate_every: int = 500
     log_every: int = 10
@@ -89,7 +93,7 @@ def fit(
     placed, frozen = sharding.batch_sharding(mesh), () if base is None else (base,)
     with preemption.noted() as asked_to_stop, _checkpointer(directory, schedule.keep) as checkpoints:
         start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
-        log = metrics.Log(directory, start)
+        log, clock = metrics.Log(directory, start), _SaveClock(schedule.save_minutes, start)
         if evaluate and start == 0:
             log.validation(0, evaluate(state.params))
         with (
@@ -102,7 +106,7 @@ def fit(
                 report.began(step, figures)
                 last, stop = step == schedule.steps, asked_to_stop()
                 evaluation_due = evaluate and (step % schedule.evaluate_every == 0 or last)
-                save_due = checkpoints and (step % schedule.save_every == 0 or last or stop)
+                save_due = checkpoints and ((step % schedule.log_every == 0 and clock.due(step)) or last or stop)
                 if evaluation_due or save_due or last:
                     report.settle()
                 if evaluate and evaluation_due:
@@ -110,10 +114,40 @@ def fit(
                 if save_due:
                     log.flush()  # before the checkpoint: a run that continues from it finds every line before it
                     checkpoints.save(step, state, wait=last or stop)
+                    clock.saved()
                 if stop:
                     raise _preempted(f"at step {step} of {schedule.steps}", bool(checkpoints), label)
         log.flush()
     return state.params, metrics.summary(log.lines)
+
+
+class _SaveClock:
+    """Says after which steps to save: all processes after the same one, by process 0's clock.
+
+    Asking it is a round trip between hosts, so it is asked at steps that all know: as far on as the time before, or
+    twice as far where that took little of the interval, half as far where it took much.
+    """
+
+    SHARE = 0.1  # of the interval, between two questions at most while the pace stays
+
+    def __init__(self, minutes: float, step: int):
+        self._interval, self._gap, self._next = 60.0 * minutes, 1, step + 1
+        self._asked = self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; every process calls it with the same steps."""
+        if step < self._next:
+            return False
+        now, most, gap = time.monotonic(), self.SHARE * self._interval, self._gap
+        took, self._asked = now - self._asked, now
+        gap = 2 * gap if 2 * took < most else max(1, gap // 2) if took > most else gap
+        due, self._gap = json.loads(distributed.as_first_says(json.dumps([now - self._saved >= self._interval, gap])))
+        self._next = step + self._gap
+        return due
+
+    def saved(self) -> None:
+        """From now on the interval counts anew."""
+        self._saved = time.monotonic()
 
 
 def _preempted(where: str, saved: bool, label: str) -> Preempted:

@@ -12,7 +12,8 @@ class RealToxicityPrompts(Dataset):
     """`text` is the prompt, `continuation` what followed it on the web.
 
     Perspective's scores of the prompt are named as there, those of the continuation with `continuation_` before;
-    NaN where Perspective gave none.
+    NaN where Perspective gave none. Variant `challenging`: the prompts alone that all of Gehman et al.'s models went on
+    from to something toxic.
     """
 
     name = "realtoxicityprompts"
@@ -23,13 +24,15 @@ class RealToxicityPrompts(Dataset):
         **dict.fromkeys([*ATTRIBUTES, "continuation_toxicity"], np.float32),
     }
     patterns = (("prompts*.jsonl",),)
+    variants = ("challenging",)
     hub = "allenai/real-toxicity-prompts"
     hub_files = ("prompts.jsonl",)
 
     def examples(self):
         for content in self.contents:
             for where, row in files.json_rows(content, ("prompt", "continuation")):
-                yield "train", _scored(row, where)
+                if row.get("challenging") or not self.options.get("challenging"):
+                    yield "train", _scored(row, where)
 
 
 def _scored(row, where: str):

@@ -4,9 +4,12 @@ A scorer's module is imported when it is chosen. What every scorer must keep is 
 per text, between 0 and 1; anything else, NaN included, stops the work.
 """
 
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
 from unidetox_jax import extensions
 from unidetox_jax.errors import UserError, suggest
@@ -77,6 +80,36 @@ def _classifier(source: str) -> Scorer:
 
     path, _, label = source.partition("#")
     return classifier.scorer(path, label)
+
+
+def content_hash(spec: str) -> str:
+    """A few characters that change with what a scorer is made of: its files' names and bytes or, of a function, its
+    module's. Where they lie makes no difference.
+
+    Raises:
+      UserError: as `get`.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "lexicon":
+        from unidetox_jax.data import toyworld
+
+        paths = [epath.Path(toyworld.__file__)]
+    elif kind == "linear":
+        paths = sorted(epath.Path(argument).glob("linear.*"))
+    elif kind == "classifier":
+        from unidetox_jax.evaluation.scorers import classifier
+
+        paths = classifier.files(argument.partition("#")[0])
+    else:
+        function = extensions.load(spec, "scorer", known=_KINDS)
+        paths = [epath.Path(inspect.getsourcefile(inspect.unwrap(function)) or "")]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0".encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 # kind → (its maker, what stands after the colon: None nothing)

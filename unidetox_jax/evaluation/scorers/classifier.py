@@ -22,7 +22,7 @@ from unidetox_jax import sharding
 from unidetox_jax.buckets import multiple, power_of_two
 from unidetox_jax.checkpoint import hf, load_tokenizer
 from unidetox_jax.checkpoint.safetensors_file import Spec, Stored
-from unidetox_jax.checkpoint.source import find
+from unidetox_jax.checkpoint.source import CONFIG, TOKENIZER_FILES, TORCH_FILES, WEIGHT_FILES, find
 from unidetox_jax.checkpoint.tokenizer import has_tokenizer
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.data import tokens as data_tokens
@@ -99,6 +99,15 @@ def scorer(source: str, label: str = ""):
     classifier = load(source)
     column = _label_index(classifier.cfg.labels, label, source)
     return lambda texts: classifier.probabilities(texts)[:, column]
+
+
+def files(source: str) -> list[epath.Path]:
+    """What a classifier is read from: its configuration, its tokenizer and its weights."""
+    if source.endswith(".ckpt"):
+        return [epath.Path(source)]
+    directory = find(source).directory
+    patterns = (CONFIG, *TOKENIZER_FILES, *WEIGHT_FILES, *TORCH_FILES)
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
 
 def load(source: str) -> Classifier:
