@@ -17,6 +17,11 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 640, "tie_word_embeddings": False,
     "rms_norm_eps": 1e-5,
 }  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", **SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 640,
+    "sliding_window": 5,
+}  # fmt: skip
 NEW_FALCON = {
     **FALCON,
     "num_attention_heads": 4,
@@ -52,6 +57,10 @@ VARIANTS = {
     "llama-3.1": {**LLAMA, "num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "llama-3.2-transformers-5": {**LLAMA, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
                                  "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    "gemma-3": {**GEMMA3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gemma-3-scaled": {**GEMMA3, "num_hidden_layers": 4, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9,
+                       "final_logit_softcapping": 2.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                       "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": False},
     "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 

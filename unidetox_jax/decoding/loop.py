@@ -113,7 +113,10 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
         state = state._replace(caches=state.caches[:1])
     for segment, end in enumerate(plan.segments):
         lengths = plan.cache_lengths(segment)
-        grown = tuple(models.grow_cache(cache, length) for cache, length in zip(state.caches, lengths, strict=False))
+        grown = tuple(
+            models.grow_cache(cache, cfg, length)
+            for cache, cfg, length in zip(state.caches, plan.configs, lengths, strict=False)
+        )
         limit = jnp.minimum(inputs.limit, end)
         state = jax.lax.while_loop(functools.partial(_continues, limit=limit), advance, state._replace(caches=grown))
     means = state.log_probabilities / jnp.maximum(state.lengths, 1).astype(jnp.float32)[None]
@@ -170,7 +173,7 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
             continue
         cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
         _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        caches.append(cache if plan.samples == 1 else models.branch_cache(cache, plan.samples, length))
+        caches.append(cache if plan.samples == 1 else models.branch_cache(cache, cfg, plan.samples, length))
     return State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.stack([jnp.repeat(tokens[:, -1], plan.samples) for tokens in inputs.prompts]),

@@ -22,8 +22,8 @@ MOST_VECTORS = 8  # query heads of one token and key-value head that CPUs take o
 
 
 class Prefix(NamedTuple):
-    """Keys and values that B/P rows in succession have before their own: [P,N,K,D]; mask: bool [P,K], the real ones;
-    bias: float [P,H,K] or None."""
+    """Keys and values that B/P rows in succession have before their own: [P,N,K,D]; mask: bool [P,K], the real ones,
+    or [P,Q,K] where queries see others; bias: float [P,H,K] or None."""
 
     key: jax.Array
     value: jax.Array
@@ -56,22 +56,24 @@ def attention(
     dropout: tuple[jax.Array, float] | None = None,
     precision: jax.lax.PrecisionLike = None,
     prefix: Prefix | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Scaled queries [B,Q,H,D] over keys and values [B,N,K,D] -> [B,Q,H,D].
 
     mask: bool [B or 1, Q, K], None for causal; bias: float [B, H, K] (ALiBi); dropout: (key, rate) on probabilities,
-    where there is no prefix; prefix: what all queries see before these keys, read once for all the rows that share it.
+    where there is no prefix; prefix: what all queries see before these keys, read once for all the rows that share it;
+    cap: scores become cap · tanh(scores / cap).
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
-    if dropout is None and bias is None and length == key.shape[2] and _use_cudnn(query):
+    if dropout is None and bias is None and cap is None and length == key.shape[2] and _use_cudnn(query):
         return _cudnn_attention(query, key, value, mask)
     if mask is None:
         mask = causal_mask(None, length)
     query = query.reshape(batch, length, key.shape[1], groups, size).transpose(0, 2, 3, 1, 4)
-    scores = _scores(query, key, mask, bias, precision)
+    scores = _scores(query, key, mask, bias, precision, cap)
     if prefix is not None:
-        out = _with_prefix(query, scores, value, prefix, precision)
+        out = _with_prefix(query, scores, value, prefix, precision, cap)
     else:
         probabilities = jax.nn.softmax(scores, axis=-1)
         if dropout is not None:
@@ -82,12 +84,17 @@ def attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
-def _scores(query, key, mask, bias, precision) -> jax.Array:
+def _scores(query, key, mask, bias, precision, cap) -> jax.Array:
     """Queries [B,N,G,Q,D] by keys [B,N,K,D]: float32 [B,N,G,Q,K]; mask and bias as in `attention`."""
     scores = _product("bngqd,bnkd->bngqk", query, key, precision, jnp.float32)
     if bias is not None:
         scores += bias.reshape(*query.shape[:3], 1, -1)
-    return jnp.where(mask[:, None, None], scores, MASKED)
+    return jnp.where(mask[:, None, None], soft_capped(scores, cap), MASKED)
+
+
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """x within ±cap, smoothly; None: as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
@@ -100,7 +107,7 @@ def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
     return product(queries, keys)
 
 
-def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
+def _with_prefix(query, scores, value, prefix: Prefix, precision, cap) -> jax.Array:
     """Attention over a prefix and a row's own keys, of which the scores [B,N,G,Q,K] are given: [B,N,G,Q,D].
 
     A prefix meets the queries of all its rows in one matrix product (Juravsky et al. 2024, Hydragen); one softmax goes
@@ -123,7 +130,8 @@ def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
     bias = prefix.bias
     if bias is not None:
         bias = jnp.tile(bias.reshape(prefixes, kv_heads, groups, -1), (1, 1, samples, 1))
-    shared = _scores(gather(query), prefix.key, prefix.mask[:, None], bias, precision)
+    each = (slice(None), None) if prefix.mask.ndim == 2 else ...
+    shared = _scores(gather(query), prefix.key, prefix.mask[each], bias, precision, cap)
     highest = jnp.maximum(scores.max(-1, keepdims=True), scatter(shared.max(-1, keepdims=True)))
     own, before = jnp.exp(scores - highest), jnp.exp(shared - gather(highest))
     total = own.sum(-1, keepdims=True) + scatter(before.sum(-1, keepdims=True))

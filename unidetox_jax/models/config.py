@@ -6,10 +6,11 @@ A family subclasses `ModelConfig` in its own file with what is only its own, and
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -106,6 +107,11 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     rotary: Rotary | None = None
+    local: tuple[bool, ...] = ()  # which layers see a window only: what the layers repeat, from the first; (): none
+    window: int = 0  # of local layers: how many tokens a query sees, itself among them
+    local_rotary: Rotary | None = None  # of local layers, where theirs is another
+    attention_cap: float | None = None  # attention's scores become cap · tanh(scores / cap), before the mask
+    logit_cap: float | None = None  # and the logits
     alibi: bool = False
     position_table: bool = False  # learned absolute positions: nothing beyond max_position_embeddings
     generation_config: str = dataclasses.field(default="", compare=False)  # the checkpoint's file as it was
@@ -134,6 +140,14 @@ class ModelConfig:
         first = () if self.eos_token_id is None else (self.eos_token_id,)
         return tuple(dict.fromkeys((*first, *self.extra_eos_token_ids, *as_ids(theirs))))
 
+    def is_local(self, layer: int | jax.Array) -> bool | jax.Array:
+        """Whether a layer sees a window only: known in Python unless the layers differ and `layer` is traced."""
+        if len(set(self.local)) < 2:
+            return any(self.local)
+        if isinstance(layer, int):
+            return self.local[layer % len(self.local)]
+        return jnp.asarray(self.local)[layer % len(self.local)]
+
     def check_length(self, length: int) -> None:
         """Raises UserError where `length` tokens are more than the model can read."""
         if self.longest is not None and length > self.longest:
@@ -155,6 +169,7 @@ def default_dtype(platform: str = "") -> str:
 # tests/test_hub_configs.py holds these tables against the modelling files that are installed.
 READ = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # kinds of layers
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 # What every config says of itself, and nothing about the model: passed over without a word.
 BOOKKEEPING = frozenset(
@@ -213,6 +228,23 @@ def token_ids(config: PreTrainedConfig) -> dict[str, Any]:
         "extra_eos_token_ids": eos[1:],
         "pad_token_id": pad if pad is not None and 0 <= pad < config.vocab_size else None,
     }
+
+
+def windows(layer_types: Sequence[str], window: int | None, where: str) -> dict[str, Any]:
+    """The fields of local layers from transformers' `layer_types` and `sliding_window`."""
+    unknown = set(layer_types) - {LOCAL, GLOBAL}
+    if unknown:
+        raise UserError(f"{where}: layer_types {sorted(unknown)} are not implemented (known: {LOCAL}, {GLOBAL})")
+    local = tuple(kind == LOCAL for kind in layer_types)
+    if not window or not any(local):
+        return {}
+    period = next(p for p in range(1, len(local) + 1) if local[:-p] == local[p:])
+    return {"local": local[:period], "window": window}
+
+
+def layer_types(cfg: ModelConfig) -> list[str]:
+    """The inverse of `windows`."""
+    return [LOCAL if cfg.is_local(layer) else GLOBAL for layer in range(cfg.num_layers)]
 
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
