@@ -1,4 +1,4 @@
-"""Attention, rotary positions, ALiBi: pure functions on arrays.
+"""Attention and ALiBi: pure functions on arrays.
 
 Letters: B batch, Q queries, K keys, H query heads, N key-value heads, G = H/N query heads a key-value head, D head
 size, P prefixes. Softmax is in float32 whatever the inputs are. A query whose keys are all masked cannot occur:
@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 from unidetox_jax import sharding
-from unidetox_jax.models.config import Rotary
 
 MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
 MOST_VECTORS = 8  # query heads of one token and key-value head that CPUs take one by one
@@ -186,39 +184,6 @@ def _cudnn_attention(query, key, value, mask):
         query, key, value, mask=mask, is_causal=mask is None, scale=1.0, implementation="cudnn"
     )
     return out[:, :length]
-
-
-def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, D/2], of each position's angles (Su et al. 2021, with the checkpoint's scaling)."""
-    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-@functools.lru_cache
-def _inverse_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-    frequencies = (np.float32(1.0) / np.power(np.float32(rotary.theta), exponents)).astype(np.float32)
-    if rotary.kind == "linear":
-        return frequencies / np.float32(rotary.factor)
-    if rotary.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        low = rotary.original_length / rotary.low_frequency_factor
-        high = rotary.original_length / rotary.high_frequency_factor
-        smooth = (rotary.original_length / wavelengths - rotary.low_frequency_factor) / (
-            rotary.high_frequency_factor - rotary.low_frequency_factor
-        )
-        between = (1 - smooth) * frequencies / rotary.factor + smooth * frequencies
-        scaled = np.where(wavelengths > low, frequencies / rotary.factor, frequencies)
-        return np.where((wavelengths <= low) & (wavelengths >= high), between, scaled).astype(np.float32)
-    return frequencies  # "dynamic" equals the default up to the original length, and is refused beyond
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B,T,H,D], whose halves pair up (first half with second), by the tables' angles."""
-    cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def alibi_bias(num_heads: int, head_size: int, key_positions: jax.Array) -> jax.Array:

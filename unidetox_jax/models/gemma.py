@@ -28,7 +28,6 @@ class GemmaConfig(llama.LlamaConfig):
     architecture: ClassVar[str] = "GemmaForCausalLM"
     query_size: float = 0.0  # scores are divided by its square root
     norms_after: bool = False  # of what attention and feed-forward give, before it is added
-    head_norms: bool = False  # of each head's queries and keys
 
 
 def from_hf(config: dict[str, Any], where: str) -> GemmaConfig:
@@ -112,6 +111,4 @@ def key_table(cfg: GemmaConfig) -> list[Key]:
         }
     else:
         norms |= {"post_attention_layernorm": "mlp_norm"}
-    if cfg.head_norms:
-        norms |= {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
     return [*llama.outer_keys(cfg), *llama.layer_keys(norms), *llama.attention_keys(cfg), *llama.mlp_keys(cfg)]

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax.models.attention import rotate
 from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.rotary import rotate
 from unidetox_jax.recipe import Lora
 from unidetox_jax.sharding import constrain_batch
 

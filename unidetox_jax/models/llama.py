@@ -28,6 +28,7 @@ class LlamaConfig(ModelConfig):
     attention_bias: bool = False  # on query, key and value
     output_bias: bool = False
     mlp_bias: bool = False
+    head_norms: bool = False  # of each head's queries and keys
 
 
 def from_hf(config: dict[str, Any], where: str) -> LlamaConfig:
@@ -111,8 +112,9 @@ class Block(nn.Module):
     def __call__(self, x, attend, rotary, layer, deterministic: bool):
         cfg = self.cfg
         attention = Attention(
-            cfg, cfg.attention_bias, cfg.output_bias, dropout_rate=cfg.attention_dropout, name="attention"
-        )
+            cfg, cfg.attention_bias, cfg.output_bias, dropout_rate=cfg.attention_dropout,
+            norm=rms_norm if cfg.head_norms else None, name="attention",
+        )  # fmt: skip
         out, state = attention(rms_norm(cfg, "attention_norm")(x), attend, rotary, cfg.head_size**-0.5, deterministic)
         x = x + out
         return x + FeedForward(cfg, cfg.mlp_bias, gated=True, name="mlp")(rms_norm(cfg, "mlp_norm")(x)), state
@@ -153,8 +155,9 @@ def layer_keys(norms: dict[str, str]) -> list[Key]:
 
 
 def attention_keys(cfg: LlamaConfig) -> list[Key]:
-    """Attention's projections."""
-    table, size = [], cfg.head_size
+    """Attention's projections, and norms of queries and keys."""
+    norms = {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
+    table, size = layer_keys(norms) if cfg.head_norms else [], cfg.head_size
     for theirs, ours, heads in (
         ("q_proj", "query", cfg.num_heads),
         ("k_proj", "key", cfg.num_kv_heads),

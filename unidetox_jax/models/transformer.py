@@ -24,13 +24,13 @@ from unidetox_jax.models.attention import (
     attention,
     causal_mask,
     positions_from_segments,
-    rotary_tables,
     soft_capped,
 )
 from unidetox_jax.models.cache import Cache
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.layers import precision
 from unidetox_jax.models.registry import family
+from unidetox_jax.models.rotary import rotary_tables
 
 Params = dict[str, Any]
 
