@@ -30,7 +30,7 @@ def pair(request):
     return build(request.param)
 
 
-SAMPLE = ("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1")
+SAMPLE = ("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1", "gemma-3")
 
 
 @pytest.fixture(scope="module", params=SAMPLE)
@@ -128,7 +128,7 @@ def test_prefill_and_steps_equal_forward(looped):
     logits, cache = models.prefill(prepared, tokens[:, :8], cfg, cache, mask[:, :8])
     last = [7, 7, 4]
     assert np.abs(logits - whole[np.arange(3), last]).max() <= TOLERANCE
-    cache = models.grow_cache(cache, 14)
+    cache = models.grow_cache(cache, cfg, 14)
     hidden, extended = models.extend(prepared, tokens[:, 8:], cfg, cache)  # the same four tokens at once
     assert np.abs(models.logits(params, hidden, cfg) - whole[:, 8:]).max() <= TOLERANCE
     assert int(extended.slot) == 12 and extended.positions.tolist() == [12, 9, 9]
@@ -149,7 +149,7 @@ def test_branches_of_a_prompt_equal_forward(looped):
     whole = models.forward(params, tokens, cfg, np.pad(np.repeat(mask, 2, axis=0), ((0, 0), (0, 4)), constant_values=1))
     prepared = models.prepare(params, cfg)
     _, cache = models.prefill(prepared, prompts, cfg, models.init_cache(cfg, 3, 8), mask)
-    cache = models.branch_cache(cache, 2, 6)
+    cache = models.branch_cache(cache, cfg, 2, 6)
     hidden, extended = models.extend(prepared, new, cfg, cache)
     assert np.abs(models.logits(params, hidden, cfg) - whole[:, 8:]).max() <= TOLERANCE
     assert int(extended.slot) == 4 and extended.positions.tolist() == [12, 12, 9, 9, 9, 9]
@@ -157,7 +157,7 @@ def test_branches_of_a_prompt_equal_forward(looped):
         logits, cache = models.decode_step(prepared, new[:, t], cfg, cache)
         assert np.abs(logits - whole[:, 8 + t]).max() <= TOLERANCE
     with pytest.raises(ValueError, match="cannot branch again"):
-        models.branch_cache(cache, 2, 6)
+        models.branch_cache(cache, cfg, 2, 6)
 
 
 def test_causal_by_gradients(sample):

@@ -1,4 +1,4 @@
-"""Models that the world trained: SmolLM2-135M against PyTorch, and the whole method on it; Gemma 3 is refused."""
+"""Models that the world trained against PyTorch: SmolLM2-135M, with the whole method on it, and Gemma 3 270M."""
 
 import csv
 import itertools
@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from unidetox_jax import checkpoint, cli, data, decoding, models
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -98,8 +97,9 @@ def test_greedy_text_equals_pytorch(smollm2, stream):
 
 
 @pytest.mark.slow
-def test_there_and_back_is_bit_identical(real_models, tmp_path):
-    source, orbax, back = real_models / "smollm2-135m", tmp_path / "orbax", tmp_path / "back"
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_there_and_back_is_bit_identical(name, real_models, tmp_path):
+    source, orbax, back = real_models / name, tmp_path / "orbax", tmp_path / "back"
     assert cli.main(["convert", str(source), str(orbax)]) == 0
     assert cli.main(["convert", str(orbax), str(back), "--to=hf"]) == 0
     before, after = (load_file(path / "model.safetensors") for path in (source, back))
@@ -113,14 +113,48 @@ def test_there_and_back_is_bit_identical(real_models, tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_gemma_is_refused_by_its_type(real_models, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def gemma3(real_models, shared):
+    """(PyTorch's Gemma 3 270M in float32, ours, the tokens of real prose after the first token that it expects)."""
+    torch.set_num_threads(1)
     source = real_models / "gemma3-270m"
-    with pytest.raises(UserError, match="model_type 'gemma3_text' is not implemented"):
-        checkpoint.load(source)
-    assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert str(source / "config.json") in line and "'gemma3_text'" in line
-    assert not list(tmp_path.iterdir())
+    reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    text = (shared / "data/text/valid.txt").read_text(encoding="utf-8")[:8000]
+    tokenizer = checkpoint.load_tokenizer(source)
+    tokens = encode(tokenizer, [text])[0]
+    assert tokens == transformers.AutoTokenizer.from_pretrained(source)(text)["input_ids"]
+    return reference, checkpoint.load(source), np.array(tokens, np.int32)
+
+
+@pytest.mark.slow
+def test_gemma_equals_pytorch_beyond_its_window(gemma3):
+    """Of 1,000 tokens, local layers see 512."""
+    reference, (params, cfg), stream = gemma3
+    tokens = stream[:1000]
+    assert cfg.window == 512 and cfg.local == (True,) * 5 + (False,)
+    kept = slice(None, None, 37)  # a logit of each token of the vocabulary would take 1 GB, twice
+    hidden = models.hidden_states(params, tokens[None], cfg)[:, kept]
+    np.testing.assert_allclose(
+        models.logits(params, hidden, cfg)[0], torch_logits(reference, tokens)[kept], atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.slow
+def test_gemma_writes_as_pytorch_beyond_its_window(gemma3):
+    """Two prompts, 100 tokens from caches of 512 slots in local layers; one row passes the window, one begins there."""
+    reference, model, stream = gemma3
+    prompts, mask = np.zeros((2, 560), np.int32), np.ones((2, 560), np.int32)
+    mask[1, :90] = 0
+    prompts[0], prompts[1, 90:] = stream[:560], [stream[0], *stream[600:1069]]
+    ours = decoding.generate(
+        [model], prompts, objective=objectives.get("base"), warpers=[warpers.top_k(1)], max_new_tokens=100, eos_id=(),
+        attention_mask=mask,
+    )  # fmt: skip
+    for row in range(2):
+        prompt = torch.tensor([prompts[row, mask[row] == 1].tolist()])
+        settings = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False}
+        theirs = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert ours.tokens[row].tolist() == theirs[0, prompt.shape[1] :].tolist()
 
 
 def few_data(shared, place):

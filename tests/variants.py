@@ -17,6 +17,11 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 640, "tie_word_embeddings": False,
     "rms_norm_eps": 1e-5,
 }  # fmt: skip
+GEMMA = {
+    "model_type": "gemma", **SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 640,
+}  # fmt: skip
+GEMMA3 = {**GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window": 5}
 NEW_FALCON = {
     **FALCON,
     "num_attention_heads": 4,
@@ -52,6 +57,19 @@ VARIANTS = {
     "llama-3.1": {**LLAMA, "num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "llama-3.2-transformers-5": {**LLAMA, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
                                  "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
+    "gemma-3": {**GEMMA3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gemma-3-scaled": {**GEMMA3, "num_hidden_layers": 4, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9,
+                       "final_logit_softcapping": 2.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                       "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": False},
+    "qwen-2": {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 4},
+    "qwen-2-window": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 10,
+                      "max_window_layers": 2, "tie_word_embeddings": True},
+    "qwen-3": {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
+    "mistral-1": {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "mistral-3": {**LLAMA, "model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "gemma-1": {**GEMMA, "hidden_act": "gelu"},
+    "gemma-2": {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 3, "query_pre_attn_scalar": 9, "sliding_window": 5,
+                "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 
@@ -65,8 +83,11 @@ def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
     torch.manual_seed(seed)
     options = {name: value for name, value in config.items() if name != "model_type"}
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config["model_type"], **options), attn_implementation="sdpa", dtype=torch.float32
-    )  # not "eager": transformers' eager Falcon adds ALiBi twice, once to the mask and once to the scores
+        AutoConfig.for_model(config["model_type"], **options),
+        # transformers' eager Falcon adds ALiBi twice, to the mask and to the scores; its sdpa knows no soft caps
+        attn_implementation="eager" if config["model_type"] == "gemma2" else "sdpa",
+        dtype=torch.float32,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

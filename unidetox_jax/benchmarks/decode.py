@@ -75,7 +75,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
 def _rates(cfg: ModelConfig, batch: int, new_tokens: int, seconds: float) -> dict[str, float]:
     live = (1 + new_tokens) / 2  # a step reads what stands before it, and its own token
     step = seconds / new_tokens
-    moved = 2 * (costs.read_bytes(cfg) + costs.cache_bytes(cfg, batch * live))
+    moved = 2 * (costs.read_bytes(cfg) + batch * costs.cache_bytes(cfg, live))
     operations = 2 * batch * costs.forward_flops(cfg, live)
     return {
         "seconds": seconds,

@@ -213,10 +213,10 @@ def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> 
                 f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, model 0 "
                 f"({first.family}) of {first.vocab_size}; an objective combines logits token by token"
             )
-        shapes = [(c.num_layers, c.num_kv_heads, c.head_size) for c in (first, cfg)]
+        shapes = [(c.num_layers, c.num_kv_heads, c.head_size, c.local, c.window) for c in (first, cfg)]
         if cache == "official" and shapes[0] != shapes[1]:
             raise UserError(
-                f"cache 'official': model {index} has {shapes[1]} layers, key-value heads and head size, model 0 "
+                f"cache 'official': model {index} has {shapes[1]} layers, key-value heads, head size and windows, model 0 "
                 f"{shapes[0]}; only models of one shape can share keys and values"
             )
 

@@ -114,7 +114,10 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
         state = state._replace(caches=state.caches[:1])
     for segment, end in enumerate(plan.segments):
         lengths = plan.cache_lengths(segment)
-        grown = tuple(models.grow_cache(cache, length) for cache, length in zip(state.caches, lengths, strict=False))
+        grown = tuple(
+            models.grow_cache(cache, cfg, length)
+            for cache, cfg, length in zip(state.caches, plan.configs, lengths, strict=False)
+        )
         limit = jnp.minimum(inputs.limit, end)
         state = jax.lax.while_loop(functools.partial(_continues, limit=limit), advance, state._replace(caches=grown))
     means = state.log_probabilities / jnp.maximum(state.lengths, 1).astype(jnp.float32)[None]
@@ -165,7 +168,7 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
             return models.init_cache(cfg, batch, length)
         cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
         _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        return cache if plan.samples == 1 else models.branch_cache(cache, plan.samples, length)
+        return cache if plan.samples == 1 else models.branch_cache(cache, cfg, plan.samples, length)
 
     if len(params) < count:  # side by side
         axes = models.cache_axes(branched=plan.samples > 1 and plan.prompt_slots[0] > 0)

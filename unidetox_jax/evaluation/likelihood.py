@@ -263,7 +263,8 @@ def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
     if prefix:
         cache = models.init_cache(cfg, *prefix[0].shape)
         _, cache = models.prefill(params, prefix[0], cfg, cache, prefix[1])
-        hidden, _ = models.extend(params, tokens, cfg, models.branch_cache(cache, group, tokens.shape[1]))
+        cache = models.branch_cache(cache, cfg, group, tokens.shape[1])
+        hidden, _ = models.extend(params, tokens, cfg, cache)
     else:
         hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
 

@@ -1,4 +1,4 @@
-"""Attention, rotary positions, ALiBi: pure functions on arrays.
+"""Attention and ALiBi: pure functions on arrays.
 
 Letters: B batch, Q queries, K keys, H query heads, N key-value heads, G = H/N query heads a key-value head, D head
 size, P prefixes. Softmax is in float32 whatever the inputs are. A query whose keys are all masked cannot occur:
@@ -11,19 +11,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 from unidetox_jax import sharding
-from unidetox_jax.models.config import Rotary
 
 MASKED = -1e30  # finite: a row of -inf would be NaN after softmax
 MOST_VECTORS = 8  # query heads of one token and key-value head that CPUs take one by one
 
 
 class Prefix(NamedTuple):
-    """Keys and values that B/P rows in succession have before their own: [P,N,K,D]; mask: bool [P,K], the real ones;
-    bias: float [P,H,K] or None."""
+    """Keys and values that B/P rows in succession have before their own: [P,N,K,D]; mask: bool [P,K], the real ones,
+    or [P,Q,K] where queries see others; bias: float [P,H,K] or None."""
 
     key: jax.Array
     value: jax.Array
@@ -56,22 +54,24 @@ def attention(
     dropout: tuple[jax.Array, float] | None = None,
     precision: jax.lax.PrecisionLike = None,
     prefix: Prefix | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Scaled queries [B,Q,H,D] over keys and values [B,N,K,D] -> [B,Q,H,D].
 
     mask: bool [B or 1, Q, K], None for causal; bias: float [B, H, K] (ALiBi); dropout: (key, rate) on probabilities,
-    where there is no prefix; prefix: what all queries see before these keys, read once for all the rows that share it.
+    where there is no prefix; prefix: what all queries see before these keys, read once for all the rows that share it;
+    cap: scores become cap · tanh(scores / cap).
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
-    if dropout is None and bias is None and length == key.shape[2] and _use_cudnn(query):
+    if dropout is None and bias is None and cap is None and length == key.shape[2] and _use_cudnn(query):
         return _cudnn_attention(query, key, value, mask)
     if mask is None:
         mask = causal_mask(None, length)
     query = query.reshape(batch, length, key.shape[1], groups, size).transpose(0, 2, 3, 1, 4)
-    scores = _scores(query, key, mask, bias, precision)
+    scores = _scores(query, key, mask, bias, precision, cap)
     if prefix is not None:
-        out = _with_prefix(query, scores, value, prefix, precision)
+        out = _with_prefix(query, scores, value, prefix, precision, cap)
     else:
         probabilities = jax.nn.softmax(scores, axis=-1)
         if dropout is not None:
@@ -82,12 +82,17 @@ def attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
-def _scores(query, key, mask, bias, precision) -> jax.Array:
+def _scores(query, key, mask, bias, precision, cap) -> jax.Array:
     """Queries [B,N,G,Q,D] by keys [B,N,K,D]: float32 [B,N,G,Q,K]; mask and bias as in `attention`."""
     scores = _product("bngqd,bnkd->bngqk", query, key, precision, jnp.float32)
     if bias is not None:
         scores += bias.reshape(*query.shape[:3], 1, -1)
-    return jnp.where(mask[:, None, None], scores, MASKED)
+    return jnp.where(mask[:, None, None], soft_capped(scores, cap), MASKED)
+
+
+def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """x within ±cap, smoothly; None: as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
@@ -100,7 +105,7 @@ def _product(equation: str, queries, keys, precision, dtype=None) -> jax.Array:
     return product(queries, keys)
 
 
-def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
+def _with_prefix(query, scores, value, prefix: Prefix, precision, cap) -> jax.Array:
     """Attention over a prefix and a row's own keys, of which the scores [B,N,G,Q,K] are given: [B,N,G,Q,D].
 
     A prefix meets the queries of all its rows in one matrix product (Juravsky et al. 2024, Hydragen); one softmax goes
@@ -123,7 +128,8 @@ def _with_prefix(query, scores, value, prefix: Prefix, precision) -> jax.Array:
     bias = prefix.bias
     if bias is not None:
         bias = jnp.tile(bias.reshape(prefixes, kv_heads, groups, -1), (1, 1, samples, 1))
-    shared = _scores(gather(query), prefix.key, prefix.mask[:, None], bias, precision)
+    each = (slice(None), None) if prefix.mask.ndim == 2 else ...
+    shared = _scores(gather(query), prefix.key, prefix.mask[each], bias, precision, cap)
     highest = jnp.maximum(scores.max(-1, keepdims=True), scatter(shared.max(-1, keepdims=True)))
     own, before = jnp.exp(scores - highest), jnp.exp(shared - gather(highest))
     total = own.sum(-1, keepdims=True) + scatter(before.sum(-1, keepdims=True))
@@ -178,39 +184,6 @@ def _cudnn_attention(query, key, value, mask):
         query, key, value, mask=mask, is_causal=mask is None, scale=1.0, implementation="cudnn"
     )
     return out[:, :length]
-
-
-def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, D/2], of each position's angles (Su et al. 2021, with the checkpoint's scaling)."""
-    angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-@functools.lru_cache
-def _inverse_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-    frequencies = (np.float32(1.0) / np.power(np.float32(rotary.theta), exponents)).astype(np.float32)
-    if rotary.kind == "linear":
-        return frequencies / np.float32(rotary.factor)
-    if rotary.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        low = rotary.original_length / rotary.low_frequency_factor
-        high = rotary.original_length / rotary.high_frequency_factor
-        smooth = (rotary.original_length / wavelengths - rotary.low_frequency_factor) / (
-            rotary.high_frequency_factor - rotary.low_frequency_factor
-        )
-        between = (1 - smooth) * frequencies / rotary.factor + smooth * frequencies
-        scaled = np.where(wavelengths > low, frequencies / rotary.factor, frequencies)
-        return np.where((wavelengths <= low) & (wavelengths >= high), between, scaled).astype(np.float32)
-    return frequencies  # "dynamic" equals the default up to the original length, and is refused beyond
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B,T,H,D], whose halves pair up (first half with second), by the tables' angles."""
-    cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def alibi_bias(num_heads: int, head_size: int, key_positions: jax.Array) -> jax.Array:

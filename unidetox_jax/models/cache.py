@@ -4,8 +4,13 @@ All rows write to the same slot; which slots hold a real token is a row's own ma
 prompts need no shifting. Keys and values are [B, N, length, D] a layer: attention reads them without a transposition.
 Stacked on axis 0 for the scanned layer loop, where they ride in the carry and take one-token writes in place; a tuple
 of layers for the unrolled loop, where nothing needs to be sliced.
+
+A local layer keeps its window only, as a ring: slot s lies at s modulo its length. (In a stack all layers are as long
+as the longest.) Which of its slots are real follows from a row's position, because the rows of models that have such
+layers stand right, without gaps.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +19,7 @@ import jax.numpy as jnp
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.sharding import constrain
 
-Layers = Any  # an array [L, B, N, length, D], or a tuple of L arrays [B, N, length, D]
+Layers = Any  # an array [L, B, N, length, D], or a tuple of L arrays [B, N, length or window, D]
 
 
 class Cache(NamedTuple):
@@ -44,12 +49,14 @@ class Branched(NamedTuple):
 
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens; dtype None: the compute dtype."""
-    shape = (batch, cfg.num_kv_heads, length, cfg.head_size)
+
+    def empty(slots: int, *layers: int) -> jax.Array:
+        return _place(jnp.zeros((*layers, batch, cfg.num_kv_heads, slots, cfg.head_size), dtype or cfg.dtype))
 
     def zeros() -> Layers:
         if cfg.layer_loop == "unroll":
-            return tuple(_place(jnp.zeros(shape, dtype or cfg.dtype)) for _ in range(cfg.num_layers))
-        return _place(jnp.zeros((cfg.num_layers, *shape), dtype or cfg.dtype))
+            return tuple(empty(slots(cfg, layer, length)) for layer in range(cfg.num_layers))
+        return empty(slots(cfg, 0, length), cfg.num_layers)
 
     return Cache(
         keys=zeros(),
@@ -69,23 +76,35 @@ def cache_axes(branched: bool = False) -> Cache:
     return Cache(0, 0, None, None, None, prefix)  # type: ignore[arg-type]
 
 
-def grow_cache(cache: Cache, length: int) -> Cache:
+def slots(cfg: ModelConfig, layer: int, length: int) -> int:
+    """How many slots a layer has in a cache of `length`."""
+    own = cfg.layer_loop == "unroll" or len(set(cfg.local)) == 1
+    return min(length, cfg.window) if own and cfg.is_local(layer) else length
+
+
+def _each(change, layers: Layers) -> Layers:
+    """change(layer, its keys or values) of all."""
+    return tuple(change(i, x) for i, x in enumerate(layers)) if isinstance(layers, tuple) else change(0, layers)
+
+
+def grow_cache(cache: Cache, cfg: ModelConfig, length: int) -> Cache:
     """The same cache with `length` slots: what lets a decoding loop read live slots only."""
     more = length - cache.length
     if more == 0:
         return cache
 
-    def grow(x: jax.Array) -> jax.Array:
-        return _place(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
+    def grow(layer: int, x: jax.Array) -> jax.Array:
+        more = slots(cfg, layer, length) - x.shape[-2]
+        return _place(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])) if more else x
 
     return cache._replace(
-        keys=jax.tree.map(grow, cache.keys),
-        values=jax.tree.map(grow, cache.values),
+        keys=_each(grow, cache.keys),
+        values=_each(grow, cache.values),
         mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
     )
 
 
-def branch_cache(cache: Cache, times: int, length: int) -> Cache:
+def branch_cache(cache: Cache, cfg: ModelConfig, times: int, length: int) -> Cache:
     """`times` continuations of every row, one after another, with `length` slots of their own: what was read so far
     stays as it is, their common prefix, and is read once for all of them in every step.
 
@@ -95,22 +114,54 @@ def branch_cache(cache: Cache, times: int, length: int) -> Cache:
     if cache.prefix is not None:
         raise ValueError("a cache with a prefix cannot branch again")
 
-    def empty(x: jax.Array) -> jax.Array:
+    def empty(layer: int, x: jax.Array) -> jax.Array:
         *layers, batch, heads, _, size = x.shape
-        return _place(jnp.zeros((*layers, batch * times, heads, length, size), x.dtype))
+        return _place(jnp.zeros((*layers, batch * times, heads, slots(cfg, layer, length), size), x.dtype))
 
+    before = Branched(cache.keys, cache.values, cache.mask)
+    if cfg.window:  # in order, the newest last: what is how far away needs no more than that
+        keys, values = (jax.tree.map(functools.partial(_in_order, slot=cache.slot), part) for part in before[:2])
+        before = Branched(keys, values, jnp.roll(cache.mask, -cache.slot, axis=1))
     return Cache(
-        keys=jax.tree.map(empty, cache.keys),
-        values=jax.tree.map(empty, cache.values),
+        keys=_each(empty, cache.keys),
+        values=_each(empty, cache.values),
         mask=jnp.zeros((cache.mask.shape[0] * times, length), bool),
         positions=jnp.repeat(cache.positions, times),
         slot=jnp.zeros((), jnp.int32),
-        prefix=Branched(cache.keys, cache.values, cache.mask),
+        prefix=before,
     )
 
 
-def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array) -> Layers:
-    """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may."""
+def _in_order(x: jax.Array, slot: jax.Array) -> jax.Array:
+    """The slots of a layer from the oldest to the newest, which is the last before `slot`."""
+    return jnp.roll(x, -slot, axis=-2)
+
+
+def joined(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """What a ring holds, in order, and new [B, N, T, D] after it."""
+    held = _in_order(read(layers, layer), slot)
+    return jnp.concatenate([held, new.astype(held.dtype)], axis=2)
+
+
+def distances(slot: jax.Array, count: int, slots: int, ring: bool) -> jax.Array:
+    """How many tokens before each of `count` queries, at `slot` and after, stands what lies in a slot: int32
+    [count, slots]; of a ring and several queries, in what `joined` gives: [count, slots + count]. Before the first
+    token where a slot is empty, and below 0 for what comes after the query."""
+    query = jnp.arange(count)[:, None]
+    if ring and count > 1:
+        return slots + query - jnp.arange(slots + count)
+    return (slot + count - 1 - jnp.arange(slots)) % slots - (count - 1) + query
+
+
+def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array, ring: bool = False) -> Layers:
+    """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may. ring: beyond its last slot
+    it goes on at the first, and keeps the newest."""
+    capacity, count = (layers[layer] if isinstance(layers, tuple) else layers).shape[-2], new.shape[2]
+    if ring and count == 1:
+        slot = slot % capacity
+    elif ring:
+        new = joined(layers, layer, new, slot)[:, :, -capacity:]
+        new, slot = jnp.roll(new, slot + count, axis=2), 0
     zero, slot = jnp.zeros((), jnp.int32), jnp.asarray(slot, jnp.int32)
     if isinstance(layers, tuple):
         new = new.astype(layers[layer].dtype)

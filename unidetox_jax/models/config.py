@@ -6,71 +6,17 @@ A family subclasses `ModelConfig` in its own file with what is only its own, and
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from unidetox_jax.errors import UserError
+from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.recipe import Lora
-
-# Kinds of rotary embedding, and what transformers' modeling_rope_utils.py reads for each beside rope_theta.
-ROPE_KINDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding (Su et al. 2021) and how a checkpoint stretches it.
-
-    kind: "default", "linear", "llama3" or "dynamic" (exact up to `original_length`, refused beyond).
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 0
-
-    @classmethod
-    def from_hf(cls, parameters: Mapping[str, Any] | None, length: int, where: str) -> "Rotary":
-        """From transformers 5's `rope_parameters`; `length`: the config's max_position_embeddings."""
-        parameters = dict(parameters or {})
-        kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if kind not in ROPE_KINDS:
-            raise UserError(f"{where}: rope_type {kind!r} is not implemented (known: {', '.join(ROPE_KINDS)})")
-        missing = [name for name in ROPE_KINDS[kind] if parameters.get(name) is None]
-        if missing:
-            raise UserError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}")
-        partial = parameters.get("partial_rotary_factor")
-        if partial not in (None, 1):
-            raise UserError(f"{where}: partial_rotary_factor {partial!r} is not implemented (known: 1)")
-        return cls(
-            theta=float(parameters.get("rope_theta") or 10000.0),
-            kind=kind,
-            factor=float(parameters["factor"]) if kind != "default" else 1.0,
-            low_frequency_factor=float(parameters["low_freq_factor"]) if kind == "llama3" else 1.0,
-            high_frequency_factor=float(parameters["high_freq_factor"]) if kind == "llama3" else 4.0,
-            original_length=int(parameters["original_max_position_embeddings"] if kind == "llama3" else length),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """`rope_theta` and `rope_scaling`: the form that transformers 4 and 5 both read."""
-        scaling: dict[str, Any] | None = None
-        if self.kind != "default":
-            scaling = {"rope_type": self.kind, "factor": self.factor}
-            if self.kind == "llama3":
-                scaling["low_freq_factor"] = self.low_frequency_factor
-                scaling["high_freq_factor"] = self.high_frequency_factor
-                scaling["original_max_position_embeddings"] = self.original_length
-        return {"rope_theta": self.theta, "rope_scaling": scaling}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +51,11 @@ class ModelConfig:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     rotary: Rotary | None = None
+    local: tuple[bool, ...] = ()  # which layers see a window only: what the layers repeat, from the first; (): none
+    window: int = 0  # of local layers: how many tokens a query sees, itself among them
+    local_rotary: Rotary | None = None  # of local layers, where theirs is another
+    attention_cap: float | None = None  # attention's scores become cap · tanh(scores / cap), before the mask
+    logit_cap: float | None = None  # and the logits
     alibi: bool = False
     position_table: bool = False  # learned absolute positions: nothing beyond max_position_embeddings
     generation_config: str = dataclasses.field(default="", compare=False)  # the checkpoint's file as it was
@@ -122,7 +73,7 @@ class ModelConfig:
         """The longest sequence that the model can read at all, in tokens; None: no hard end."""
         if self.position_table:
             return self.max_position_embeddings
-        if self.rotary is not None and self.rotary.kind == "dynamic":
+        if self.rotary is not None and self.rotary.kind in ("dynamic", "longrope"):
             return self.rotary.original_length
         return None
 
@@ -133,12 +84,20 @@ class ModelConfig:
         first = () if self.eos_token_id is None else (self.eos_token_id,)
         return tuple(dict.fromkeys((*first, *self.extra_eos_token_ids, *as_ids(theirs))))
 
+    def is_local(self, layer: int | jax.Array) -> bool | jax.Array:
+        """Whether a layer sees a window only: known in Python unless the layers differ and `layer` is traced."""
+        if len(set(self.local)) < 2:
+            return any(self.local)
+        if isinstance(layer, int):
+            return self.local[layer % len(self.local)]
+        return jnp.asarray(self.local)[layer % len(self.local)]
+
     def check_length(self, length: int) -> None:
         """Raises UserError where `length` tokens are more than the model can read."""
         if self.longest is not None and length > self.longest:
             reason = "its learned positions end there"
             if not self.position_table:
-                reason = "dynamic rope scaling beyond it makes a prefix depend on what follows"
+                reason = f"{self.rotary.kind} rope scaling beyond it makes a prefix depend on what follows"
             raise UserError(f"{self.family}: {length} tokens, but the model reads at most {self.longest}: {reason}")
 
 
@@ -154,6 +113,9 @@ def default_dtype(platform: str = "") -> str:
 # tests/test_hub_configs.py holds these tables against the modelling files that are installed.
 READ = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # kinds of layers
+# Options that a null switches off; any other null is what its absence would be.
+OFF_BY_NULL = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 # What every config says of itself, and nothing about the model: passed over without a word.
 BOOKKEEPING = frozenset(
@@ -193,7 +155,7 @@ def read_hf(
         unsaid = name == "eos_token_ids" and value == 0  # transformers 2.3 wrote so into every config
         if unsaid or current not in read or (current != name and current in config):
             passed += [] if name in BOOKKEEPING or name in off else [name]
-        elif value is not None or name.endswith("_token_id"):  # any other null is what its absence would be
+        elif value is not None or name.endswith("_token_id") or name in OFF_BY_NULL:
             kept[current] = value
     if passed:
         _say_once(f"{where}: passed over, which {family} does not read: {', '.join(passed)}")
@@ -212,6 +174,23 @@ def token_ids(config: Any) -> dict[str, Any]:
         "extra_eos_token_ids": eos[1:],
         "pad_token_id": pad if pad is not None and 0 <= pad < config.vocab_size else None,
     }
+
+
+def windows(layer_types: Sequence[str], window: int | None, where: str) -> dict[str, Any]:
+    """The fields of local layers from transformers' `layer_types` and `sliding_window`."""
+    unknown = set(layer_types) - {LOCAL, GLOBAL}
+    if unknown:
+        raise UserError(f"{where}: layer_types {sorted(unknown)} are not implemented (known: {LOCAL}, {GLOBAL})")
+    local = tuple(kind == LOCAL for kind in layer_types)
+    if not window or not any(local):
+        return {}
+    period = next(p for p in range(1, len(local) + 1) if local[:-p] == local[p:])
+    return {"local": local[:period], "window": window}
+
+
+def layer_types(cfg: ModelConfig) -> list[str]:
+    """The inverse of `windows`."""
+    return [LOCAL if cfg.is_local(layer) else GLOBAL for layer in range(cfg.num_layers)]
 
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:

@@ -62,10 +62,14 @@ def forward_flops(cfg: ModelConfig, keys: float, logits: float = 1.0, ways: int 
     logits: the share of the tokens whose logits are computed.
     """
     matrices = read_params(cfg, True, ways) - (1 - logits) * split(cfg.vocab_size, ways) * cfg.embedding_size
-    attention = (
-        4 * cfg.num_layers * split(cfg.num_heads, ways) * cfg.head_size * keys
-    )  # queries · keys, and weights · values
+    # queries · keys, and weights · values
+    attention = 4 * split(cfg.num_heads, ways) * cfg.head_size * _seen(cfg, keys)
     return 2 * matrices + attention
+
+
+def _seen(cfg: ModelConfig, tokens: float) -> float:
+    """Of so many tokens, those that a query sees, or a cache holds, in all layers together."""
+    return sum(min(tokens, cfg.window) if cfg.is_local(layer) else tokens for layer in range(cfg.num_layers))
 
 
 def training_flops(cfg: ModelConfig, length: float, remat: str = "none", ways: int = 1) -> float:
@@ -86,8 +90,8 @@ def read_bytes(cfg: ModelConfig, ways: int = 1) -> int:
 
 
 def cache_bytes(cfg: ModelConfig, tokens: float, ways: int = 1) -> float:
-    """Bytes of the keys and values of `tokens` tokens."""
-    return np.dtype(cfg.dtype).itemsize * 2 * cfg.num_layers * split(cfg.num_kv_heads, ways) * cfg.head_size * tokens
+    """Bytes of the keys and values of a row of `tokens` tokens."""
+    return np.dtype(cfg.dtype).itemsize * 2 * split(cfg.num_kv_heads, ways) * cfg.head_size * _seen(cfg, tokens)
 
 
 def optimizer_bytes(params: float) -> float:

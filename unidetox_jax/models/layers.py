@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax.models.attention import rotate
 from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.rotary import rotate
 from unidetox_jax.recipe import Lora
 from unidetox_jax.sharding import constrain_batch
 
@@ -91,6 +91,24 @@ def rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
     return nn.RMSNorm(cfg.norm_epsilon, dtype=cfg.dtype, use_fast_variance=False, name=name)
 
 
+class OffsetRMSNorm(nn.Module):
+    """Root-mean-square norm whose weights are stored less 1, as Gemma's are."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.cfg.norm_epsilon)
+        return (x * (1.0 + scale.astype(jnp.float32))).astype(self.cfg.dtype)
+
+
+def offset_rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
+    """As `rms_norm`, of Gemma."""
+    return OffsetRMSNorm(cfg, name=name)
+
+
 def embedding(cfg: ModelConfig, entries: int, width: int, name: str) -> nn.Module:
     """A table [entries, width], read in the compute dtype."""
     init = nn.initializers.normal(cfg.initializer_range)
@@ -105,6 +123,7 @@ class Attention(nn.Module):
     output_bias: bool
     output_stddev: float | None = None
     dropout_rate: float = 0.0
+    norm: Callable[[ModelConfig, str], nn.Module] | None = None  # of queries and keys, before they are rotated
 
     @nn.compact
     def __call__(self, x, attend: Attend, rotary, scale, deterministic: bool):
@@ -112,6 +131,8 @@ class Attention(nn.Module):
         query = dense(cfg, (cfg.num_heads, cfg.head_size), "query", self.bias)(x)
         key = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "key", self.bias)(x)
         value = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "value", self.bias)(x)
+        if self.norm is not None:
+            query, key = self.norm(cfg, "query_norm")(query), self.norm(cfg, "key_norm")(key)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         query = constrain_batch(query * jnp.asarray(scale, query.dtype), None, "model", None)

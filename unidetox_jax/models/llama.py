@@ -4,15 +4,18 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
+from transformers import PreTrainedConfig
 
 from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, rms_norm
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
-READ = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings initializer_range rms_norm_eps attention_bias attention_dropout mlp_bias head_dim"
+# What all families read that are made like this one.
+SHARED = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings initializer_range rms_norm_eps attention_dropout"
 ).split()
+READ = (*SHARED, "hidden_act", "attention_bias", "mlp_bias", "head_dim")
 PREFIX = "model."
 
 
@@ -22,53 +25,70 @@ class LlamaConfig(ModelConfig):
 
     family: ClassVar[str] = "llama"
     architecture: ClassVar[str] = "LlamaForCausalLM"
-    attention_bias: bool = False  # on query, key, value and output alike
+    attention_bias: bool = False  # on query, key and value
+    output_bias: bool = False
     mlp_bias: bool = False
+    head_norms: bool = False  # of each head's queries and keys
 
 
 def from_hf(config: dict[str, Any], where: str) -> LlamaConfig:
     """LlamaConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "llama", where, (*READ, *ROPE))
     return LlamaConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_size=hf.head_dim,
-        intermediate_size=hf.intermediate_size,
-        max_position_embeddings=hf.max_position_embeddings,
+        **fields(hf),
         activation=hf.hidden_act,
-        norm_epsilon=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        initializer_range=hf.initializer_range,
-        attention_dropout=hf.attention_dropout,
+        head_size=hf.head_dim,
         rotary=Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where),
         attention_bias=hf.attention_bias,
+        output_bias=hf.attention_bias,
         mlp_bias=hf.mlp_bias,
-        **token_ids(hf),
     )
+
+
+def fields(hf: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a ModelConfig that `SHARED` options give."""
+    return {
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "intermediate_size": hf.intermediate_size,
+        "max_position_embeddings": hf.max_position_embeddings,
+        "norm_epsilon": hf.rms_norm_eps,
+        "tie_word_embeddings": hf.tie_word_embeddings,
+        "initializer_range": hf.initializer_range,
+        "attention_dropout": hf.attention_dropout or 0.0,
+        **token_ids(hf),
+    }
 
 
 def to_hf(cfg: LlamaConfig) -> dict[str, Any]:
     """The Hugging Face config of a LlamaConfig."""
+    return {
+        **options(cfg),
+        "hidden_act": cfg.activation,
+        "head_dim": cfg.head_size,
+        "attention_bias": cfg.attention_bias,
+        "mlp_bias": cfg.mlp_bias,
+        **cfg.rotary.to_hf(),
+    }
+
+
+def options(cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `fields`."""
     return {
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.hidden_size,
         "num_hidden_layers": cfg.num_layers,
         "num_attention_heads": cfg.num_heads,
         "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_size,
         "intermediate_size": cfg.intermediate_size,
         "max_position_embeddings": cfg.max_position_embeddings,
-        "hidden_act": cfg.activation,
         "rms_norm_eps": cfg.norm_epsilon,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "initializer_range": cfg.initializer_range,
         "attention_dropout": cfg.attention_dropout,
-        "attention_bias": cfg.attention_bias,
-        "mlp_bias": cfg.mlp_bias,
-        **(cfg.rotary.to_hf() if cfg.rotary else {}),
         **token_ids_to_hf(cfg),
     }
 
@@ -91,8 +111,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, attend, rotary, layer, deterministic: bool):
         cfg = self.cfg
-        bias = cfg.attention_bias
-        attention = Attention(cfg, bias, bias, dropout_rate=cfg.attention_dropout, name="attention")
+        attention = Attention(
+            cfg, cfg.attention_bias, cfg.output_bias, dropout_rate=cfg.attention_dropout,
+            norm=rms_norm if cfg.head_norms else None, name="attention",
+        )  # fmt: skip
         out, state = attention(rms_norm(cfg, "attention_norm")(x), attend, rotary, cfg.head_size**-0.5, deterministic)
         x = x + out
         return x + FeedForward(cfg, cfg.mlp_bias, gated=True, name="mlp")(rms_norm(cfg, "mlp_norm")(x)), state
@@ -112,28 +134,47 @@ class Final(nn.Module):
 
 def key_table(cfg: LlamaConfig) -> list[Key]:
     """Hugging Face's tensors and ours."""
-    layer, block, size = "model.layers.{layer}", "blocks", cfg.head_size
-    table = [
-        same("model.embed_tokens.weight", "embed/tokens/embedding"),
-        *norm(f"{layer}.input_layernorm", f"{block}/attention_norm", bias=False),
-        *norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm", bias=False),
-        *norm("model.norm", "final/norm", bias=False),
-    ]
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    return [*outer_keys(cfg), *layer_keys(norms), *attention_keys(cfg), *mlp_keys(cfg)]
+
+
+LAYER, BLOCK = "model.layers.{layer}", "blocks"
+
+
+def outer_keys(cfg: ModelConfig) -> list[Key]:
+    """The embedding, the last norm and the head."""
+    table = [same("model.embed_tokens.weight", "embed/tokens/embedding"), *norm("model.norm", "final/norm", bias=False)]
+    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]
+
+
+def layer_keys(norms: dict[str, str]) -> list[Key]:
+    """A layer's norms, by their names."""
+    return [key for theirs, ours in norms.items() for key in norm(f"{LAYER}.{theirs}", f"{BLOCK}/{ours}", bias=False)]
+
+
+def attention_keys(cfg: LlamaConfig) -> list[Key]:
+    """Attention's projections, and norms of queries and keys."""
+    norms = {"self_attn.q_norm": "attention/query_norm", "self_attn.k_norm": "attention/key_norm"}
+    table, size = layer_keys(norms) if cfg.head_norms else [], cfg.head_size
     for theirs, ours, heads in (
         ("q_proj", "query", cfg.num_heads),
         ("k_proj", "key", cfg.num_kv_heads),
         ("v_proj", "value", cfg.num_kv_heads),
     ):
-        name, path = f"{layer}.self_attn.{theirs}", f"{block}/attention/{ours}"
+        name, path = f"{LAYER}.self_attn.{theirs}", f"{BLOCK}/attention/{ours}"
         table.append(heads_in(f"{name}.weight", f"{path}/kernel", heads, size))
         if cfg.attention_bias:
             table.append(reshaped(f"{name}.bias", f"{path}/bias", (-1,), (heads, size)))
-    name, path = f"{layer}.self_attn.o_proj", f"{block}/attention/output"
+    name, path = f"{LAYER}.self_attn.o_proj", f"{BLOCK}/attention/output"
     table.append(heads_out(f"{name}.weight", f"{path}/kernel", cfg.num_heads, size))
-    if cfg.attention_bias:
-        table.append(same(f"{name}.bias", f"{path}/bias"))
+    return [*table, same(f"{name}.bias", f"{path}/bias")] if cfg.output_bias else table
+
+
+def mlp_keys(cfg: LlamaConfig) -> list[Key]:
+    """The feed-forward layer's."""
+    table = []
     for part in ("gate", "up", "down"):
-        table.append(linear(f"{layer}.mlp.{part}_proj.weight", f"{block}/mlp/{part}/kernel"))
+        table.append(linear(f"{LAYER}.mlp.{part}_proj.weight", f"{BLOCK}/mlp/{part}/kernel"))
         if cfg.mlp_bias:
-            table.append(same(f"{layer}.mlp.{part}_proj.bias", f"{block}/mlp/{part}/bias"))
-    return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]
+            table.append(same(f"{LAYER}.mlp.{part}_proj.bias", f"{BLOCK}/mlp/{part}/bias"))
+    return table

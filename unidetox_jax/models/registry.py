@@ -10,16 +10,31 @@ from typing import Any
 from etils import epath
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import encoder, falcon, gpt2, llama, opt
+from unidetox_jax.models import encoder, falcon, gemma, gemma2, gemma3, gpt2, llama, mistral, opt, qwen2, qwen3
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.layers import ACTIVATIONS
 from unidetox_jax.models.weight_map import Key
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "opt": opt, "falcon": falcon, "llama": llama}
+FAMILIES: dict[str, ModuleType] = {
+    "gpt2": gpt2,
+    "opt": opt,
+    "falcon": falcon,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+}
 
 OLDER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
 # The classes that share a family's modelling code; LlamaMoeForCausalLM, say, has another's.
-CLASS_PREFIXES = {"GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama"}
+CLASS_PREFIXES = {
+    "GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama",
+    "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma2": "gemma2",
+    "Gemma3": "gemma3_text",
+}  # fmt: skip
 CLASSES = re.compile(
     rf"(?:TF|Flax)?({'|'.join(CLASS_PREFIXES)})(?:Model|LMHeadModel|DoubleHeadsModel|ForCausalLM|"
     r"ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)"

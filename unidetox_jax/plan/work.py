@@ -82,9 +82,9 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int, 
         prepared = costs.param_bytes(cfg, ways) if gather else size * owned
         padded = buckets.multiple(cfg.head_size, lanes) / cfg.head_size
         flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, ways=ways)
-        traffic += weights + padded * costs.cache_bytes(cfg, rows * (prompt + plan.size / 2), ways)
+        traffic += weights + padded * rows * costs.cache_bytes(cfg, prompt + plan.size / 2, ways)
         memory += 4 * owned * stored + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
-        memory += padded * GROWTH * costs.cache_bytes(cfg, rows * (plan.size + prompt / plan.samples), ways)
+        memory += padded * GROWTH * rows * costs.cache_bytes(cfg, plan.size + prompt / plan.samples, ways)
         gathered += weights / (plan.size if gather else 1)
         summed += 2 * cfg.num_layers * rows * cfg.hidden_size * size
     layers = sum(cfg.num_layers for cfg in plan.configs)

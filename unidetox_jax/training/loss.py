@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from unidetox_jax import models, sharding
 from unidetox_jax.models import ModelConfig
+from unidetox_jax.models.attention import soft_capped
 from unidetox_jax.models.layers import precision
 
 LOGITS_BYTES = 1 << 27  # float32 logits held at once, per device
@@ -68,7 +69,8 @@ def total_loss(
     matrix = sharding.constrain(models.head(params, cfg).astype(cfg.dtype), "model", None)
     targets = jnp.roll(batch["tokens"], -1, axis=1)
     mask = target_mask(batch)
-    return _head_loss(hidden, matrix, targets, mask, precision(cfg.dtype)), mask.sum(dtype=jnp.float32)
+    total = _head_loss(hidden, matrix, targets, mask, precision(cfg.dtype), cfg.logit_cap)
+    return total, mask.sum(dtype=jnp.float32)
 
 
 def target_mask(batch: Batch) -> jax.Array:
@@ -84,26 +86,29 @@ def _gather(path, leaf: jax.Array) -> jax.Array:
     return sharding.constrain(leaf, "model" if name.startswith("tokens") else None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _head_loss(hidden, matrix, targets, mask, precision) -> jax.Array:
-    """Summed -log softmax(hidden · matrixᵀ)[targets] where mask; hidden [B,T,D], matrix [V,D] -> float32."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head_loss(hidden, matrix, targets, mask, precision, cap) -> jax.Array:
+    """Summed -log softmax(hidden · matrixᵀ)[targets] where mask, the logits capped softly at `cap` unless that is None;
+    hidden [B,T,D], matrix [V,D] -> float32."""
 
     def add(total, piece):
         hidden, targets, mask = piece
-        logits, normalizer, chosen = _log_softmax(hidden, matrix, targets, precision)
+        logits, normalizer, chosen = _log_softmax(hidden, matrix, targets, precision, cap)
         return total + _sum_losses(logits, normalizer, chosen, mask), None
 
     total, _ = _over_pieces(add, jnp.zeros((), jnp.float32), (hidden, targets, mask), matrix.shape[0])
     return total
 
 
-def _forward(hidden, matrix, targets, mask, precision):
+def _forward(hidden, matrix, targets, mask, precision, cap):
     def add(carry, piece):
         total, matrix_gradient = carry
         hidden, targets, mask = piece
-        logits, normalizer, chosen = _log_softmax(hidden, matrix, targets, precision)
+        logits, normalizer, chosen = _log_softmax(hidden, matrix, targets, precision, cap)
         total += _sum_losses(logits, normalizer, chosen, mask)
         gradient = jnp.where(mask[..., None], jnp.exp(logits - normalizer[..., None]) - chosen.astype(jnp.float32), 0.0)
+        if cap is not None:  # the derivative of cap · tanh(z / cap)
+            gradient *= 1.0 - (logits / cap) ** 2
         gradient = gradient.astype(hidden.dtype)
         product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
         matrix_gradient += sharding.constrain(product("bpv,bpd->vd", gradient, hidden), "model", "fsdp")
@@ -116,7 +121,7 @@ def _forward(hidden, matrix, targets, mask, precision):
     return total, (hidden_gradient, matrix_gradient, jnp.zeros((0,), hidden.dtype))
 
 
-def _backward(precision, gradients, cotangent):
+def _backward(precision, cap, gradients, cotangent):
     hidden_gradient, matrix_gradient, like = gradients
     scale = functools.partial(jnp.multiply, cotangent)
     return scale(hidden_gradient).astype(like.dtype), scale(matrix_gradient).astype(like.dtype), None, None
@@ -125,11 +130,11 @@ def _backward(precision, gradients, cotangent):
 _head_loss.defvjp(_forward, _backward)
 
 
-def _log_softmax(hidden, matrix, targets, precision) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _log_softmax(hidden, matrix, targets, precision, cap) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits float32 [B,P,V], their logsumexp [B,P], and which are the targets', bool [B,P,V]: by comparison, not by
     indexing, since the vocabulary may be split over devices."""
     logits = jnp.einsum("bpd,vd->bpv", hidden, matrix, precision=precision, preferred_element_type=jnp.float32)
-    logits = sharding.constrain_batch(logits, None, "model")
+    logits = soft_capped(sharding.constrain_batch(logits, None, "model"), cap)
     return logits, jax.nn.logsumexp(logits, axis=-1), jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
 
 
