@@ -26,7 +26,6 @@ from unidetox_jax.stages.settings import Run
 TOP_K = 50
 ALPHA = 0.1
 SETTINGS: dict[str, Any] = {"objective": objectives.get("contrastive", alpha=ALPHA), "warpers": (warpers.top_k(TOP_K),)}
-LAYER_LOOPS = ("unroll", "scan")
 COLUMNS = ("implementation", "batch", "layer_loop", "tokens_per_second", "ms_per_step", "bandwidth_share",
            "matmul_share", "times_torch", "compile_seconds", "program_gigabytes")  # fmt: skip
 
@@ -41,15 +40,17 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )  # fmt: skip
     mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
-    prepared = {name: prepare(pair, layer_loop=name) for name in LAYER_LOOPS}
+    # On a GPU a scan copies the weights of every layer in every step
+    layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (default_layer_loop(),)
+    prepared = {name: prepare(pair, layer_loop=name) for name in layer_loops}
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
     rows = []
     with Progress(rounds, "rounds", "decode", disable=not distributed.first_process()) as bar:
         for batch in settings.batch_sizes:
             size = batch, settings.new_tokens
-            compiled = {name: _compile(prepared[name], *size, mesh) for name in LAYER_LOOPS}
-            contenders = {name: functools.partial(_ours, prepared[name], *size) for name in LAYER_LOOPS}
+            compiled = {name: _compile(prepared[name], *size, mesh) for name in layer_loops}
+            contenders = {name: functools.partial(_ours, prepared[name], *size) for name in layer_loops}
             if torch_pair:
                 contenders["torch"] = functools.partial(_theirs, torch_pair, cfg, *size)
             times = side_by_side.race(contenders, settings.repeats, bar)

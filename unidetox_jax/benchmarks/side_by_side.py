@@ -57,4 +57,5 @@ def torch_model(cfg: ModelConfig, dtype: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**models.config_to_hf(cfg))
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(torch_device())
+    with torch.device(torch_device()):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -6,6 +6,7 @@ texts. MFU counts the texts' own tokens, not padding, against the measured rate 
 """
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ SEED = 0
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
-    """A measurement for each of `bench.train_batch_sizes`, and one of PyTorch where `bench.against_torch` asks for it.
+    """A measurement for each of `bench.train_batch_sizes` and layouts, and one of PyTorch where `bench.against_torch`
+    asks for it.
 
     Raises:
       UserError: a model that cannot read the texts.
@@ -38,16 +40,21 @@ def measure(run: Run) -> list[dict[str, Any]]:
     settings = run.bench
     cfg = common.load_config(run, settings.model)
     recipe = TrainingSettings(
-        batch_size=max(settings.train_batch_sizes), max_length=settings.train_length, steps=settings.steps
+        batch_size=max(settings.train_batch_sizes),
+        max_length=settings.train_length,
+        steps=settings.steps,
+        precision=settings.precision,
+        remat=settings.remat,
     )
     mesh = common.mesh_of(run, "bench", [training_program("train", cfg, recipe)])
     tokens = _tokens(run, cfg)
     theirs = _theirs(cfg, tokens) if settings.against_torch else None
-    steps = settings.steps * len(settings.train_batch_sizes)
+    sizes = list(itertools.product(settings.train_batch_sizes, settings.layouts))
     rows = []
-    with Progress(steps, "steps", "train", disable=not distributed.first_process()) as bar:
-        for size in settings.train_batch_sizes:
-            batches = data.Batches(tokens, size, seed=SEED, row_multiple=sharding.batch_shards(mesh))
+    with Progress(settings.steps * len(sizes), "steps", "train", disable=not distributed.first_process()) as bar:
+        for size, layout in sizes:
+            shards = sharding.batch_shards(mesh)
+            batches = data.Batches(tokens, size, seed=SEED, layout=layout, row_multiple=shards)
             rows += _measure(run, cfg, mesh, batches, theirs, bar)
     return rows
 
@@ -55,7 +62,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
 def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, theirs, bar: Progress):
     """The rows of one batch size."""
     count, size = run.bench.steps, batches.batch_size
-    ours, compiled = _ours(cfg, mesh, batches, count)
+    ours, compiled = _ours(run, cfg, mesh, batches)
     contenders, shapes = {"jax": ours}, {"jax": [batches.plan(step)[0] for step in range(count)]}
     if theirs is not None:
         contenders["torch"] = lambda step: theirs(batches.indices(step))
@@ -73,7 +80,7 @@ def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, thei
             **_rates(cfg, batches, seconds, shapes[name]),
         }
         if name == "jax":
-            row |= compiled
+            row |= {"precision": run.bench.precision, "remat": run.bench.remat, **compiled}
             row |= {"times_torch": sum(times["torch"]) / sum(seconds)} if theirs is not None else {}
         yield {**row, **devices.describe()}
 
@@ -87,8 +94,10 @@ def _tokens(run: Run, cfg: ModelConfig) -> data.Tokens:
         return data.tokenize(texts, tokenizer, length, context=cfg.longest, vocab_size=cfg.vocab_size)
     cfg.check_length(length)
     count = run.bench.steps * max(run.bench.train_batch_sizes)
-    ids = np.random.default_rng(SEED).integers(0, cfg.vocab_size, count * length).astype(np.int32)
-    offsets = np.arange(count + 1, dtype=np.int64) * length
+    random = np.random.default_rng(SEED)
+    lengths = random.integers(run.bench.train_shortest or length, length + 1, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = random.integers(0, cfg.vocab_size, offsets[-1]).astype(np.int32)
     return data.Tokens(ids, offsets, np.arange(count, dtype=np.int32), pad_id=0, max_length=length)
 
 
@@ -109,14 +118,12 @@ def _rates(cfg: ModelConfig, batches: data.Batches, times: list[float], shapes: 
     }
 
 
-def _ours(
-    cfg: ModelConfig, mesh: Mesh, batches: data.Batches, count: int
-) -> tuple[side_by_side.Work, dict[str, float]]:
+def _ours(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches) -> tuple[side_by_side.Work, dict[str, float]]:
     """Our step, compiled beforehand for every shape of batch that comes, and what that cost."""
-    optimizer = training.Optimizer(LEARNING_RATE, STEPS)
-    placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(count)]
-    state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh), optimizer)
-    train_step = training.make_train_step(cfg, optimizer, mesh, dropout_seed=SEED)
+    optimizer = training.Optimizer(LEARNING_RATE, STEPS, precision=run.bench.precision)
+    placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(run.bench.steps)]
+    state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh, optimizer.param_dtype), optimizer)
+    train_step = training.make_train_step(cfg, optimizer, mesh, remat=run.bench.remat, dropout_seed=SEED)
     lower = {batch["tokens"].shape: functools.partial(train_step.lower, state, batch) for batch in placed}
     programs, compiled = side_by_side.compile_programs(lower)
 

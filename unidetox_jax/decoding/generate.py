@@ -192,10 +192,11 @@ def make_plan(
         max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
+    whole = samples == 1 and cache == "own" and all(cfg.decode_kernel for cfg in configs)
     return loop.Plan(
         configs=tuple(configs),
         prompt_slots=slots,
-        segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens),
+        segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens, whole),
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax import models, sharding
+from unidetox_jax import buckets, models, sharding
 from unidetox_jax.decoding import sampling
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.models import Cache, ModelConfig
@@ -87,12 +87,15 @@ class Output(NamedTuple):
     step: jax.Array  # int32
 
 
-def plan_segments(prompt_slots: int, new_tokens: int) -> tuple[int, ...]:
+def plan_segments(prompt_slots: int, new_tokens: int, whole: bool = False) -> tuple[int, ...]:
     """Where the segments end, in new tokens, after P slots of prompt: at multiples of `SEGMENT` slots, the last one as
     soon as there is room.
 
-    A first or a last one of less than `ROOM` is joined to its neighbour: a loop takes seconds to compile.
+    A first or a last one of less than `ROOM` is joined to its neighbour: a loop takes seconds to compile. whole: one
+    segment, for steps that read live slots only.
     """
+    if whole:
+        return (buckets.multiple(prompt_slots + new_tokens, SEGMENT) - prompt_slots,)
     slots = -(-(prompt_slots + new_tokens) // ROOM) * ROOM
     inner = [end - prompt_slots for end in range(prompt_slots // SEGMENT * SEGMENT + SEGMENT, slots, SEGMENT)]
     return (*(end for end in inner if ROOM <= end <= new_tokens - ROOM), slots - prompt_slots)
@@ -144,11 +147,17 @@ def program_for(platform: str, rows: int) -> jax.stages.Wrapped:
 
     On CPU, XLA gives matrix products to YNNPACK, which packs the weights anew in every step. Its older way, through
     Eigen, takes three quarters of the time for 8 to 64 rows, as long as no matrix has to be read transposed; from 128
-    rows on YNNPACK is as fast for large models, and faster for small ones.
+    rows on YNNPACK is as fast for large models, and faster for small ones. On GPUs, XLA merges products of the same
+    input by joining their weights, anew in every step; those that pay are joined beforehand (`preparation`).
     """
+    if platform == "gpu":
+        return _with_options(xla_gpu_dot_merger_threshold_mb="0")
     if platform != "cpu" or rows >= MANY_ROWS:
         return program
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return _with_options(xla_cpu_experimental_ynn_fusion_type="")
+
+
+def _with_options(**options: str) -> jax.stages.Wrapped:
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # an XLA that does not know the option

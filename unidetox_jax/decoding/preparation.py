@@ -26,12 +26,13 @@ GATHER_BYTES = 7 << 30  # a device's weights of all models that fit beside their
 class Form:
     """How weights are prepared.
 
-    transpose_head: see `models.prepare`. gather: weights that are cut over `fsdp` are made whole; else the network
+    transpose_head, fuse: see `models.prepare`. gather: weights that are cut over `fsdp` are made whole; else the network
     carries all of them in every step, many times what the memory takes. side_by_side: all models in one tree.
     """
 
     configs: tuple[ModelConfig, ...]
     transpose_head: bool = False
+    fuse: bool = False
     gather: bool = False
     side_by_side: bool = False
 
@@ -66,12 +67,18 @@ def form(
     configs: Sequence[ModelConfig], mesh: Mesh | None, layer_loop: str | None = None, side_by_side: bool = True
 ) -> Form:
     """What is fastest on a mesh. side_by_side: whether the models may be, as those can that read the same prompts."""
-    chosen = tuple(dataclasses.replace(cfg, layer_loop=layer_loop or default_layer_loop()) for cfg in configs)
+    chosen = tuple(
+        dataclasses.replace(
+            cfg, layer_loop=layer_loop or default_layer_loop(), decode_kernel=models_.has_decode_kernel(cfg, mesh)
+        )
+        for cfg in configs
+    )
     platform = sharding.device_of(mesh).platform
     ways = 1 if mesh is None else mesh.shape["model"]
     return Form(
         chosen,
         transpose_head=platform == "cpu",
+        fuse=platform == "gpu" and ways == 1,
         gather=gathers(chosen, ways),
         side_by_side=side_by_side and platform == "gpu" and len(chosen) > 1 and len(set(chosen)) == 1,
     )
@@ -133,6 +140,7 @@ def _program(form: Form, mesh: Mesh | None):
 
 def _prepare(params: tuple[Any, ...], form: Form) -> tuple[Any, ...]:
     trees = tuple(
-        models_.prepare(tree, cfg, form.transpose_head) for tree, cfg in zip(params, form.configs, strict=True)
+        models_.prepare(tree, cfg, form.transpose_head, form.fuse)
+        for tree, cfg in zip(params, form.configs, strict=True)
     )
     return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),) if form.side_by_side else trees

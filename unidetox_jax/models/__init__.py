@@ -3,6 +3,7 @@
 from unidetox_jax.models import casting, lora
 from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
+from unidetox_jax.models.decode_attention import applies as has_decode_kernel
 from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table, stored_in_out
 from unidetox_jax.models.transformer import (
@@ -41,6 +42,7 @@ __all__ = [
     "extend",
     "forward",
     "grow_cache",
+    "has_decode_kernel",
     "head",
     "hf_prefix",
     "hidden_states",

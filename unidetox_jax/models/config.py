@@ -25,7 +25,7 @@ class ModelConfig:
 
     `dtype` is the compute dtype; parameters keep theirs. `lora` says what an adapter's leaves among them mean.
     `layer_loop` runs the layers by `lax.scan` ("scan") or one after another ("unroll"); it changes speed and compile
-    time, not the result.
+    time, not the result; nor does `decode_kernel`, by which a step's attention is `decode_attention`'s.
     """
 
     family: ClassVar[str]
@@ -62,6 +62,7 @@ class ModelConfig:
     lora: Lora = Lora()
     dtype: str = "float32"
     layer_loop: str = "scan"
+    decode_kernel: bool = False
 
     @property
     def embedding_size(self) -> int:

@@ -115,6 +115,18 @@ def embedding(cfg: ModelConfig, entries: int, width: int, name: str) -> nn.Modul
     return nn.Embed(entries, width, dtype=cfg.dtype, embedding_init=init, name=name)
 
 
+FUSED = "query_key_value"
+
+
+def fuse_attention(block: Any) -> Any:
+    """A layer's parameters (or all layers', stacked) with the kernels of queries, keys and values as one, which
+    `Attention` takes as well: one matrix product in place of three."""
+    attention = dict(block["attention"])
+    parts = [attention.pop(name) for name in ("query", "key", "value")]
+    attention[FUSED] = {name: jnp.concatenate([part[name] for part in parts], axis=-2) for name in parts[0]}
+    return {**block, "attention": attention}
+
+
 class Attention(nn.Module):
     """Projections around `attend`. x [B,T,hidden] -> ([B,T,hidden], state)."""
 
@@ -128,9 +140,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, attend: Attend, rotary, scale, deterministic: bool):
         cfg = self.cfg
-        query = dense(cfg, (cfg.num_heads, cfg.head_size), "query", self.bias)(x)
-        key = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "key", self.bias)(x)
-        value = dense(cfg, (cfg.num_kv_heads, cfg.head_size), "value", self.bias)(x)
+        heads = {"query": cfg.num_heads, "key": cfg.num_kv_heads, "value": cfg.num_kv_heads}
+        if self.has_variable("params", FUSED):
+            together = dense(cfg, (sum(heads.values()), cfg.head_size), FUSED, self.bias)(x)
+            query, key, value = jnp.split(together, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=-2)
+        else:
+            query, key, value = (
+                dense(cfg, (count, cfg.head_size), name, self.bias)(x) for name, count in heads.items()
+            )
         if self.norm is not None:
             query, key = self.norm(cfg, "query_norm")(query), self.norm(cfg, "key_norm")(key)
         if rotary is not None:

@@ -28,7 +28,8 @@ from unidetox_jax.models.attention import (
 )
 from unidetox_jax.models.cache import Cache
 from unidetox_jax.models.config import ModelConfig
-from unidetox_jax.models.layers import precision
+from unidetox_jax.models.decode_attention import BLOCK, decode_attention
+from unidetox_jax.models.layers import fuse_attention, precision
 from unidetox_jax.models.registry import family
 from unidetox_jax.models.rotary import rotary_tables
 
@@ -96,18 +97,21 @@ def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
 
-def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False) -> Params:
+def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse: bool = False) -> Params:
     """Parameters as a decoding loop wants them: matrices in the compute dtype, and for the unrolled layer loop the
     blocks as a tuple of layers, so that nothing is cast or sliced within the loop. Every function here takes both
     forms. Norms keep their dtype, as in `forward`.
 
     transpose_head: add the output matrix as `head`, [width, V]: a copy, and what XLA's products on CPU are fast with.
+    fuse: see `layers.fuse_attention`; not where there are adapters.
     """
 
     def cast(path, leaf):
         return leaf if "norm" in sharding.path_string(path) else leaf.astype(cfg.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
+    if fuse and not cfg.lora.rank:
+        params = {**params, "blocks": fuse_attention(params["blocks"])}
     if cfg.layer_loop == "unroll" and not isinstance(params["blocks"], tuple):
         params = {**params, "blocks": tuple(_layer(params["blocks"], i) for i in range(cfg.num_layers))}
     return {**params, "head": head(params, cfg).T} if transpose_head else params
@@ -253,6 +257,7 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
             before = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(cache.prefix.mask, axis=1) - 1)
 
     masks = _cache_masks(cfg, cache, seen, positions)
+    kernel = cfg.decode_kernel and length == 1 and cache.prefix is None and cache.length % BLOCK == 0
 
     def body(block, x, state, index):
         (seen, prefix_mask), rotary = _of_kind(cfg, index, masks), _of_kind(cfg, index, rotaries)
@@ -269,6 +274,8 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
             if cache.prefix is not None:
                 stored = [kv.read(part, index) for part in cache.prefix[:2]]
                 prefix = Prefix(stored[0], stored[1], prefix_mask, before)
+            if kernel:
+                return decode_attention(query, key, value, seen[:, 0], cache.slot + 1), (keys, values)
             out = attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix, cfg.attention_cap)
             return out, (keys, values)
 

@@ -123,7 +123,8 @@ def decoding_program(
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
         with jax.set_mesh(mesh):
             params = preparation.abstract(form, mesh)
-            return loop.program.lower(params, inputs, objective, in_order(warpers), plan=plan)
+            program = loop.program_for(sharding.device_of(mesh).platform, rows)
+            return program.lower(params, inputs, objective, in_order(warpers), plan=plan)
 
     def shallow(mesh: Mesh, layers: int):
         few = [dataclasses.replace(cfg, num_layers=layers) for cfg in configs]

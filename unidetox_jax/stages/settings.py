@@ -189,7 +189,11 @@ class BenchSettings:
     new_tokens: int = 128
     train_batch_sizes: tuple[int, ...] = (4, 8)
     train_length: int = 256
-    data: str = ""  # training texts; empty: random tokens of train_length
+    train_shortest: int = 0  # random texts have this many to train_length tokens; 0: all have train_length
+    layouts: tuple[str, ...] = ("pack",)  # how texts stand in rows: pack, pad
+    precision: str = "float32"  # as config.detoxify.precision
+    remat: str = "none"  # as config.detoxify.remat
+    data: str = ""  # training texts; empty: random tokens
     tokenizer: str = ""  # of `data`: a directory or hub id; empty: the model's
     steps: int = 10  # timed steps of training
     against_torch: bool = False  # time the same work in PyTorch beside it

@@ -1,0 +1,80 @@
+"""The GPU's kernel for one new token, interpreted; `test_gpu` runs it on one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unidetox_jax import models
+from unidetox_jax.decoding import generate, objectives, preparation, sampling, warpers
+from unidetox_jax.models.attention import attention
+from unidetox_jax.models.decode_attention import applies, decode_attention
+
+
+@pytest.mark.parametrize(("kv_heads", "groups"), [(2, 1), (2, 4), (1, 16)])
+def test_it_is_attention_over_the_live_slots(kv_heads, groups):
+    batch, slots, live, size = 3, 96, 41, 16
+    random = np.random.default_rng(0)
+    query = random.normal(size=(batch, 1, kv_heads * groups, size)).astype(np.float32)
+    key, value = random.normal(size=(2, batch, kv_heads, slots, size)).astype(np.float32)
+    mask = np.tile(np.arange(slots) < live, (batch, 1))
+    mask[0, :33] = mask[1, 3:9] = False
+    key[:, :, 64:] = value[:, :, 64:] = np.nan  # beyond the last live block nothing is read
+    found = decode_attention(*map(jnp.asarray, (query, key, value, mask)), jnp.int32(live), interpret=True)
+    expected = attention(query, np.nan_to_num(key), np.nan_to_num(value), mask[:, None])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    both = jax.vmap(lambda key, value: decode_attention(query, key, value, mask, jnp.int32(live), interpret=True))
+    np.testing.assert_allclose(both(jnp.stack([key, key]), jnp.stack([value, value]))[1], expected, atol=1e-5)
+
+
+def test_it_is_for_gpus():
+    assert not applies(models.published_config("openai-community/gpt2"), None)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "meta-llama/Llama-3.2-1B"])
+def test_models_side_by_side_write_what_they_write_apart(name, samples, monkeypatch):
+    """As on a GPU: fused weights of both models in one tree, each with a cache of its own."""
+    kv_heads = 4 if name.endswith("gpt2") else 2
+    cfg = dataclasses.replace(
+        models.published_config(name), num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4,
+        num_kv_heads=kv_heads, head_size=8, vocab_size=99,
+    )  # fmt: skip
+    pair = [models.Model(models.init(cfg, jax.random.key(seed)), cfg) for seed in range(2)]
+    settings = {
+        "objective": objectives.get("contrastive"), "warpers": [warpers.top_k(20)], "max_new_tokens": 12, "eos_id": (),
+        "attention_mask": np.array([[1, 1, 1], [0, 1, 1]]), "log_probabilities": True, "samples": samples,
+        "layer_loop": "scan",
+    }  # fmt: skip
+    prompts = np.array([[5, 6, 7], [0, 3, 2]])
+    expected = generate(pair, prompts, **settings)
+    form = preparation.form
+
+    def as_on_a_gpu(configs, mesh, layer_loop=None, side_by_side=True):
+        usual = form(configs, mesh, layer_loop, side_by_side)
+        return dataclasses.replace(usual, side_by_side=side_by_side, transpose_head=False, fuse=True)
+
+    monkeypatch.setattr(preparation, "form", as_on_a_gpu)
+    together = preparation.prepare(pair, layer_loop="scan")
+    assert together[0].params.side_by_side
+    found = generate(together, prompts, **settings)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, rtol=1e-4)
+    other = [prompts, prompts + 1]
+    assert generate(pair, other, **settings).tokens.shape == expected.tokens.shape  # read apart
+    with pytest.raises(ValueError, match="side by side"):
+        generate(together, other, **settings)
+
+
+@pytest.mark.parametrize("k", [1, 50])
+@pytest.mark.parametrize("size", [40, 300, 50257])
+def test_the_best_blocks_hold_the_candidates(size, k):
+    k = min(k, size)
+    random = np.random.default_rng(0)
+    many_ties = np.round(random.normal(size=(4, size)) * 2).astype(np.float32)
+    few_tokens = np.where(random.random((4, size)) < 0.99, -np.inf, many_ties).astype(np.float32)
+    for scores in (many_ties, few_tokens, random.normal(size=(4, size)).astype(np.float32)):
+        for found, expected in zip(sampling.block_top_k(scores, k), jax.lax.top_k(scores, k), strict=True):
+            np.testing.assert_array_equal(found, expected)
