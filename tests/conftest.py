@@ -1,5 +1,6 @@
 """What all tests share: eight host devices, a compilation cache for the processes that they start, real data."""
 
+import collections
 import importlib.util
 import os
 import pathlib
@@ -93,6 +94,12 @@ def pytest_report_header():
     return (
         f"without PyTorch; not collected: {' '.join(sorted(collect_ignore))}" if "collect_ignore" in globals() else []
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: xdist's workers take whole files, and none should begin a long one last."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_sessionstart(session):
