@@ -85,10 +85,10 @@ def damage(source, kind):
         return "truncated"
     if kind in ("unknown type", "unknown option"):
         settings |= (
-            {"model_type": "mamba"} if kind == "unknown type" else {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+            {"model_type": "mamba"} if kind == "unknown type" else {"rope_scaling": {"type": "su", "factor": 2.0}}
         )
         config.write_text(json.dumps(settings))
-        return "'mamba'" if kind == "unknown type" else "'yarn'"
+        return "'mamba'" if kind == "unknown type" else "'su'"
     if kind == "wrong shape":
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
     elif kind == "missing key":
