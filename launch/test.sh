@@ -20,4 +20,4 @@ if (($# == 0)); then # seconds, against minutes of tests
   "$venv/bin/ruff" format --check
   "$venv/bin/mypy"
 fi
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --durations 20 -q "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -q "$@"

@@ -1,5 +1,6 @@
 """What all tests share: eight host devices, a compilation cache for the processes that they start, real data."""
 
+import collections
 import importlib.util
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HANGS = 3600  # seconds after which a process or a wait counts as hanging, however busy the machine is
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # to compile for GPUs, not to run on one
 # Thousands of small programs: their compilation is most of the time that the tests take
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
@@ -20,10 +22,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for one 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
+from jax._src import compilation_cache, compiler  # noqa: E402
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_enable_compilation_cache", False)  # distributed.use_compilation_cache says why
+    compile_or_get_cached = compiler.compile_or_get_cached
+
+    def single_device_cached(backend, computation, devices, *rest, **named):
+        """Programs of one device are kept on disk; `distributed.use_compilation_cache` says why no others."""
+        compilation_cache._cache_checked, compilation_cache._cache_used = True, devices.size == 1
+        return compile_or_get_cached(backend, computation, devices, *rest, **named)
+
+    compiler.compile_or_get_cached = single_device_cached
 if jax.__version_info__ < (0, 11):  # LLVM alone compiles in half the time; later versions always emit by MLIR
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
@@ -93,6 +103,12 @@ def pytest_report_header():
     return (
         f"without PyTorch; not collected: {' '.join(sorted(collect_ignore))}" if "collect_ignore" in globals() else []
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: xdist's workers take whole files, and none should begin a long one last."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_sessionstart(session):

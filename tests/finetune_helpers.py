@@ -82,12 +82,7 @@ def start(*arguments, file_kib: int | None = None, capture: bool = False, **surr
     file_kib: no file that it writes can grow beyond. capture: what it prints as well as its errors. surroundings:
     more of its environment.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        **surroundings,
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **surroundings}
     command = [sys.executable, "-m", "unidetox_jax.cli", *map(str, arguments)]
     if file_kib is not None:
         command = ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "unidetox", *command]

@@ -74,7 +74,7 @@ def work(tmp_path_factory):
     texts = [" ".join(rng.choice(WORDS, 6)) for _ in range(60)]
     for word, name in (("cat", "scorer"), ("dog", "dogs")):
         labels = ["toxic" if word in text else "harmless" for text in texts]
-        linear.save(work / name, linear.fit(texts, labels, ("harmless", "toxic")), {})
+        linear.save(work / name, linear.fit(texts, labels, ("harmless", "toxic"), balanced=True), {})
     lines = [json.dumps({"text": t, "category": c}) + "\n" for t, c in zip(PROMPTS, CATEGORIES, strict=True)]
     (work / "prompts.jsonl").write_text("".join(lines))
     (work / "text.txt").write_text("the cat sat on a mat and then the dog ran under it. " * 5)

@@ -62,10 +62,9 @@ def launch(place, workdir, count, devices, *arguments, config="config.py"):
     return start([command([*common, *more]) for more in several], devices)
 
 
-def whole_run(place, workdir, count):
-    """Four stages on eight devices, in one command."""
-    stages = "--stages=toxify,distill,detoxify,evaluate"
-    ended = wait(launch(place, workdir, count, 8 // count, "run", stages))
+def run_stages(place, workdir, count, stages=("toxify", "distill", "detoxify", "evaluate")):
+    """Several stages on eight devices, in one command."""
+    ended = wait(launch(place, workdir, count, 8 // count, "run", f"--stages={','.join(stages)}"))
     assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
     return workdir
 
@@ -73,7 +72,7 @@ def whole_run(place, workdir, count):
 @pytest.fixture(scope="module")
 def alone(place):
     """The run of one process, on all devices."""
-    return whole_run(place, place / "alone", 1)
+    return run_stages(place, place / "alone", 1)
 
 
 def losses(directory):
@@ -92,20 +91,29 @@ def evaluated(workdir, form):
     return [line["text"] for line in lines], np.array([line["perplexity"] for line in lines], float)
 
 
-@pytest.mark.parametrize(("count", "where"), [(2, "bucket"), (4, "disk")])
-def test_several_processes_give_what_one_gives(place, alone, bucket, count, where):
-    several = whole_run(place, (bucket if where == "bucket" else place) / f"several{count}", count)
-    assert texts(several) == texts(alone) and len(texts(alone)) == 10
+def assert_same_training(several, alone):
+    np.testing.assert_allclose(losses(several), losses(alone), rtol=1e-5)
+    ours, theirs = weights(several), weights(alone)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_in_a_bucket_give_what_one_gives(place, alone, bucket):
+    two = run_stages(place, bucket / "two", 2)
+    assert texts(two) == texts(alone) and len(texts(alone)) == 10
     for directory in ("toxic", "detoxified/llama"):
-        np.testing.assert_allclose(losses(several / directory), losses(alone / directory), rtol=1e-5)
-        ours, theirs = weights(several / directory), weights(alone / directory)
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)
+        assert_same_training(two / directory, alone / directory)
     for form in ("", ".detoxified"):
-        ours, theirs = evaluated(several, form), evaluated(alone, form)
+        ours, theirs = evaluated(two, form), evaluated(alone, form)
         assert ours[0] == theirs[0]
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
+
+
+def test_four_processes_give_what_one_gives(place, alone):
+    four = run_stages(place, place / "four", 4, ("toxify", "distill"))
+    assert texts(four) == texts(alone)
+    assert_same_training(four / "toxic", alone / "toxic")
 
 
 def checkpoints(place):
@@ -114,9 +122,9 @@ def checkpoints(place):
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def train_beyond(place, step, count, *arguments):
+def train_beyond(place, step, count, devices, *arguments):
     """Processes that train, and have written a checkpoint of a later step."""
-    processes = launch(place, "long", count, 2, "toxify", *arguments, config="long.py")
+    processes = launch(place, "long", count, devices, "toxify", *arguments, config="long.py")
     end = time.monotonic() + HANGS
     while max(checkpoints(place), default=0) <= step:
         assert all(process.poll() is None for process in processes), [one.err[-2000:] for one in wait(processes, 60)]
@@ -126,7 +134,7 @@ def train_beyond(place, step, count, *arguments):
 
 
 def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_goes_on(place):
-    processes = train_beyond(place, 0, 4)
+    processes = train_beyond(place, 0, 4, 1)
     processes[1].kill()
     ended = wait(processes)
     assert ended[1].code == -signal.SIGKILL
@@ -135,7 +143,7 @@ def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_g
 
     # Again, until SIGTERM: all save the same step
     step = checkpoints(place)[-1]
-    processes = train_beyond(place, step, 4)
+    processes = train_beyond(place, step, 4, 1)
     processes[2].send_signal(signal.SIGTERM)
     ended = wait(processes)
     assert [one.code for one in ended] == [75] * 4, [one.err[-2000:] for one in ended]
@@ -143,8 +151,8 @@ def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_g
     [step] = {int(re.search(r"saved at step (\d+) of 4000", one.last_line)[1]) for one in ended}
     assert checkpoints(place)[-1] == step
 
-    # One process, six devices less, another mesh: it goes on from that very step
-    [other] = train_beyond(place, step, 1, "--config.mesh=fsdp:2")
+    # One process, two devices less, another mesh: it goes on from that very step
+    [other] = train_beyond(place, step, 1, 2, "--config.mesh=fsdp:2")
     other.send_signal(signal.SIGTERM)
     [end] = wait([other])
     assert end.code == 75, end.err[-2000:]

@@ -115,6 +115,10 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     toxify = lambda run, dtype: [("toxify", [programs.training_program("toxify gpt2", cfg, run.toxify)])]  # noqa: E731
     monkeypatch.setattr(configuration, "programs", toxify)
     command = ["plan", f"--config={place}/config.py", "--topology=local", f"--json={tmp_path}/plan.json"]
+    command += [
+        "--config.evaluate.max_prompts=1",
+        "--config.evaluate.samples=1",
+    ]  # else their texts outweigh the models
     assert cli.main(command) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("toxify gpt2 does not fit on local; what makes it fit: --config.mesh=")
@@ -132,9 +136,10 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     assert tasks["toxify"]["peak"] == pytest.approx(3 * state, abs=64)  # two kept, one being written; counters
     assert tasks["toxify"]["stays"] == state // 3  # the weights alone
     assert disk["stays"] == sum(task["stays"] for task in disk["tasks"])
-    begun = sum(tasks[name]["stays"] for name in ("toxify", "distill"))
-    assert disk["during"] == "detoxify llama-3" and disk["peak"] == begun + tasks["detoxify llama-3"]["peak"]
-    assert f"disk: the working directory holds {disk['peak'] / 1e9:.1f} GB at most, during detoxify llama-3" in printed
+    before = tasks["toxify"]["stays"] + tasks["distill"]["stays"]
+    assert disk["peak"] == max(tasks["toxify"]["peak"], before + tasks["detoxify llama-3"]["peak"]) > 3 * state - 64
+    assert tasks[disk["during"]]["peak"] <= disk["peak"]
+    assert f"disk: the working directory holds 0.0 GB at most, during {disk['during']}, and" in printed
 
 
 def decoding(name, layout, rows=8):

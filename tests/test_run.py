@@ -26,11 +26,12 @@ SHRUNKEN = (
     f"--config.targets=('{GPT2}',)",
     f"--config.control_targets=('{GPT2}',)",
     f"--config.pretrain.models=('{WORLD}/models/gpt2','{WORLD}/models/scorer=jsonl:{WORLD}/scorer.jsonl')",
-    "--config.pretrain.world_texts=2000",
-    "--config.pretrain.steps=24",
-    "--config.pretrain.batch_size=32",
+    f"--config.pretrain.validation=jsonl:{WORLD}/valid.jsonl?split=train[:40]",
+    "--config.pretrain.world_texts=1000",
+    "--config.pretrain.steps=12",
+    "--config.pretrain.batch_size=16",
     "--config.pretrain.save_minutes=0",
-    "--config.pretrain.log_every=8",
+    "--config.pretrain.log_every=4",
     "--config.toxify.steps=8",
     "--config.toxify.save_minutes=0",
     "--config.toxify.log_every=4",
@@ -44,6 +45,7 @@ SHRUNKEN = (
     "--config.evaluate.samples=2",
     "--config.evaluate.max_prompts=24",
     "--config.evaluate.max_new_tokens=8",
+    f"--config.evaluate.text_file=jsonl:{WORLD}/clean.jsonl?split=train[:40]",
     "--config.analyze.neighbours=2",
 )
 
@@ -168,7 +170,7 @@ def test_killed_at_random_moments_it_ends_the_same(alone, tmp_path):
 def test_killed_in_three_stages_in_a_bucket_it_ends_the_same_as_on_a_disk(alone, bucket):
     workdir = bucket / "run"
     for room, part in (
-        ("pretrained/gpt2", "checkpoints/8/commit_success.txt"),
+        ("pretrained/gpt2", "checkpoints/4/commit_success.txt"),
         ("distilled", "parts/000000.json"),
         ("evaluation/gpt2", "parts/run0.texts.jsonl"),
     ):

@@ -54,8 +54,10 @@ def mean(evaluation: Evaluation, key: str) -> float:
 
 
 def mean_change(families: Sequence[Forms], form: str, key: str) -> tuple[float, list[float]]:
-    """The change of a number from the original model to a form of it, in percent: mean over runs, and of each."""
-    each = [100 * (mean(forms[form], key) / mean(forms[ORIGINAL], key) - 1) for forms in families]
+    """The change of a number from the original model to a form of it, in percent: mean over runs, and of each; NaN
+    from zero."""
+    pairs = [(mean(forms[ORIGINAL], key), mean(forms[form], key)) for forms in families]
+    each = [100 * (after / before - 1) if before else np.nan for before, after in pairs]
     return float(np.mean(each)), each
 
 

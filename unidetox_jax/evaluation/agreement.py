@@ -18,8 +18,8 @@ def of(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[str, Any
       threshold: toxic is what scores above it.
 
     Returns:
-      [{"scorers": [one, other], "kappa", "rank_correlation", "toxic": share of texts by each, "texts"}, …]; NaN for a
-      kappa or correlation that does not exist, since one of them says the same of all texts.
+      [{"scorers": [one, other], "kappa", "rank_correlation", "toxic": share of texts by each, "texts"}, …]; None for
+      what does not exist: a kappa where both, a correlation where one of them says the same of all texts.
     """
     found = []
     for (one, left), (other, right) in itertools.combinations(scores.items(), 2):
@@ -32,9 +32,9 @@ def of(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[str, Any
         found.append(
             {
                 "scorers": [one, other],
-                "kappa": float(cohen_kappa_score(*calls)) if differ else np.nan,
-                "rank_correlation": float(scipy.stats.spearmanr(*sides).statistic) if varied else np.nan,
-                "toxic": [float(call.mean()) if call.size else np.nan for call in calls],
+                "kappa": float(cohen_kappa_score(*calls)) if differ else None,
+                "rank_correlation": float(scipy.stats.spearmanr(*sides).statistic) if varied else None,
+                "toxic": [float(call.mean()) if call.size else None for call in calls],
                 "texts": int(both.sum()),
             }
         )

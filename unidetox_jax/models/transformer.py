@@ -69,6 +69,11 @@ def _init_program(cfg: ModelConfig, mesh: Mesh, param_dtype: str) -> Callable[[j
 
 def abstract_params(cfg: ModelConfig, param_dtype: str = "float32") -> Params:
     """The parameters' shapes and dtypes, without any memory."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(cfg, param_dtype))  # a tree of the caller's own
+
+
+@functools.cache
+def _abstract_params(cfg: ModelConfig, param_dtype: str) -> Params:
     return jax.eval_shape(lambda: _init(cfg, jax.random.key(0), param_dtype))
 
 
