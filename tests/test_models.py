@@ -1,4 +1,4 @@
-"""The four families against PyTorch, for every variant, on random weights; and what must hold of any causal model."""
+"""Every family against PyTorch, for every variant, on random weights; and what must hold of any causal model."""
 
 import dataclasses
 import functools
@@ -39,12 +39,16 @@ def sample(request):
     return build(request.param)
 
 
-LOOPED = [*((name, "scan") for name in SAMPLE), ("gpt2", "unroll"), ("llama-3.1", "unroll")]
+LOOPED = [
+    *((name, "scan") for name in (*SAMPLE, "mistral-1")),
+    *((name, "unroll") for name in ("gpt2", "llama-3.1", "gemma-3")),
+]
 
 
 @pytest.fixture(scope="module", params=LOOPED, ids="-".join)
 def looped(request):
-    """(parameters, config) of each of the sample, and of two with the other loop over the layers."""
+    """(parameters, config) of each of the sample and, for the two kinds of caches, of some with either loop over the
+    layers."""
     name, layer_loop = request.param
     _, params, cfg = build(name)
     return params, dataclasses.replace(cfg, layer_loop=layer_loop)
