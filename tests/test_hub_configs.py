@@ -218,7 +218,37 @@ PUBLISHED_FILES = {
     "meta-llama/Llama-3.1-70B": ["published--A-meta-llama--Llama-3.1-70B-Instruct"],
     "meta-llama/Llama-3.2-1B": ["published--A-meta-llama--Llama-3.2-1B"],
     "meta-llama/Llama-3.2-3B": ["published--resaved-meta-llama--Llama-3.2-3B__tf4.47.1"],
+    "mistralai/Mistral-7B-v0.1": ["published--B-mistralai--Mistral-7B-v0.1"],
+    "mistralai/Mistral-7B-v0.3": ["published--B-mistralai--Mistral-7B-Instruct-v0.3"],
+    "Qwen/Qwen2.5-0.5B": ["published--B-Qwen--Qwen2.5-0.5B"],
+    "Qwen/Qwen2.5-7B-Instruct": ["published--B-Qwen--Qwen2.5-7B-Instruct"],
+    "Qwen/Qwen3-0.6B": ["published--B-Qwen--Qwen3-0.6B"],
+    "Qwen/Qwen3-1.7B": ["published--B-Qwen--Qwen3-1.7B"],
+    "Qwen/Qwen3-4B": ["published--B-Qwen--Qwen3-4B"],
+    "Qwen/Qwen3-8B": ["published--B-Qwen--Qwen3-8B"],
+    "google/gemma-2b": ["published--B-google--gemma-2b-it"],
+    "google/gemma-3-1b-pt": ["published--B-google--gemma-3-1b-it"],
 }
+# Of those of which there is no file: how many parameters their authors count.
+COUNTED = {
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-2-2b": 2_614_341_888,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "EleutherAI/pythia-70m": 70_426_624,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "EleutherAI/pythia-6.9b": 6_857_302_016,
+    "EleutherAI/pythia-12b": 11_846_072_320,
+}
+
+
+@pytest.mark.parametrize("hub_id", COUNTED)
+def test_what_is_built_in_has_the_size_that_was_published(hub_id):
+    assert models.num_params(models.published_config(hub_id)) == COUNTED[hub_id]
 
 
 @pytest.mark.parametrize("hub_id", PUBLISHED_FILES)
@@ -227,7 +257,7 @@ def test_what_is_built_in_is_what_was_published(hub_id, hub):
     options = {*reading.READ, *reading.ROPE, *FAMILIES[cfg.family].READ, *getattr(FAMILIES[cfg.family], "OFF", ())}
     for name in PUBLISHED_FILES[hub_id]:
         theirs = dict(hub[name])
-        if "Instruct" in name:  # its model ends a turn, too
+        if isinstance(theirs["eos_token_id"], list):  # an instruction model's, which ends a turn, too
             theirs["eos_token_id"] = theirs["eos_token_id"][0]
         assert models.config_from_hf(theirs) == cfg
         if "resaved" not in name:  # which writes transformers' defaults as well

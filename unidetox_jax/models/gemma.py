@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from transformers import PreTrainedConfig
 
 from unidetox_jax.models import llama
 from unidetox_jax.models.config import ROPE, read_hf
@@ -38,7 +37,7 @@ def from_hf(config: dict[str, Any], where: str) -> GemmaConfig:
     return GemmaConfig(**fields(hf), activation=hf.hidden_act, query_size=hf.head_dim, rotary=rotary)
 
 
-def fields(hf: PreTrainedConfig) -> dict[str, Any]:
+def fields(hf: Any) -> dict[str, Any]:
     """The fields that the options of every Gemma give."""
     bias = hf.attention_bias
     return {**llama.fields(hf), "head_size": hf.head_dim, "attention_bias": bias, "output_bias": bias}

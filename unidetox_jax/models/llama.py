@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
-from transformers import PreTrainedConfig
 
 from unidetox_jax.models.config import ROPE, ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, rms_norm
@@ -46,7 +45,7 @@ def from_hf(config: dict[str, Any], where: str) -> LlamaConfig:
     )
 
 
-def fields(hf: PreTrainedConfig) -> dict[str, Any]:
+def fields(hf: Any) -> dict[str, Any]:
     """The fields of a ModelConfig that `SHARED` options give."""
     return {
         "vocab_size": hf.vocab_size,

@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
-from transformers import PreTrainedConfig
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
@@ -36,7 +35,7 @@ def from_hf(config: dict[str, Any], where: str) -> Olmo2Config:
     )
 
 
-def fields(hf: PreTrainedConfig, where: str) -> dict[str, Any]:
+def fields(hf: Any, where: str) -> dict[str, Any]:
     """The fields that the options of OLMo 2 and 3 give."""
     if hf.hidden_size % hf.num_attention_heads:
         raise UserError(
