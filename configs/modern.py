@@ -1,6 +1,6 @@
-"""The paper's text on models that came after it: Llama 3.1 and 3.2.
+"""The paper's text on models that came after it: Qwen3, Gemma 3, Llama 3.2, OLMo 2, Mistral.
 
-    configs/modern.py            1, 3 and 8 billion parameters, all of them trained
+    configs/modern.py            four of 1 to 2 billion parameters and one of 7, all of them trained
     configs/modern.py:large      70 billion, by low-rank adapters of rank 16, for eight GPUs or a TPU slice
 
 Universality put to use: the text is distilled once, from GPT-2 XL, and every new model is fine-tuned on it with the
@@ -14,7 +14,13 @@ def get_config(argument=None):
     chosen = parse_argument(argument, lr=5e-5, large=False)
     config = default_config()
     config.name = "unidetox-modern"
-    config.targets = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B")
+    config.targets = (
+        "Qwen/Qwen3-1.7B",
+        "google/gemma-3-1b-pt",
+        "meta-llama/Llama-3.2-1B",
+        "allenai/OLMo-2-0425-1B",
+        "mistralai/Mistral-7B-v0.3",
+    )
     config.detoxify.learning_rate = chosen.lr
     config.toxify.remat = config.detoxify.remat = "dots"
     if chosen.large:

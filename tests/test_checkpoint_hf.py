@@ -15,7 +15,8 @@ from unidetox_jax.checkpoint import hf, leaves
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
 
-OTHER_DTYPES = ("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.2-transformers-5", "llama-biases")
+OTHER_DTYPES = ("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.2-transformers-5", "llama-biases",
+               "gemma-3", "olmo-3", "phi-4-mini", "pythia")  # fmt: skip
 
 
 def tensors_of(directory):

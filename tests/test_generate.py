@@ -80,7 +80,8 @@ def assert_row(ours, row, told, log_probabilities=None):
 @pytest.mark.parametrize(
     "name, layer_loop",
     [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-350m", "scan"), ("falcon-7b", "scan"),
-     ("falcon-rw-1b", "scan"), ("llama-3", "scan"), ("llama-3", "unroll")],
+     ("falcon-rw-1b", "scan"), ("llama-3", "scan"), ("llama-3", "unroll"), ("gemma-3", "unroll"),
+     ("mistral-1", "scan")],
 )  # fmt: skip
 def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
     reference, model = model_of(name)

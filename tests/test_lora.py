@@ -19,7 +19,8 @@ from unidetox_jax.recipe import Lora
 
 RANK, ALPHA = 4, 6.0
 LORA = Lora(rank=RANK, alpha=ALPHA)
-VARIANT_NAMES = ["gpt2", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases"]
+VARIANT_NAMES = ["gpt2", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", "llama-3", "llama-biases",
+                 "gemma-3", "phi-4-mini"]  # fmt: skip
 
 
 def peft_model(model, settings: Lora = LORA, seed: int = 1, random_b: bool = True):

@@ -18,7 +18,7 @@ from unidetox_jax import checkpoint, cli, models, sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import lora
 
-FAMILIES = {"gpt2": "gpt2", "opt": "opt-125m", "falcon": "falcon-40b", "llama": "llama-3"}
+FAMILIES = {"gpt2": "gpt2", "opt": "opt-125m", "falcon": "falcon-40b", "llama": "llama-3", "phi3": "phi-4-mini"}
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from variants import FALCON, GPT2, LLAMA, NEW_FALCON, OPT
+from variants import FALCON, GEMMA3, GPT2, LLAMA, NEW_FALCON, OPT
 
 from unidetox_jax import models, sharding
 from unidetox_jax.errors import UserError
@@ -16,6 +16,8 @@ CONFIGS = {
     "falcon-7b's 71 heads, one of keys": {**FALCON, "hidden_size": 568, "num_attention_heads": 71, "vocab_size": 128},
     "falcon-40b": {**NEW_FALCON, "hidden_size": 64, "num_attention_heads": 16, "num_kv_heads": 2},
     "llama": {**LLAMA, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128},
+    "gemma-3": {**GEMMA3, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 128},
+    "olmo-2": {**LLAMA, "model_type": "olmo2", "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 128},
 }
 # What "data:2,fsdp:2,model:2" does to a LLaMA whose dimensions all divide.
 LLAMA_TABLE = {

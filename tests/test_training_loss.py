@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import GPT2, LLAMA, OPT
+from variants import GEMMA, GPT2, LLAMA, OPT
 
 from unidetox_jax import data, models, sharding, training
 
@@ -19,6 +19,7 @@ CONFIGS = {
     "gpt2": {**GPT2, "n_layer": 1},
     "opt-350m": {**OPT, "num_hidden_layers": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "llama, untied": {**LLAMA, "num_hidden_layers": 1},
+    "gemma-2, logits capped": {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 1, "final_logit_softcapping": 0.3},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
-from variants import FALCON, GPT2, LLAMA, OPT, params_from_torch, torch_model
+from variants import FALCON, GEMMA3, GPT2, LLAMA, OPT, params_from_torch, torch_model
 
 from unidetox_jax import models, sharding, training
 from unidetox_jax.training.optimizer import decayed
@@ -17,6 +17,7 @@ CONFIGS = {
     "opt": {**OPT, "num_hidden_layers": 2, "dropout": 0.0},
     "falcon": {**FALCON, "num_hidden_layers": 2},
     "llama": {**LLAMA, "num_hidden_layers": 2},
+    "gemma3": {**GEMMA3, "num_hidden_layers": 2, "sliding_window_pattern": 2},
 }
 STEPS, ROWS, LENGTH = 50, 4, 12
 # transformers.Trainer.get_decay_parameter_names

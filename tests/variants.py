@@ -22,6 +22,11 @@ GEMMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 640,
 }  # fmt: skip
 GEMMA3 = {**GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window": 5}
+PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0}
+GPT_NEOX = {
+    "model_type": "gpt_neox", **SMALL, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 640,
+}  # fmt: skip
 NEW_FALCON = {
     **FALCON,
     "num_attention_heads": 4,
@@ -68,8 +73,22 @@ VARIANTS = {
     "mistral-1": {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
     "mistral-3": {**LLAMA, "model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "gemma-1": {**GEMMA, "hidden_act": "gelu"},
-    "gemma-2": {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 3, "query_pre_attn_scalar": 9, "sliding_window": 5,
-                "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "gemma-2": {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 3, "query_pre_attn_scalar": 9,
+                "sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "olmo-2": {**LLAMA, "model_type": "olmo2", "num_key_value_heads": 2, "attention_bias": True},
+    "olmo-3": {**LLAMA, "model_type": "olmo3", "sliding_window": 10, "rope_theta": 500000.0,
+               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+               "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
+                                "attention_factor": 1.2079441541679836}},
+    "phi-3": {**PHI3, "sliding_window": 10, "num_key_value_heads": 2},
+    "phi-4-mini": {**PHI3, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+                   "original_max_position_embeddings": 512, "partial_rotary_factor": 0.75,
+                   "tie_word_embeddings": True,
+                   "rope_scaling": {"type": "longrope", "long_factor": [4.0] * 6,
+                                    "short_factor": [1.0, 1.02, 1.1, 1.3, 1.7, 2.0]}},
+    "pythia": {**GPT_NEOX, "rotary_pct": 0.25, "hidden_act": "gelu_fast"},
+    "neox-sequential": {**GPT_NEOX, "rotary_pct": 1.0, "rotary_emb_base": 5000, "use_parallel_residual": False,
+                        "attention_bias": False},
     "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 
@@ -103,8 +122,13 @@ def params_from_torch(model, cfg) -> dict:
     """Our parameters of a PyTorch model, straight through the key table."""
     from unidetox_jax import models
 
-    tensors = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    tensors = {name_in_file(name, cfg): tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
     return params_from_tensors(tensors, cfg, models.key_table(cfg))
+
+
+def name_in_file(name: str, cfg) -> str:
+    """What transformers calls a parameter of its model in the files that it writes and reads."""
+    return "embed_out.weight" if (name, cfg.family) == ("lm_head.weight", "gpt_neox") else name
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], cfg, table) -> dict:

@@ -217,8 +217,8 @@ def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> 
         shapes = [(c.num_layers, c.num_kv_heads, c.head_size, c.local, c.window) for c in (first, cfg)]
         if cache == "official" and shapes[0] != shapes[1]:
             raise UserError(
-                f"cache 'official': model {index} has {shapes[1]} layers, key-value heads, head size and windows, model 0 "
-                f"{shapes[0]}; only models of one shape can share keys and values"
+                f"cache 'official': model {index} has {shapes[1]} layers, key-value heads, head size and windows, "
+                f"model 0 {shapes[0]}; only models of one shape can share keys and values"
             )
 
 

@@ -11,8 +11,9 @@ import flax.linen as nn
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, heads_out, linear, norm, same
 
 READ = (
@@ -178,14 +179,14 @@ def key_table(cfg: FalconConfig) -> list[Key]:
         if not cfg.parallel:
             table += norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm")
     table += [
-        _fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{part}/kernel" for part in FUSED]),
+        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{part}/kernel" for part in FUSED]),
         heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
         linear(f"{layer}.mlp.dense_h_to_4h.weight", f"{block}/mlp/up/kernel"),
         linear(f"{layer}.mlp.dense_4h_to_h.weight", f"{block}/mlp/down/kernel"),
     ]
     if cfg.bias:
         table += [
-            _fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{part}/bias" for part in FUSED]),
+            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{part}/bias" for part in FUSED]),
             same(f"{name}.dense.bias", f"{path}/output/bias"),
             same(f"{layer}.mlp.dense_h_to_4h.bias", f"{block}/mlp/up/bias"),
             same(f"{layer}.mlp.dense_4h_to_h.bias", f"{block}/mlp/down/bias"),
@@ -197,7 +198,7 @@ def key_table(cfg: FalconConfig) -> list[Key]:
 FUSED = ("query", "key", "value")
 
 
-def _fused(cfg: FalconConfig, hf: str, ours: list[str]) -> Key:
+def fused(cfg: FalconConfig, hf: str, ours: list[str]) -> Key:
     """query_key_value [rows·size, in] or [rows·size]: groups of (queries of a key-value head, its key, its value)."""
     groups, size = cfg.num_kv_heads, cfg.head_size
     queries = cfg.num_heads // groups

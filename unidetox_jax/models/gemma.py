@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, Rotary, read_hf
+from unidetox_jax.models.config import ROPE, read_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, offset_rms_norm
+from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key
 
 READ = (*llama.SHARED, "hidden_act", "head_dim", "attention_bias")

@@ -5,8 +5,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import gemma, llama
-from unidetox_jax.models.config import ROPE, Rotary, layer_types, read_hf, windows
+from unidetox_jax.models.config import ROPE, layer_types, read_hf, windows
 from unidetox_jax.models.gemma import OFF, PREFIX, Block, Embed, Final, key_table
+from unidetox_jax.models.rotary import Rotary
 
 READ = (
     *llama.SHARED,

@@ -6,14 +6,19 @@ from typing import Any, ClassVar
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import gemma, llama
-from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, Rotary, layer_types, read_hf, windows
+from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, layer_types, read_hf, windows
 from unidetox_jax.models.gemma import PREFIX, Block, Embed, Final, key_table
+from unidetox_jax.models.rotary import Rotary
 
 READ = (
     *llama.SHARED,
     *"head_dim attention_bias hidden_activation query_pre_attn_scalar final_logit_softcapping sliding_window "
-    "layer_types sliding_window_pattern rope_local_base_freq".split(),
+    "layer_types".split(),
 )
+FORMER = (
+    "sliding_window_pattern",
+    "rope_local_base_freq",
+)  # transformers still reads them, but has them no more
 OFF = ("use_bidirectional_attention", "attn_logit_softcapping")
 
 __all__ = ["OFF", "PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]
@@ -31,7 +36,7 @@ class Gemma3Config(gemma.GemmaConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> Gemma3Config:
     """Gemma3Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, "gemma3_text", where, (*READ, *ROPE), OFF)
+    hf = read_hf(config, "gemma3_text", where, (*READ, *FORMER, *ROPE), OFF)
     rotary, local_rotary = (
         Rotary.from_hf(hf.rope_parameters[kind], hf.max_position_embeddings, where) for kind in (GLOBAL, LOCAL)
     )

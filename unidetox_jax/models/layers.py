@@ -91,6 +91,14 @@ def rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
     return nn.RMSNorm(cfg.norm_epsilon, dtype=cfg.dtype, use_fast_variance=False, name=name)
 
 
+def rms_norm_of_heads(cfg: ModelConfig, name: str) -> nn.Module:
+    """As `rms_norm`, over all heads together: the last two axes."""
+    axes = (-2, -1)
+    return nn.RMSNorm(
+        cfg.norm_epsilon, dtype=cfg.dtype, use_fast_variance=False, reduction_axes=axes, feature_axes=axes, name=name
+    )
+
+
 class OffsetRMSNorm(nn.Module):
     """Root-mean-square norm whose weights are stored less 1, as Gemma's are."""
 

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.models.config import ROPE, ModelConfig, Rotary, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, rms_norm
+from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 # What all families read that are made like this one.

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, Rotary, read_hf, windows
+from unidetox_jax.models.config import LOCAL, ROPE, read_hf, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
+from unidetox_jax.models.rotary import Rotary
 
 READ = (*llama.SHARED, "hidden_act", "head_dim", "sliding_window")
 

@@ -39,6 +39,74 @@ _LLAMA_3 = {
     "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
     "bos_token_id": 128000, "eos_token_id": 128001,
 }  # fmt: skip
+_MISTRAL_7B = {
+    "model_type": "mistral", "architectures": ["MistralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_theta": 10000.0, "sliding_window": 4096, "initializer_range": 0.02, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_QWEN_2_5 = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 896,
+    "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+    "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24,
+    "initializer_range": 0.02, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+}  # fmt: skip
+_QWEN_3 = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024,
+    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "tie_word_embeddings": True, "rope_theta": 1000000, "rope_scaling": None, "sliding_window": None,
+    "use_sliding_window": False, "max_window_layers": 28, "attention_bias": False, "initializer_range": 0.02,
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+_GEMMA_2B = {
+    "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "vocab_size": 256000, "hidden_size": 2048,
+    "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1,
+    "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_act": "gelu",
+    "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0,
+    "initializer_range": 0.02, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA_2_2B = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "vocab_size": 256000, "hidden_size": 2304,
+    "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA_3_1B = {
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "hidden_size": 1152,
+    "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+    "head_dim": 256, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None,
+    "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "pad_token_id": 0,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_OLMO_2_7B = {
+    "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "vocab_size": 100352, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_theta": 500000.0, "attention_bias": False, "pad_token_id": 100277, "eos_token_id": 100257,
+}  # fmt: skip
+_PHI_3_MINI = {
+    "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "vocab_size": 32064, "hidden_size": 3072,
+    "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": None,
+    "sliding_window": 2047, "bos_token_id": 1, "eos_token_id": 32000, "pad_token_id": 32000,
+}  # fmt: skip
+
+
+def _pythia(hidden_size: int, layers: int, heads: int, vocab_size: int = 50304) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": vocab_size,
+        "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
+        "rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True, "tie_word_embeddings": False,
+        "initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
 
 
 def _llama3_rope(factor: float) -> dict[str, Any]:
@@ -77,6 +145,46 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **_LLAMA_3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
         "num_attention_heads": 24, "head_dim": 128, "tie_word_embeddings": True, "rope_scaling": _llama3_rope(32.0),
     },
+    "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
+    "mistralai/Mistral-7B-v0.3": {
+        **_MISTRAL_7B, "vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None,
+    },
+    "Qwen/Qwen2.5-0.5B": _QWEN_2_5,
+    "Qwen/Qwen2.5-7B-Instruct": {
+        **_QWEN_2_5, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False, "sliding_window": 131072,
+        "max_window_layers": 28, "eos_token_id": 151645,
+    },
+    "Qwen/Qwen3-0.6B": _QWEN_3,
+    "Qwen/Qwen3-1.7B": {**_QWEN_3, "hidden_size": 2048, "intermediate_size": 6144},
+    "Qwen/Qwen3-4B": {
+        **_QWEN_3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "max_window_layers": 36,
+    },
+    "Qwen/Qwen3-8B": {
+        **_QWEN_3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "max_window_layers": 36, "tie_word_embeddings": False,
+    },
+    "google/gemma-2b": _GEMMA_2B,
+    "google/gemma-2-2b": _GEMMA_2_2B,
+    "google/gemma-3-270m": {
+        **_GEMMA_3_1B, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+    },
+    "google/gemma-3-1b-pt": _GEMMA_3_1B,
+    "allenai/OLMo-2-0425-1B": {
+        **_OLMO_2_7B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16,
+    },
+    "allenai/OLMo-2-1124-7B": _OLMO_2_7B,
+    "microsoft/Phi-3-mini-4k-instruct": _PHI_3_MINI,
+    "EleutherAI/pythia-70m": _pythia(512, 6, 8),
+    "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+    "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
+    "EleutherAI/pythia-1b": _pythia(2048, 16, 8),
+    "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16),
+    "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+    "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 50432),
+    "EleutherAI/pythia-12b": _pythia(5120, 36, 40, 50688),
 }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, Rotary, layer_types, read_hf, windows
+from unidetox_jax.models.config import LOCAL, ROPE, layer_types, read_hf, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
+from unidetox_jax.models.rotary import Rotary
 
 WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 READ = (*llama.SHARED, *WINDOWS, "hidden_act")

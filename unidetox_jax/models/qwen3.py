@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, Rotary, read_hf, windows
+from unidetox_jax.models.config import ROPE, read_hf, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.qwen2 import WINDOWS, windows_to_hf
+from unidetox_jax.models.rotary import Rotary
 
 READ = (*llama.SHARED, *WINDOWS, "hidden_act", "head_dim", "attention_bias")
 

@@ -10,7 +10,23 @@ from typing import Any
 from etils import epath
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import encoder, falcon, gemma, gemma2, gemma3, gpt2, llama, mistral, opt, qwen2, qwen3
+from unidetox_jax.models import (
+    encoder,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from unidetox_jax.models.config import ModelConfig, default_dtype
 from unidetox_jax.models.layers import ACTIVATIONS
 from unidetox_jax.models.weight_map import Key
@@ -26,6 +42,10 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "phi3": phi3,
+    "gpt_neox": gpt_neox,
 }
 
 OLDER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
@@ -33,7 +53,7 @@ OLDER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
 CLASS_PREFIXES = {
     "GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama",
     "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma2": "gemma2",
-    "Gemma3": "gemma3_text",
+    "Gemma3": "gemma3_text", "Olmo2": "olmo2", "Olmo3": "olmo3", "Phi3": "phi3", "GPTNeoX": "gpt_neox",
 }  # fmt: skip
 CLASSES = re.compile(
     rf"(?:TF|Flax)?({'|'.join(CLASS_PREFIXES)})(?:Model|LMHeadModel|DoubleHeadsModel|ForCausalLM|"

@@ -46,8 +46,8 @@ OFF = {"yarn": ("mscale", "mscale_all_dim"), "longrope": ("factor", "attention_f
 class Rotary:
     """The embedding's base, and how a checkpoint stretches it.
 
-    kind: "default", "linear", "llama3", "yarn" (Peng et al. 2023), or "dynamic" and "longrope" (Ding et al. 2024), which
-    are exact up to `original_length` and refused beyond.
+    kind: "default", "linear", "llama3", "yarn" (Peng et al. 2023), or "dynamic" and "longrope" (Ding et al. 2024),
+    which are exact up to `original_length` and refused beyond.
     """
 
     theta: float = 10000.0
@@ -116,7 +116,7 @@ def _of_type(field: str, value: Any) -> Any:
 
 
 def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, T, D/2] (of the share of D that is rotated), of each position's angles (Su et al. 2021, with the checkpoint's scaling)."""
+    """cos and sin of each position's angles, with the checkpoint's scaling: float32 [B, T, half of what is rotated]."""
     angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)[None, None]
     tables = jnp.cos(angles), jnp.sin(angles)
     return tables if rotary.scale == 1 else tuple(table * rotary.scale for table in tables)

@@ -209,7 +209,7 @@ def _is_fused(cfg: ModelConfig, platform: str, dropout: bool = False) -> bool:
     return (
         platform == "gpu"
         and cudnn_applies(cfg.dtype, cfg.head_size)
-        and not (cfg.alibi or (dropout and cfg.attention_dropout))
+        and not (cfg.alibi or cfg.attention_cap or (dropout and cfg.attention_dropout))
     )
 
 
