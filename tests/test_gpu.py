@@ -1,5 +1,5 @@
-"""What a GPU's own programs give: cuDNN's attention, the kernel for one new token, models side by side. Skipped elsewhere;
-`launch/gpu_check.sh tests` runs it where there is one."""
+"""What a GPU's own programs give: cuDNN's attention, the kernel for one new token, models side by side. Skipped
+elsewhere; `launch/gpu_check.sh tests` runs it where there is one."""
 
 import dataclasses
 

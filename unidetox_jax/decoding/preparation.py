@@ -26,8 +26,8 @@ GATHER_BYTES = 7 << 30  # a device's weights of all models that fit beside their
 class Form:
     """How weights are prepared.
 
-    transpose_head, fuse: see `models.prepare`. gather: weights that are cut over `fsdp` are made whole; else the network
-    carries all of them in every step, many times what the memory takes. side_by_side: all models in one tree.
+    transpose_head, fuse: see `models.prepare`. gather: weights that are cut over `fsdp` are made whole; else the
+    network carries all of them in every step, many times what the memory takes. side_by_side: all models in one tree.
     """
 
     configs: tuple[ModelConfig, ...]

@@ -52,7 +52,7 @@ REMAT: dict[str, Callable | None] = {
 class Model(NamedTuple):
     """Parameters (a plain nested dict, layers stacked on axis 0) and what they mean."""
 
-    params: Params
+    params: Any
     cfg: ModelConfig
 
 

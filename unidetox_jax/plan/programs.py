@@ -103,7 +103,7 @@ def decoding_program(
     """One compiled generation.
 
     Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
-    minutes instead of an hour. stored: beside the weights that the loop reads stand those of the checkpoint, in float32
+    minutes instead of an hour. On a GPU it is one loop, of which that is not so. stored: beside the weights that the loop reads stand those of the checkpoint, in float32
     as training leaves them.
     """
     options: dict[str, Any] = {"cache": cache, "samples": samples}
@@ -111,7 +111,9 @@ def decoding_program(
     def make(configs: Sequence[ModelConfig], new_tokens: int) -> loop.Plan:
         return make_plan(configs, [prompt] * len(configs), new_tokens, **options)
 
-    def form(mesh: Mesh | None, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.Form:
+    def form(mesh: Mesh, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.Form:
+        if samples == 1 and all(models.has_decode_kernel(cfg, mesh) for cfg in configs):
+            layer_loop = "unroll"
         return preparation.form(configs, mesh, layer_loop, side_by_side=cache == "own")
 
     def resident(mesh: Mesh):
