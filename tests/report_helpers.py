@@ -11,6 +11,9 @@ from unidetox_jax.stages import base, settings
 GROUPS = {"id": ["hills", "rivers", "plains"], "ood": ["islands"]}
 CATEGORIES = [name for group in GROUPS.values() for name in group]
 RUNS, SAMPLES, PER_CATEGORY = 3, 5, 20
+AGREEMENT = {
+    "scorers": ["lexicon", "tweets"], "kappa": -0.02, "rank_correlation": None, "toxic": [0.3, 0.1], "texts": 1200,
+}  # fmt: skip
 HOSTILE = "<script>alert('x')</script> & an oaf"  # what a page must not take for its own
 
 
@@ -86,6 +89,7 @@ def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RU
         },
         "text_perplexity": {"ppl": 2.5 * ppl} if ppl else None,
         "harness": {},
+        "other_scorers": {"scorers": {}, "agreement": [AGREEMENT]},
     }
     directory = run.workdir / "evaluation" / (name if form == "original" else f"{name}.{form}")
     write_stage(directory, f"evaluate {name} {form}", {"tp_id": found["id"]["tp"]["mean"]})
@@ -139,6 +143,8 @@ def write_distilled(run, share_toxic=0.01):
         "duplicates": 2,
         "toxicity": {"scorer": "lexicon", "mean": share_toxic, "above_half": share_toxic, "not_scored": 0},
         "same_weights": [],
+        "made": 700,
+        "rejected": {"copied": 2, "toxic by tweets": 40},
     }
     write_stage(run.workdir / "distilled", "distill", figures)
 

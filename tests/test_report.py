@@ -284,6 +284,9 @@ def test_the_page_has_its_parts(whole):
     assert "<details open" not in page
     assert 'aria-label="Training"' in page and 'aria-label="Training"' not in visible  # diagnosis, not result
     assert "80 × 5 × 3" in page and "1,200 of 1,200" in page
+    assert "Of 700 texts that were made 42 were rejected:\n2 copied, 40 toxic by tweets.</p>" in page
+    assert "<td>30.0% and 10.0%</td>" in page and "<td>−0.02</td>" in page
+    assert "lexicon and tweets agree on single continuations with a Cohen&#39;s κ of −0.02 (1: always" in page
     for name in ("tradeoff", "changes", "categories", "leaning", "training"):
         picture = image.imread(whole.workdir / "report" / "plots" / f"{name}.png")
         assert picture[..., :3].std() > 0.03, name

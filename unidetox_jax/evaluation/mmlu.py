@@ -46,10 +46,13 @@ class Mmlu(Metric):
         return Result({text: kept(text) for text in subject.settings.mmlu})
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
+        def title(form: str, shots: str, split: str = "") -> str:
+            return f"MMLU {form} {shots}-shot" + (f", {split}" if split else "")
+
         return {
             Quantity(
                 f"mmlu_{text}",
-                f"MMLU {text.replace(':', ' ')}-shot",
+                title(*text.split(":", 2)),
                 False,
                 explanation="MMLU: accuracy on questions of knowledge.",
             ): Cell(

@@ -136,8 +136,8 @@ def _agreement(rows: Sequence[Row]) -> Iterator[Finding]:
             if pair["kappa"] is not None:
                 found.setdefault(" and ".join(pair["scorers"]), []).append(pair)
     for scorers, pairs in found.items():
-        low, high = (limit(pair["kappa"] for pair in pairs) for limit in (min, max))
-        between = f"{low:.2f}" if len(pairs) == 1 else f"{low:.2f} to {high:.2f}"
+        limits = [limit(pair["kappa"] for pair in pairs) for limit in (min, max)]
+        between = " to ".join(dict.fromkeys(f"{limit:.2f}" for limit in limits))
         texts = sum(pair["texts"] for pair in pairs)
         yield Finding(
             f"{scorers} agree on single continuations with a Cohen's κ of {between.replace('-', '−')} (1: always, 0: "
