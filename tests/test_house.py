@@ -147,7 +147,8 @@ for name in {names}:
     importlib.import_module(name)
     assert not xla_bridge._backends, name
 from unidetox_jax import models
-models.config_from_hf({{"model_type": "gpt2"}})
+for family in ("gpt2", "llama"):
+    models.config_from_hf({{"model_type": family}})
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)

@@ -28,13 +28,17 @@ def torch_on_demand() -> Iterator[None]:
     if spec is None:
         yield
         return
-    sys.modules["torch"] = stand_in = _Torch("torch")
-    stand_in.__spec__ = spec  # by which transformers sees that it is installed
+    torch, activations = _Torch("torch"), types.ModuleType("transformers.activations")
+    torch.__spec__ = spec  # by which transformers sees that it is installed
+    activations.__dict__["ACT2FN"] = {}  # by which LLaMA's configuration checks a name, as a family here does
+    stand_ins = {module.__name__: module for module in (torch, activations)}
+    sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        if sys.modules.get("torch") is stand_in:
-            del sys.modules["torch"]
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
 
 
 def config_class(model_type: str) -> Any:
