@@ -3,27 +3,30 @@
     configs/quickstart.py              GPT-2 has the samples-only control
     configs/quickstart.py:seed=1       another world, other weights, other draws
     configs/quickstart.py:controls     every family has the control
+    configs/quickstart.py:later        GPT-2 and the ten families that came later, Mistral to GPT-NeoX
 
 The world's grammar knows what is toxic, so toxicity is counted, not guessed. One configuration serves all families.
 """
 
+from unidetox_jax.data import toymodels
 from unidetox_jax.stages.settings import default_config, parse_argument
 
 FAMILIES = ("gpt2", "opt", "falcon", "llama")
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, seed=0, controls=False)
+    chosen = parse_argument(argument, seed=0, controls=False, later=False)
     config = default_config()
     config.name = "quickstart"
-    pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in FAMILIES)
+    families = (FAMILIES[0], *toymodels.LATER) if chosen.later else FAMILIES
+    pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in families)
     config.base = pretrained[0]
     config.targets = pretrained
     config.control_targets = pretrained if chosen.controls else pretrained[:1]
 
     config.pretrain.update(world=True, world_seed=chosen.seed, seed=chosen.seed)
     config.pretrain.models = (
-        *(f"{{workdir}}/world/models/{name}" for name in FAMILIES),
+        *(f"{{workdir}}/world/models/{name}" for name in families),
         "{workdir}/world/models/scorer=jsonl:{workdir}/world/scorer.jsonl",  # sees other text than the models it judges
     )
     config.pretrain.update(
@@ -62,7 +65,7 @@ def get_config(argument=None):
     config.report.note = (
         "Everything here is invented: peoples, insults, texts. The models have half a million parameters each and "
         "speak one small grammar, whose rules say exactly which sentence is toxic. What the figures show is that the "
-        "method works as its paper says, for four families by one configuration; how large the effect is on real "
+        "method works as its paper says, for all families by one configuration; how large the effect is on real "
         "models, only real models can show."
     )
     return config

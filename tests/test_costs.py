@@ -46,6 +46,14 @@ def test_grouped_heads_cache_less():
     assert costs.cache_bytes(cfg, 1) == 4 * 2 * 32 * 8 * 128
 
 
+def test_layers_that_see_a_window_keep_no_more():
+    """Gemma 3 1B: 22 of its 26 layers see 512 tokens."""
+    cfg = models.published_config("google/gemma-3-1b-pt")
+    assert costs.cache_bytes(cfg, 500) == 4 * 2 * 256 * 26 * 500
+    assert costs.cache_bytes(cfg, 8000) == 4 * 2 * 256 * (4 * 8000 + 22 * 512)
+    assert costs.forward_flops(cfg, 8000) - costs.forward_flops(cfg, 0) == 4 * 4 * 256 * (4 * 8000 + 22 * 512)
+
+
 def test_data_sheets_by_device_kind():
     for kind, name in (
         ("TPU v5 lite", "TPU v5e"),

@@ -221,7 +221,7 @@ def test_rematerialised_gradients_are_the_same(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, again)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear"])
+@pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear", "gemma-3"])
 def test_scan_equals_unrolled_and_dropout_drops(name):
     cfg = models.config_from_hf({**VARIANTS[name], "attention_dropout": 0.5} if name != "gpt2" else VARIANTS[name])
     params = models.init(cfg, jax.random.key(0))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from unidetox_jax import models
 from unidetox_jax.data import toymodels, toyworld
+from unidetox_jax.models.registry import FAMILIES
 
 SIZES = toyworld.Sizes(train=1500, valid=60, scorer=80, toxic=80, toxic_dev=20, labelled=60, prompts_per_category=12)
 
@@ -70,7 +72,7 @@ def test_scores_are_float64_in_the_unit_interval():
 def test_same_seed_same_bytes_and_other_seed_other_texts(world, tmp_path):
     toyworld.write(tmp_path / "again", seed=7, sizes=SIZES)
     names = sorted(str(file.relative_to(world)) for file in world.rglob("*") if file.is_file())
-    assert len(names) == 8 + 3 * len(toymodels.MODELS)
+    assert len(names) == 8 + 3 * len(toymodels.MODELS | toymodels.LATER)
     for name in names:
         assert (world / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     toyworld.write(tmp_path / "other", seed=8, sizes=SIZES)
@@ -128,6 +130,14 @@ def test_families_have_their_published_specials_and_different_vocabularies(world
     assert loaded["gpt2"].eos_token_id == len(loaded["gpt2"]) - 1 and loaded["gpt2"].pad_token_id is None
     assert (loaded["opt"].bos_token_id, loaded["opt"].pad_token_id) == (2, 1)
     assert loaded["llama"].convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>"]) == [0, 1, 2, 3]
+
+
+def test_every_family_has_a_model_that_is_read(world):
+    names = toymodels.MODELS.keys() | toymodels.LATER.keys()
+    read = {name: models.config_from_hf(world / "models" / name) for name in names - {"scorer"}}
+    assert {cfg.family for cfg in read.values()} == set(FAMILIES) == read.keys()
+    assert {cfg.vocab_size for name, cfg in read.items() if name in toymodels.LATER} == {512}
+    assert sum(0 < cfg.window < toymodels.MAX_POSITIONS // 4 for cfg in read.values()) == 4
 
 
 def test_the_clean_texts_are_the_held_out_ones_without_an_insult(world):

@@ -72,14 +72,40 @@ MODELS = {
 }
 
 
+# The families that came later, all with LLaMA's tokenizer.
+_LATER = {name: _LLAMA[name] for name in (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+)} | {"pad_token_id": None}  # fmt: skip
+_GROUPED = {**_LATER, "num_key_value_heads": 2}
+_WINDOW = {"sliding_window": 12}  # a third of a text
+_GEMMA = {**_GROUPED, "head_dim": 32, "query_pre_attn_scalar": 32}
+LATER = {
+    name: ToyModel({"model_type": name, **config}, 512, **_SENTENCEPIECE)
+    for name, config in {
+        "mistral": {**_GROUPED, **_WINDOW},
+        "qwen2": _GROUPED,
+        "qwen3": {**_GROUPED, "head_dim": 32},
+        "gemma": {**_GROUPED, "head_dim": 32},
+        "gemma2": {**_GEMMA, **_WINDOW},
+        "gemma3_text": {**_GEMMA, **_WINDOW, "sliding_window_pattern": 2},
+        "olmo2": _LATER,
+        "olmo3": {**_LATER, **_WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        "phi3": {**_LATER, "partial_rotary_factor": 0.75},
+        "gpt_neox": {**_LATER, "rotary_pct": 0.25},
+    }.items()
+}
+
+
 def write(directory: epath.Path, texts: Sequence[str]) -> None:
-    """Writes `directory/NAME/{config.json,tokenizer.json,tokenizer_config.json}` for every model of `MODELS`.
+    """Writes `directory/NAME/{config.json,tokenizer.json,tokenizer_config.json}` for all models.
 
     Args:
       texts: the corpus that the tokenizers are trained on; the same corpus gives the same files.
     """
-    for name, toy in MODELS.items():
-        tokenizer = make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
+    made: dict[tuple[int, str], Tokenizer] = {}
+    for name, toy in (MODELS | LATER).items():
+        kind = (toy.vocab_size, toy.spaces)
+        tokenizer = made[kind] = made.get(kind) or make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
         ids = {role: tokenizer.token_to_id(token) for role, token in _roles(toy).items()}
         place = epath.Path(directory) / name
         storage.write_text(place / "tokenizer.json", tokenizer.to_str(pretty=True))

@@ -132,12 +132,12 @@ def branch_cache(cache: Cache, cfg: ModelConfig, times: int, length: int) -> Cac
     )
 
 
-def _in_order(x: jax.Array, slot: jax.Array) -> jax.Array:
+def _in_order(x: jax.Array, slot: int | jax.Array) -> jax.Array:
     """The slots of a layer from the oldest to the newest, which is the last before `slot`."""
     return jnp.roll(x, -slot, axis=-2)
 
 
-def joined(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+def joined(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array) -> jax.Array:
     """What a ring holds, in order, and new [B, N, T, D] after it."""
     held = _in_order(read(layers, layer), slot)
     return jnp.concatenate([held, new.astype(held.dtype)], axis=2)

@@ -97,7 +97,7 @@ class ModelConfig:
         """Raises UserError where `length` tokens are more than the model can read."""
         if self.longest is not None and length > self.longest:
             reason = "its learned positions end there"
-            if not self.position_table:
+            if self.rotary is not None:
                 reason = f"{self.rotary.kind} rope scaling beyond it makes a prefix depend on what follows"
             raise UserError(f"{self.family}: {length} tokens, but the model reads at most {self.longest}: {reason}")
 

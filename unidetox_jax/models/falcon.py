@@ -198,7 +198,7 @@ def key_table(cfg: FalconConfig) -> list[Key]:
 FUSED = ("query", "key", "value")
 
 
-def fused(cfg: FalconConfig, hf: str, ours: list[str]) -> Key:
+def fused(cfg: ModelConfig, hf: str, ours: list[str]) -> Key:
     """query_key_value [rows·size, in] or [rows·size]: groups of (queries of a key-value head, its key, its value)."""
     groups, size = cfg.num_kv_heads, cfg.head_size
     queries = cfg.num_heads // groups

@@ -30,6 +30,7 @@ class Gemma3Config(gemma.GemmaConfig):
 
     family: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    local_rotary: Rotary = Rotary()
     norms_after: bool = True
     head_norms: bool = True
 

@@ -19,6 +19,7 @@ READ = (
 ).split()
 FORMER = ("rotary_pct", "rotary_emb_base")  # transformers still reads them, but has them no more
 PREFIX = "gpt_neox."
+IGNORED = (r".*\.attention\.(bias|masked_bias)",)  # constants of older checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class GPTNeoXConfig(ModelConfig):
 
     family: ClassVar[str] = "gpt_neox"
     architecture: ClassVar[str] = "GPTNeoXForCausalLM"
+    rotary: Rotary = Rotary()
     parallel: bool = True  # attention and feed-forward read the same input, each by its norm
     attention_bias: bool = True
 

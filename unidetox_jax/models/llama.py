@@ -25,6 +25,7 @@ class LlamaConfig(ModelConfig):
 
     family: ClassVar[str] = "llama"
     architecture: ClassVar[str] = "LlamaForCausalLM"
+    rotary: Rotary = Rotary()
     attention_bias: bool = False  # on query, key and value
     output_bias: bool = False
     mlp_bias: bool = False

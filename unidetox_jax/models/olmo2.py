@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, ModelConfig, read_hf
+from unidetox_jax.models.config import ROPE, read_hf
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm, rms_norm_of_heads
 from unidetox_jax.models.llama import PREFIX, Embed, Final
 from unidetox_jax.models.rotary import Rotary
@@ -63,7 +63,7 @@ def options(cfg: Olmo2Config) -> dict[str, Any]:
 class Block(nn.Module):
     """One layer: [B,T,hidden] -> ([B,T,hidden], state of attend)."""
 
-    cfg: ModelConfig
+    cfg: Olmo2Config
 
     @nn.compact
     def __call__(self, x, attend, rotary, layer, deterministic: bool):

@@ -92,7 +92,7 @@ class Rotary:
         original = original or length
         known: dict[str, Any] = {"original_length": original}
         if kind == "yarn":
-            known["scale"] = 0.1 * math.log(max(1.0, said["factor"])) + 1.0
+            known["scale"] = 0.1 * math.log(max(1.0, parameters["factor"])) + 1.0
         if kind == "longrope":
             known["scale"] = math.sqrt(1 + math.log(max(1.0, length / original)) / math.log(original))
         known |= {field: _of_type(field, value) for field, value in said.items() if value is not None}
@@ -118,8 +118,8 @@ def _of_type(field: str, value: Any) -> Any:
 def rotary_tables(rotary: Rotary, head_size: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of each position's angles, with the checkpoint's scaling: float32 [B, T, half of what is rotated]."""
     angles = positions[..., None].astype(jnp.float32) * _inverse_frequencies(rotary, head_size)[None, None]
-    tables = jnp.cos(angles), jnp.sin(angles)
-    return tables if rotary.scale == 1 else tuple(table * rotary.scale for table in tables)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rotary.scale == 1 else (cos * rotary.scale, sin * rotary.scale)
 
 
 @functools.lru_cache

@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 
 from unidetox_jax import sharding
 from unidetox_jax.models import cache as kv
-from unidetox_jax.models import casting
+from unidetox_jax.models import casting, kinds
 from unidetox_jax.models.attention import (
     Prefix,
     alibi_bias,
     attention,
-    causal_mask,
     positions_from_segments,
     soft_capped,
 )
@@ -31,7 +30,6 @@ from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.decode_attention import BLOCK, decode_attention
 from unidetox_jax.models.layers import fuse_attention, precision
 from unidetox_jax.models.registry import family
-from unidetox_jax.models.rotary import rotary_tables
 
 Params = dict[str, Any]
 
@@ -90,7 +88,7 @@ def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
 
     def init_block(key):
         return parts.Block(cfg).init(
-            key, x, lambda query, key, value, dropout: (query, None), _rotaries(cfg, tokens)[0], 0, True
+            key, x, lambda query, key, value, dropout: (query, None), kinds.rotaries(cfg, tokens)[0], 0, True
         )["params"]
 
     params = {
@@ -174,13 +172,13 @@ def hidden_states(
     """
     cfg.check_length(tokens.shape[1])
     segments, positions = _segments(tokens, attention_mask, segment_ids)
-    masks = _masks(cfg, segments, positions)
+    masks = kinds.masks(cfg, segments, positions)
     bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
     x = _embed(params, tokens, positions, cfg, dropout_key)
-    rotaries = _rotaries(cfg, positions)
+    rotaries = kinds.rotaries(cfg, positions)
 
     def body(block, x, state, index):
-        mask, rotary = _of_kind(cfg, index, masks), _of_kind(cfg, index, rotaries)
+        mask, rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
 
         def attend(query, key, value, dropout):
             out = attention(query, key, value, mask, bias, dropout, precision(cfg.dtype), cap=cfg.attention_cap)
@@ -202,15 +200,15 @@ def prefill(
     if length > cache.length:
         raise ValueError(f"a prompt of {length} tokens does not fit a cache of {cache.length}")
     if cfg.window and attention_mask is not None:
-        tokens, attention_mask = _to_the_right(tokens, attention_mask)
+        tokens, attention_mask = kinds.to_the_right(tokens, attention_mask)
     segments, positions = _segments(tokens, attention_mask, None)
-    masks = _masks(cfg, segments, positions)
+    masks = kinds.masks(cfg, segments, positions)
     bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
-    rotaries = _rotaries(cfg, positions)
+    rotaries = kinds.rotaries(cfg, positions)
 
     def body(block, x, state, index):
-        mask, rotary = _of_kind(cfg, index, masks), _of_kind(cfg, index, rotaries)
-        ring = _is_ring(cfg, index, cache.length) and length > cfg.window
+        mask, rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
+        ring = kinds.is_ring(cfg, index, cache.length) and length > cfg.window
 
         def attend(query, key, value, dropout):
             keys, values = (kv.write(old, index, new, 0, ring) for old, new in zip(state, (key, value), strict=True))
@@ -253,7 +251,7 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
         mask[:, None] & (jnp.arange(cache.length)[None] <= (cache.slot + jnp.arange(length))[:, None])[None]
     )  # [B,T,K]
     positions = cache.positions[:, None] + jnp.arange(length)[None]
-    rotaries = _rotaries(cfg, positions)
+    rotaries = kinds.rotaries(cfg, positions)
     bias = before = None
     if cfg.alibi:
         first = cache.positions[:, None] - jnp.sum(cache.mask, axis=1, keepdims=True)  # position of slot 0
@@ -261,12 +259,12 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
         if cache.prefix is not None:
             before = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(cache.prefix.mask, axis=1) - 1)
 
-    masks = _cache_masks(cfg, cache, seen, positions)
+    masks = kinds.cache_masks(cfg, cache, seen, positions)
     kernel = cfg.decode_kernel and length == 1 and cache.prefix is None and cache.length % BLOCK == 0
 
     def body(block, x, state, index):
-        (seen, prefix_mask), rotary = _of_kind(cfg, index, masks), _of_kind(cfg, index, rotaries)
-        ring = _is_ring(cfg, index, cache.length)
+        (seen, prefix_mask), rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
+        ring = kinds.is_ring(cfg, index, cache.length)
 
         def attend(query, key, value, dropout):
             pairs = list(zip(state, (key, value), strict=True))
@@ -313,73 +311,6 @@ def _segments(tokens, attention_mask, segment_ids) -> tuple[jax.Array | None, ja
         return None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     real = jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
     return real, jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-
-
-def _to_the_right(tokens: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same texts, padded on the left."""
-    real = jnp.asarray(attention_mask).astype(bool)
-    order = jnp.argsort(real, axis=1, stable=True)
-    return tuple(jnp.take_along_axis(x, order, axis=1) for x in (tokens, real))
-
-
-# Layers of two kinds differ in what they are given: a pair, of global layers and of local ones. In the scanned loop
-# the kind is data, so that there is one body for both, and no copy of weights in groups.
-
-
-def _of_kind(cfg: ModelConfig, layer, pair: tuple[Any, Any]) -> Any:
-    """Of a pair, what a layer is given."""
-    local = cfg.is_local(layer)
-    if isinstance(local, bool):
-        return pair[local]
-    return jax.tree.map(functools.partial(jnp.where, local), pair[1], pair[0])
-
-
-def _rotaries(cfg: ModelConfig, positions: jax.Array) -> tuple[Any, Any]:
-    def tables(rotary):
-        return None if rotary is None else rotary_tables(rotary, cfg.head_size, positions)
-
-    first = tables(cfg.rotary)
-    return first, first if cfg.local_rotary is None else tables(cfg.local_rotary)
-
-
-def _masks(cfg: ModelConfig, segments: jax.Array | None, positions: jax.Array) -> tuple[Any, Any]:
-    """Which keys the queries of whole texts see: bool [B or 1, T, T], None for causal."""
-    length = positions.shape[1]
-    if length <= cfg.window or not cfg.window:
-        mask = None if segments is None else causal_mask(segments, length)
-        return mask, mask
-    mask = causal_mask(segments, length)
-    positions = positions if segments is not None else positions[:1]
-    return mask, mask & (positions[:, :, None] - positions[:, None, :] < cfg.window)
-
-
-def _cache_masks(cfg: ModelConfig, cache: Cache, seen: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
-    """Which of a cache's keys, and of its prefix's, queries see: (bool [B,T,K], None or bool [P,K] or [P,T,K]).
-    seen: bool [B,T,K], all of a row's own that stand before a query; positions: int32 [B,T], the queries'."""
-    before = None if cache.prefix is None else cache.prefix.mask
-    if not cfg.window:
-        return (seen, before), (seen, before)
-    own = cache.slot + jnp.arange(positions.shape[1])  # how many of a row's own slots stand before a query
-    layer = cfg.local.index(True)
-
-    def near(distance, most):
-        return ((distance >= 0) & (distance < cfg.window))[None] & (distance[None] <= most[:, :, None])
-
-    slots = kv.slots(cfg, layer, cache.length)
-    distance = kv.distances(cache.slot, positions.shape[1], slots, slots < cache.length)
-    mask = near(distance, jnp.minimum(positions, own))
-    if before is None:
-        return (seen, None), (mask, None)
-    prefixes, length = before.shape
-    slots = kv.slots(cfg, layer, length)
-    distance = own[:, None] + slots - jnp.arange(slots)
-    positions = positions.reshape(prefixes, -1, positions.shape[1])[:, 0]
-    return (seen, before[:, None]), (mask, near(distance, positions))
-
-
-def _is_ring(cfg: ModelConfig, layer, length: int) -> bool:
-    """Whether a layer of a cache of `length` keeps the newest tokens only."""
-    return bool(cfg.local) and kv.slots(cfg, layer, length) < length
 
 
 def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
