@@ -17,6 +17,7 @@ tiny=${SIZE:-}
 patience=$((${#tiny} ? 8 : 1)) # a CPU compiles for longer
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch is beside it
 
 bench() { # PART SECONDS FLAGS: its measurements become OUT/PART.jsonl
   local part=$1 seconds=$2
@@ -30,7 +31,7 @@ bench() { # PART SECONDS FLAGS: its measurements become OUT/PART.jsonl
 tests() {
   local platform=cuda
   [[ -z $tiny ]] || platform=cpu
-  JAX_PLATFORMS=$platform JAX_DISABLE_MOST_OPTIMIZATIONS=false timeout 120 "$python" -m pytest -q -n 0 tests/test_gpu.py
+  JAX_PLATFORMS=$platform JAX_DISABLE_MOST_OPTIMIZATIONS=false timeout 180 "$python" -m pytest -q -n 0 tests/test_gpu.py
 }
 
 decode() {

@@ -101,7 +101,7 @@ def test_candidates_are_top_ks_without_a_sort_of_the_vocabulary():
 
 @pytest.mark.parametrize("precision", training.PRECISIONS)
 def test_training_learns_a_batch(pair, precision):
-    params, cfg = pair[0]
+    cfg, params = pair[0].cfg, jax.tree.map(jnp.copy, pair[0].params)  # the step takes its state's memory
     optimizer = training.Optimizer(1e-3, 40, precision=precision)
     state = training.init_state(params, optimizer)
     step = training.make_train_step(cfg, optimizer, sharding.single_device_mesh(), remat="dots", dropout_seed=0)

@@ -180,8 +180,8 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
         return cache if plan.samples == 1 else models.branch_cache(cache, cfg, plan.samples, length)
 
     if len(params) < count:  # side by side
-        axes = models.cache_axes(branched=plan.samples > 1 and plan.prompt_slots[0] > 0)
-        caches = [jax.vmap(lambda tree: fill(tree, 0), out_axes=axes, axis_size=count)(params[0])]
+        # One after another: cuDNN's attention over a batch of models loses their masks
+        caches = [models.share_cache_masks(jax.lax.map(lambda tree: fill(tree, 0), params[0]))]
     else:
         caches = [fill(tree, model) for model, tree in enumerate(params)]
     return State(

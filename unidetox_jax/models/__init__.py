@@ -1,7 +1,7 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
 from unidetox_jax.models import casting, lora
-from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache
+from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache, share_cache_masks
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.decode_attention import applies as has_decode_kernel
 from unidetox_jax.models.published import PUBLISHED, published_config
@@ -56,5 +56,6 @@ __all__ = [
     "prefill",
     "prepare",
     "published_config",
+    "share_cache_masks",
     "stored_in_out",
 ]

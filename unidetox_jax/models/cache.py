@@ -76,6 +76,12 @@ def cache_axes(branched: bool = False) -> Cache:
     return Cache(0, 0, None, None, None, prefix)  # type: ignore[arg-type]
 
 
+def share_cache_masks(cache: Cache) -> Cache:
+    """The caches of models that read the same tokens, stacked, as `cache_axes` has them."""
+    prefix = cache.prefix and cache.prefix._replace(mask=cache.prefix.mask[0])
+    return cache._replace(mask=cache.mask[0], positions=cache.positions[0], slot=cache.slot[0], prefix=prefix)
+
+
 def slots(cfg: ModelConfig, layer: int, length: int) -> int:
     """How many slots a layer has in a cache of `length`."""
     own = cfg.layer_loop == "unroll" or len(set(cfg.local)) == 1

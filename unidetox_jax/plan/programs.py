@@ -103,7 +103,9 @@ def decoding_program(
     """One compiled generation.
 
     Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
-    minutes instead of an hour. On a GPU it is one loop, of which that is not so. stored: beside the weights that the loop reads stand those of the checkpoint, in float32
+    minutes instead of an hour. On a GPU it is one loop, of which that is not so.
+
+    stored: beside the weights that the loop reads stand those of the checkpoint, in float32
     as training leaves them.
     """
     options: dict[str, Any] = {"cache": cache, "samples": samples}
