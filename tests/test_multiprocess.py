@@ -38,6 +38,8 @@ def place(tmp_path_factory):
         distill__batch_size=8,
         distill__max_length=16,
         distill__top_k=20,
+        distill__reject__degenerate=True,
+        distill__reject__scorers=("world=lexicon",),
         evaluate__prompts=f"{world}/prompts.jsonl",
         evaluate__max_prompts=4,
         evaluate__samples=2,
