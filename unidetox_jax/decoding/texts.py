@@ -76,7 +76,8 @@ def sample_texts(
     hardware = _hardware(models)
     if not isinstance(models[0].params, Prepared):
         models = prepare(models, side_by_side=cache == "own")
-    made_on, kept = set(), []
+    made_on: set[str] = set()
+    kept: list[dict[str, Any]] = []
     limit = num_texts if reject is None else int(most * num_texts)
     with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
         for first in range(0, limit, size):

@@ -47,8 +47,8 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
     """
     if "|" in spec:
         parts = [load(part.strip(), data_dir, limit, seed) for part in spec.split("|")]
-        texts, names = ([value for part in parts for value in part[field]] for field in (0, 1))
-        return Prompts(tuple(texts), tuple(names), " | ".join(part.fingerprint for part in parts))
+        texts, categories = (tuple(value for part in parts for value in part[field]) for field in (0, 1))
+        return Prompts(texts, categories, " | ".join(part.fingerprint for part in parts))
     records = _records(spec, data_dir)
     chosen = np.arange(len(records))
     if 0 < limit < len(records):

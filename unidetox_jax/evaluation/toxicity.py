@@ -47,7 +47,9 @@ class OtherScorers(Metric):
         settings, specs = subject.settings, self._specs(subject.settings)
         by = {"": subject.score, **subject.others} if settings.scorer else subject.others
         scores = {name: _all_scores(subject, name, score) for name, score in by.items()}
-        found, arrays, columns = {}, {}, {}
+        found: dict[str, Any] = {}
+        arrays: dict[str, np.ndarray] = {}
+        columns: dict[str, PerText] = {}
         for name, spec in specs.items():
             content, figures = content_hash(subject.path(spec)), _summary(subject, scores[name])
             found[name] = {"scorer": spec, "hash": content, "toxicity": figures}
@@ -61,7 +63,7 @@ class OtherScorers(Metric):
         return extensions.named(settings.other_scorers, "config.evaluate.other_scorers", "SCORER")
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
-        shown = {}
+        shown: dict[Quantity, Cell] = {}
         for name, one in summary["scorers"].items() if summary else ():
             shown |= _cells(one["toxicity"], f" by {name}", f"{name}: {one['scorer']}, content {one['hash']}.")
         return shown

@@ -57,7 +57,9 @@ class Rejection:
 
 def make(run: Run) -> Rejection | None:
     """As the configuration asks; None where it asks for nothing. Raises UserError where a scorer cannot be had."""
-    settings, judges, toxic = run.distill.reject, {}, ()
+    settings = run.distill.reject
+    judges: dict[str, scorers.Scorer] = {}
+    toxic: Sequence[str] = ()
     if not is_asked(settings):
         return None
     if distributed.first_process():
