@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import jax
 import pytest
@@ -344,6 +346,25 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
     program = programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
     text = program.lower(sharding.make_mesh("fsdp:2,model:4", topology.topology("h100-8").devices)).compile().as_text()
     assert text.count('custom_call_target="__cudnn$fmha') == 2
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+def test_the_papers_distillation_on_one_h100():
+    """GPT-2 XL and its twin, 128 texts: no step sorts the vocabulary or copies a cache, and few kernels run."""
+    cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
+    program = programs.decoding_program(
+        "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=128, prompt=1,
+        new_tokens=255, batches=5,
+    )  # fmt: skip
+    compiled = program.lower(sharding.make_mesh("", topology.topology("h100-1").devices)).compile()
+    text = compiled.as_text()
+    assert compiled.memory_analysis().peak_memory_in_bytes < 26 << 30
+    assert hlo.kernels(text)[1] <= 700
+    assert all(math.prod(map(int, re.findall(r"\d+", shape)[2:])) <= 8192 for _, shape in hlo.sorts(text))
+    parsed = hlo.parse(text)
+    caches = [one for body in parsed.computations.values() for one in body if "bf16[2,128,25,256,64]" in one.shape]
+    assert caches and not [one for one in caches if one.kind == "copy"]
 
 
 @needs_libtpu
