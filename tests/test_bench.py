@@ -64,7 +64,7 @@ def test_the_contenders_do_the_same_work(config):
     cfg = models.config_from_hf(str(config.parent / "gpt2"))
     pair = [models.Model(models.init(cfg, jax.random.key(i)), cfg) for i in range(2)]
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)]
-    assert decode._ours(pair, 3, 5, "unroll", 0).lengths.tolist() == [5] * 3
+    assert decode._ours(pair, 3, 5, 0).lengths.tolist() == [5] * 3
     assert decode._theirs(torch_pair, cfg, 3, 5, 0).shape == (3, 6)
 
 

@@ -51,7 +51,7 @@ def test_all_come_and_see_all_devices_and_the_same_values():
 
 
 def test_missing_processes_are_named_by_all_that_came():
-    ended = run("", 4, present=[0, 2], timeout=20)
+    ended = run("", 4, present=[0, 2], timeout=10)
     for one in ended:
         assert one.code == 2
         assert "of 4, process 1, 3 did not come" in one.last_line and one.err.count("\n") == 1
