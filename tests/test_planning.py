@@ -145,7 +145,7 @@ def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, cap
 
 
 def decoding(name, layout, rows=8):
-    """(collectives, abstract parameters) of two models' decoding on eight devices."""
+    """(collectives, abstract weights of each) of two models' decoding on eight devices."""
     cfg = models.config_from_hf({**VARIANTS[name], "vocab_size": 512})
     program = programs.decoding_program(
         "decode", [cfg, cfg], objectives.get("contrastive", alpha=0.1), [warpers.top_k(50)],
@@ -153,7 +153,8 @@ def decoding(name, layout, rows=8):
     )  # fmt: skip
     mesh = sharding.make_mesh(layout)
     found = hlo.collectives(program.lower(mesh).compile().as_text())
-    return {(one.kind, one.depth): one for one in found}, program.resident(mesh)
+    prepared, _ = program.resident(mesh)
+    return {(one.kind, one.depth): one for one in found}, prepared
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3", "falcon-7b", "opt-125m"])
@@ -175,10 +176,10 @@ def test_a_decoding_step_over_model_gathers_no_weights_and_no_cache(name):
             assert elements < min(matrices), one
 
 
-def test_weights_over_fsdp_are_gathered_once_before_the_loop_and_not_in_it():
-    found, _ = decoding("gpt2", "fsdp:8")
-    assert found["all-gather", 0].bytes > 2 * 100_000
-    assert not [key for key in found if key[0] == "all-gather" and key[1] > 0]
+def test_weights_over_fsdp_are_whole_before_the_loop_begins():
+    found, (weights, _) = decoding("gpt2", "fsdp:8")
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(weights))
+    assert found["all-gather", 0].bytes < 1000 and not [key for key in found if key[0] == "all-gather" and key[1] > 0]
 
 
 def test_what_training_keeps_is_counted_to_the_byte():
