@@ -349,16 +349,28 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
     assert text.count('custom_call_target="__cudnn$fmha') == 2
 
 
-@needs_gpu_compiler
-@pytest.mark.slow
-def test_the_papers_distillation_on_one_h100():
-    """GPT-2 XL and its twin, 128 texts: no step sorts the vocabulary or copies a cache, and few kernels run."""
+def papers_distillation(place, layout):
+    """GPT-2 XL and its twin, 128 texts, compiled."""
     cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
     program = programs.decoding_program(
         "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=128, prompt=1,
         new_tokens=255, batches=5,
     )  # fmt: skip
-    compiled = program.lower(sharding.make_mesh("", topology.topology("h100-1").devices)).compile()
+    return program.lower(sharding.make_mesh(layout, topology.topology(place).devices)).compile()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_papers_distillation_fits_four_v5e():
+    """Its heads of 64 lie in pairs: each on its own, the caches alone would take twice as much."""
+    assert papers_distillation("v5e-4", "fsdp:-1").memory_analysis().peak_memory_in_bytes < 14.5 * 2**30
+
+
+@needs_gpu_compiler
+@pytest.mark.slow
+def test_the_papers_distillation_on_one_h100():
+    """No step sorts the vocabulary or copies a cache, and few kernels run."""
+    compiled = papers_distillation("h100-1", "")
     text = compiled.as_text()
     assert compiled.memory_analysis().peak_memory_in_bytes < 26 << 30
     assert hlo.kernels(text)[1] <= 700

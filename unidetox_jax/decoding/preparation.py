@@ -67,14 +67,17 @@ def form(
     configs: Sequence[ModelConfig], mesh: Mesh | None, layer_loop: str | None = None, side_by_side: bool = True
 ) -> Form:
     """What is fastest on a mesh. side_by_side: whether the models may be, as those can that read the same prompts."""
+    platform = sharding.device_of(mesh).platform
+    ways = 1 if mesh is None else mesh.shape["model"]
     chosen = tuple(
         dataclasses.replace(
-            cfg, layer_loop=layer_loop or default_layer_loop(), decode_kernel=models_.has_decode_kernel(cfg, mesh)
+            cfg,
+            layer_loop=layer_loop or default_layer_loop(),
+            decode_kernel=models_.has_decode_kernel(cfg, mesh),
+            wide_heads=models_.wide_heads.width(cfg, ways) if platform == "tpu" else 1,
         )
         for cfg in configs
     )
-    platform = sharding.device_of(mesh).platform
-    ways = 1 if mesh is None else mesh.shape["model"]
     return Form(
         chosen,
         transpose_head=platform == "cpu",

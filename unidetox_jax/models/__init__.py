@@ -1,6 +1,6 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
-from unidetox_jax.models import casting, lora
+from unidetox_jax.models import casting, lora, wide_heads
 from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache, share_cache_masks
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.decode_attention import applies as has_decode_kernel
@@ -58,4 +58,5 @@ __all__ = [
     "published_config",
     "share_cache_masks",
     "stored_in_out",
+    "wide_heads",
 ]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from unidetox_jax.models import wide_heads
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.sharding import constrain
 
@@ -51,7 +52,8 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = No
     """An empty cache for `batch` rows of at most `length` tokens; dtype None: the compute dtype."""
 
     def empty(slots: int, *layers: int) -> jax.Array:
-        return _place(jnp.zeros((*layers, batch, cfg.num_kv_heads, slots, cfg.head_size), dtype or cfg.dtype))
+        heads, size = wide_heads.shape(cfg)
+        return _place(jnp.zeros((*layers, batch, heads, slots, size), dtype or cfg.dtype))
 
     def zeros() -> Layers:
         if cfg.layer_loop == "unroll":

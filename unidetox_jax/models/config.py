@@ -25,7 +25,8 @@ class ModelConfig:
 
     `dtype` is the compute dtype; parameters keep theirs. `lora` says what an adapter's leaves among them mean.
     `layer_loop` runs the layers by `lax.scan` ("scan") or one after another ("unroll"); it changes speed and compile
-    time, not the result; nor does `decode_kernel`, by which a step's attention is `decode_attention`'s.
+    time, not the result; nor do `decode_kernel`, by which a step's attention is `decode_attention`'s, and
+    `wide_heads`, how many of them lie together in a cache.
     """
 
     family: ClassVar[str]
@@ -63,6 +64,7 @@ class ModelConfig:
     dtype: str = "float32"
     layer_loop: str = "scan"
     decode_kernel: bool = False
+    wide_heads: int = 1
 
     @property
     def embedding_size(self) -> int:

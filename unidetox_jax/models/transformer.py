@@ -30,6 +30,7 @@ from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.decode_attention import BLOCK, decode_attention
 from unidetox_jax.models.layers import fuse_attention, precision
 from unidetox_jax.models.registry import family
+from unidetox_jax.models.wide_heads import narrow, widen, widen_query
 
 Params = dict[str, Any]
 
@@ -211,7 +212,8 @@ def prefill(
         ring = kinds.is_ring(cfg, index, cache.length) and length > cfg.window
 
         def attend(query, key, value, dropout):
-            keys, values = (kv.write(old, index, new, 0, ring) for old, new in zip(state, (key, value), strict=True))
+            pairs = zip(state, (widen(cfg, key), widen(cfg, value)), strict=True)
+            keys, values = (kv.write(old, index, new, 0, ring) for old, new in pairs)
             out = attention(query, key, value, mask, bias, None, precision(cfg.dtype), cap=cfg.attention_cap)
             return out, (keys, values)
 
@@ -267,6 +269,7 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
         ring = kinds.is_ring(cfg, index, cache.length)
 
         def attend(query, key, value, dropout):
+            query, key, value = widen_query(cfg, query), widen(cfg, key), widen(cfg, value)
             pairs = list(zip(state, (key, value), strict=True))
             keys, values = (kv.write(old, index, new, cache.slot, ring) for old, new in pairs)
             if ring and length > 1:
@@ -280,7 +283,7 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
             if kernel:
                 return decode_attention(query, key, value, seen[:, 0], cache.slot + 1), (keys, values)
             out = attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix, cfg.attention_cap)
-            return out, (keys, values)
+            return narrow(cfg, out), (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
 

@@ -14,11 +14,11 @@ import numpy as np
 from unidetox_jax import buckets, method
 from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.errors import UserError
-from unidetox_jax.models import ModelConfig, costs, lora
+from unidetox_jax.models import ModelConfig, costs, lora, wide_heads
 from unidetox_jax.recipe import Recipe
 
 LOGITS = 1 << 29  # bytes of logits and their gradients that training and scoring hold at once
-LANES = 128  # what a TPU pads the last dimension of an array to
+LANES = wide_heads.LANES
 GROWTH = 1.25  # of a cache, while it grows
 
 Sizes = Mapping[str, int]
@@ -80,7 +80,8 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int, 
         size, weights = np.dtype(cfg.dtype).itemsize, costs.read_bytes(cfg, ways)
         owned = _owned(cfg, sizes)
         prepared = costs.param_bytes(cfg, ways) if gather else size * owned
-        padded = buckets.multiple(cfg.head_size, lanes) / cfg.head_size
+        together = wide_heads.width(cfg, ways) if lanes > 1 else 1
+        padded = buckets.multiple(together * cfg.head_size, lanes) / (together * cfg.head_size)
         flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, ways=ways)
         traffic += weights + padded * rows * costs.cache_bytes(cfg, prompt + plan.size / 2, ways)
         memory += 4 * owned * stored + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
