@@ -1,4 +1,4 @@
-"""The GPU's kernel for one new token, interpreted; `test_gpu` runs it on one."""
+"""Weights as decoding wants them; the GPU's kernel for one new token, interpreted (`test_gpu` runs it on one)."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ from unidetox_jax import models
 from unidetox_jax.decoding import generate, objectives, preparation, sampling, warpers
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.decode_attention import applies, decode_attention
+from unidetox_jax.recipe import Lora
 
 
 @pytest.mark.parametrize(("kv_heads", "groups"), [(2, 1), (2, 4), (1, 16)])
@@ -78,3 +79,24 @@ def test_the_best_blocks_hold_the_candidates(size, k):
     for scores in (many_ties, few_tokens, random.normal(size=(4, size)).astype(np.float32)):
         for found, expected in zip(sampling.block_top_k(scores, k), jax.lax.top_k(scores, k), strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_what_models_have_in_common_is_prepared_once(layer_loop):
+    cfg = dataclasses.replace(
+        models.published_config("meta-llama/Llama-3.2-1B"), num_layers=2, hidden_size=32, intermediate_size=48,
+        num_heads=4, num_kv_heads=2, head_size=8, vocab_size=99, dtype="bfloat16",
+    )  # fmt: skip
+    base = models.Model(models.init(cfg, jax.random.key(0)), cfg)
+    adapted = dataclasses.replace(cfg, lora=Lora(rank=2))
+    adapter = models.lora.init(adapted, jax.random.key(1))
+    twin = models.Model(models.lora.attach(base.params, adapter, adapted), adapted)
+    first, second = preparation.prepare([base, twin], layer_loop=layer_loop)[0].params.trees
+    leaves = {id(leaf) for leaf in jax.tree.leaves(first)}
+    own = [leaf for leaf in jax.tree.leaves(second) if id(leaf) not in leaves]
+    assert leaves < {id(leaf) for leaf in jax.tree.leaves(second)}
+    assert sum(leaf.size for leaf in own) == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    (alone,) = preparation.prepare([twin], layer_loop=layer_loop)[0].params.trees
+    assert jax.tree.structure(alone) == jax.tree.structure(second)
+    for found, expected in zip(jax.tree.leaves(second), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
