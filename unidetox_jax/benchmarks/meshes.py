@@ -19,6 +19,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -81,7 +82,9 @@ def name_of(cfg: ModelConfig) -> str:
 def small(cfg: ModelConfig) -> ModelConfig:
     """A model of the same layout that compiles in seconds; what does not divide by 8 still does not."""
     local = (True, False) if len(set(cfg.local)) > 1 else cfg.local[:1]
-    width = {"token_width": HIDDEN} if hasattr(cfg, "token_width") else {}  # OPT's may be another than hidden_size
+    width: dict[str, Any] = (
+        {"token_width": HIDDEN} if hasattr(cfg, "token_width") else {}
+    )  # OPT's may be another than hidden_size
     return dataclasses.replace(
         cfg,
         **width,
