@@ -354,15 +354,15 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
     ("layout", "kind", "mesh"),
     [
         pytest.param("falcon 71/1 x 64", "h100", "data:1,fsdp:2,model:4", marks=needs_gpu_compiler),
-        pytest.param("gpt2 25/25 x 64", "h100", "data:1,fsdp:1,model:8", marks=needs_gpu_compiler),
+        pytest.param("llama 32/4 x 64", "h100", "data:1,fsdp:1,model:8", marks=needs_gpu_compiler),
         pytest.param(
             "gemma3_text 4/1 x 256, window in some layers", "v5e", "data:1,fsdp:1,model:8", marks=needs_libtpu
         ),
     ],
 )
-def test_published_layouts_of_heads_compile_on_meshes(layout, kind, mesh, capsys):
+def test_published_layouts_of_heads_compile_on_meshes(layout, kind, mesh, shared, capsys):
     """A sample of the table that `python -m unidetox_jax.benchmarks.meshes` prints."""
-    assert meshes.main(["--devices", kind, "--meshes", mesh, "--layouts", layout]) == 0
+    assert meshes.main([str(shared / "hub"), "--devices", kind, "--meshes", mesh, "--layouts", layout]) == 0
     assert f"| {layout} | {kind} | ok |" in capsys.readouterr().out
 
 

@@ -166,7 +166,9 @@ def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """On one line; of a long message the beginning and the end, where a traceback in it says what happened."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:100]} … {text[-200:]}'}"
 
 
 if __name__ == "__main__":
