@@ -11,6 +11,7 @@ from finetune_helpers import write_config
 from variants import VARIANTS
 
 from unidetox_jax import cli, devices, models, sharding
+from unidetox_jax.benchmarks import meshes
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import costs
@@ -347,6 +348,41 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
     program = programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
     text = program.lower(sharding.make_mesh("fsdp:2,model:4", topology.topology("h100-8").devices)).compile().as_text()
     assert text.count('custom_call_target="__cudnn$fmha') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "kind", "mesh"),
+    [
+        pytest.param("falcon 71/1 x 64", "h100", "data:1,fsdp:2,model:4", marks=needs_gpu_compiler),
+        pytest.param("llama 32/4 x 64", "h100", "data:1,fsdp:1,model:8", marks=needs_gpu_compiler),
+        pytest.param(
+            "gemma3_text 4/1 x 256, window in some layers", "v5e", "data:1,fsdp:1,model:8", marks=needs_libtpu
+        ),
+    ],
+)
+def test_published_layouts_of_heads_compile_on_meshes(layout, kind, mesh, shared, capsys):
+    """A sample of the table that `python -m unidetox_jax.benchmarks.meshes` prints."""
+    assert meshes.main([str(shared / "hub"), "--devices", kind, "--meshes", mesh, "--layouts", layout]) == 0
+    assert f"| {layout} | {kind} | ok |" in capsys.readouterr().out
+
+
+def test_the_table_of_meshes_tells_refusals_from_failures(monkeypatch, capsys):
+    """Every mesh of up to 8 devices and every layout stand in it; what is refused is no failure, the rest is."""
+    assert len(set(meshes.MESHES)) == 1 + 3 + 6 + 10
+    assert {name.split()[0] for name in meshes.layouts()} >= {"gpt2", "opt", "falcon", "llama", "phi3", "gemma2"}
+    monkeypatch.setattr(meshes, "mesh_of", lambda kind, layout: layout)
+
+    def lower(mesh):
+        raise {"data:2": UserError("cannot"), "data:4": NotImplementedError("odd\nlength")}[mesh]
+
+    program = programs.scoring_program("score", models.published_config("openai-community/gpt2"), 8, 8, 4, 1)
+    monkeypatch.setattr(meshes, "programs_of", lambda cfg: [program._replace(lower=lower)])
+    for layouts, cells in ((("data:2",), "refused 1"), (("data:2", "data:4"), "refused 1 | FAILED 2")):
+        failed = meshes.main(["--devices", "h100", "--meshes", *layouts, "--layouts", "gpt2 12/12"])
+        printed = capsys.readouterr().out
+        assert failed == ("FAILED" in cells) and f"| gpt2 12/12 x 64 | h100 | {cells} |" in printed
+    assert printed.endswith("1. cannot\n\n2. score: NotImplementedError: odd length\n")
 
 
 def papers_distillation(place, layout):
