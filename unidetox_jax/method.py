@@ -272,8 +272,11 @@ def generate(
     top_k: int = 50,
     top_p: float = 0.9,
     seed: int = 42,
+    chat: bool = False,
+    system_prompt: str = "",
 ) -> list[list[str]]:
-    """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3)."""
+    """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3).
+    chat: answers to it as a user's turn, after `system_prompt` if there is one."""
     made = generations.generate(
         model.model,
         model.tokenizer,
@@ -282,6 +285,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
+        chat=chat,
+        system_prompt=system_prompt,
     )
     return made.texts
 

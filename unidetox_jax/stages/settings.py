@@ -313,7 +313,10 @@ def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config")
         if name not in fields:
             raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
         values[name] = _checked(value, types[name], f"{where}.{name}")
-    return settings(**values)
+    try:
+        return settings(**values)
+    except UserError as error:  # these lines begin with the setting's name
+        raise UserError(f"{where}.{error}") from None
 
 
 def _renamed(name: str, where: str) -> str:
