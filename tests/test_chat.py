@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from tests.eval_helpers import make_pair, make_tokenizer
-from unidetox_jax import checkpoint
+from unidetox_jax import checkpoint, data, method, training
 from unidetox_jax.data import chat
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, perplexity
@@ -68,7 +68,53 @@ def test_an_answers_perplexity_is_that_of_the_line_after_the_prompt(tokenizer):
     np.testing.assert_allclose(found[0], expected)
 
 
+SAMPLED = {"text": "the cat sat", "ended": True}
+CUT = {"text": "it was very", "ended": False}
+
+
+@pytest.mark.parametrize("system", ["", "You write short texts."])
+def test_a_text_is_trained_on_as_the_template_writes_a_finished_conversation(real_models, system):
+    theirs = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
+    ours = checkpoint.load_tokenizer(real_models / "smollm2-135m")
+    turns = [*chat.opening("Write something.", system), {"role": "assistant", "content": SAMPLED["text"]}]
+    around = chat.turn(ours, "Write something.", system)
+    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), ours, 64, around=around)
+    assert tokens[0].tolist() == theirs.apply_chat_template(turns)["input_ids"]
+    assert theirs.decode(tokens[1]).endswith("<|im_start|>assistant\nit was very"), "a text that was cut has no end"
+    (asked,) = chat.ask(ours, ["Write something."], system)
+    assert tokens[0].tolist()[: len(asked)] == asked, "it answers what an evaluation asks"
+
+
+@pytest.mark.parametrize(("loss_on", "learned"), [("answer", ["the cat sat</s>", "it was very"]), ("all", None)])
+def test_what_the_loss_is_on(tokenizer, loss_on, learned):
+    around = chat.turn(tokenizer, "a dog ran", loss_on=loss_on)
+    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), tokenizer, 96, around=around)
+    batch = data.fill(tokens, (1, 96), ((0, 1),), segments=True)  # both in one row
+    learned_ids = [batch["tokens"][batch["loss_mask"] & (batch["segment_ids"] == text)] for text in (1, 2)]
+    before = "the user: a dog ran</s>the assistant: "
+    assert [tokenizer.decode(ids) for ids in learned_ids] == (
+        learned or [f"{before}the cat sat</s>", f"{before}it was very"]
+    )
+
+
+def test_a_recipe_with_chat_trains_on_turns(tokenizer, monkeypatch):
+    _, model = make_pair()
+    seen = []
+    monkeypatch.setattr(training, "fit", lambda *arguments, **_: seen.append(arguments[3].tokens) or (None, {}))
+    method.finetune(
+        method.LanguageModel(model.params, model.cfg, tokenizer),
+        ["the cat sat"],
+        steps=1,
+        max_length=96,
+        chat=True,
+        user_prompt="a dog ran",
+    )
+    assert tokenizer.decode(seen[0][0]) == "<s>the user: a dog ran</s>the assistant: the cat sat</s>"
+
+
 def test_a_mistake_is_one_line(tokenizer):
+    with pytest.raises(UserError, match="max_length: found 20, but 24 tokens stand before each text"):
+        data.tokenize(["a"], tokenizer, 20, around=chat.turn(tokenizer, "a dog ran"))
     with pytest.raises(UserError, match="refuses a conversation of system, user .System role not supported"):
         chat.ask(tokenizer, PROMPTS, "Be brief.")
     with pytest.raises(UserError, match="has no chat template; leave chat out"):
@@ -79,6 +125,9 @@ def test_a_mistake_is_one_line(tokenizer):
     ("changes", "words"),
     [
         ({"evaluate.chat": True, "evaluate.reproduce_release": True}, "config.evaluate.chat: reproduce_release"),
+        ({"detoxify.chat": True, "detoxify.reproduce_release": True}, "config.detoxify.chat: reproduce_release"),
+        ({"detoxify.user_prompt": "Write."}, "config.detoxify.user_prompt: plain text has none"),
+        ({"detoxify.loss_on": "answers"}, "config.detoxify.loss_on: no 'answers'; did you mean 'answer'"),
         ({"evaluate.system_prompt": "Be brief."}, "config.evaluate.system_prompt: plain text has none"),
     ],
 )

@@ -23,6 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, extensions, models, sharding, training
+from unidetox_jax.data import chat as conversations
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
@@ -326,11 +327,15 @@ def evaluate(
 
 
 def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, release: bool = False) -> data.Tokens:
+    around = None
+    if recipe.chat:
+        around = conversations.turn(model.tokenizer, recipe.user_prompt, recipe.system_prompt, recipe.loss_on)
     return data.tokenize(
         texts,
         model.tokenizer,
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
+        around=around,
         reproduce_release=release,
     )

@@ -9,8 +9,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from unidetox_jax.data.tokens import encode
+from unidetox_jax.data.tokens import Around, encode
 from unidetox_jax.errors import UserError
+from unidetox_jax.recipe import ANSWER
+
+MARK = "\ue000"  # stands for an answer: a character without a meaning, of Unicode's private use
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
@@ -38,6 +41,24 @@ def ask(tokenizer: Any, prompts: Sequence[str], system_prompt: str = "") -> list
     system's where `system_prompt` is not empty. Raises UserError as `render`."""
     asked = [render(tokenizer, opening(prompt, system_prompt), add_generation_prompt=True) for prompt in prompts]
     return encode(tokenizer, asked, begin=False)
+
+
+def turn(tokenizer: Any, prompt: str, system_prompt: str = "", loss_on: str = ANSWER) -> Around:
+    """What stands around an assistant's turn that answers `prompt`.
+
+    loss_on: "answer", the turn up to the end that the template gives it; or "all", the conversation before it too.
+
+    Raises:
+      UserError: as `render`, or a template that does not write the turn as it is.
+    """
+    whole = render(tokenizer, [*opening(prompt, system_prompt), {"role": "assistant", "content": MARK}])
+    before, mark, after = whole.partition(MARK)
+    if not mark or MARK in after:
+        raise UserError(
+            f"chat: the chat template of {tokenizer.name_or_path!r} does not write an answer once, as it is"
+        )
+    first, last = encode(tokenizer, [before, after], begin=False)
+    return Around(first, last, len(first) if loss_on == ANSWER else 1)
 
 
 def opening(prompt: str, system_prompt: str = "") -> list[dict[str, str]]:
