@@ -112,6 +112,27 @@ def test_a_recipe_with_chat_trains_on_turns(tokenizer, monkeypatch):
     assert tokenizer.decode(seen[0][0]) == "<s>the user: a dog ran</s>the assistant: the cat sat</s>"
 
 
+def test_distilled_texts_are_answers(tokenizer):
+    """Greedy, PyTorch's answer; its row begins with BOS in place of the conversation, and its tokens are trained on."""
+    torch_model, model = make_pair()
+    asked = torch.tensor(chat.ask(tokenizer, ["a dog ran"]))
+    texts = method.distill(
+        method.LanguageModel(model.params, model.cfg, tokenizer),
+        objective="base",
+        num_texts=1,
+        max_length=asked.shape[1] + 6,
+        prompt="a dog ran",
+        chat=True,
+        top_k=1,
+        label=None,
+    )
+    answer = torch_model.generate(asked, max_new_tokens=6, do_sample=False)[0, asked.shape[1] :].tolist()
+    assert texts.rows[0]["tokens"] == [0, *answer] and texts[0] == tokenizer.decode(answer, skip_special_tokens=True)
+    assert not texts.ended[0]
+    trained = data.tokenize(texts, tokenizer, 96, around=chat.turn(tokenizer, "a dog ran"))
+    assert trained[0].tolist() == [*asked[0].tolist(), *answer]
+
+
 def test_a_mistake_is_one_line(tokenizer):
     with pytest.raises(UserError, match="max_length: found 20, but 24 tokens stand before each text"):
         data.tokenize(["a"], tokenizer, 20, around=chat.turn(tokenizer, "a dog ran"))
@@ -128,6 +149,7 @@ def test_a_mistake_is_one_line(tokenizer):
         ({"detoxify.chat": True, "detoxify.reproduce_release": True}, "config.detoxify.chat: reproduce_release"),
         ({"detoxify.user_prompt": "Write."}, "config.detoxify.user_prompt: plain text has none"),
         ({"detoxify.loss_on": "answers"}, "config.detoxify.loss_on: no 'answers'; did you mean 'answer'"),
+        ({"distill.system_prompt": "Be brief."}, "config.distill.system_prompt: plain text has none"),
         ({"evaluate.system_prompt": "Be brief."}, "config.evaluate.system_prompt: plain text has none"),
     ],
 )
