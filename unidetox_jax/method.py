@@ -23,6 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, extensions, models, sharding, training
+from unidetox_jax.data import chat as conversations
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
@@ -205,6 +206,8 @@ def distill(
     num_texts: int = 640,
     max_length: int = 256,
     prompt: str = "",
+    chat: bool = False,
+    system_prompt: str = "",
     temperature: float = 1.0,
     top_k: int = 50,
     top_p: float = 1.0,
@@ -227,6 +230,8 @@ def distill(
       objective, settings: a name of `decoding.objectives`, "name(setting=…)" or "package.module:function", and its
         settings, such as alpha=0.1.
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
+      chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if there is one; the conversation is
+        no part of them, but counts for max_length.
       reject: texts → why each is left out, empty for one that is kept.
       keep: see `decoding.texts.sample_texts`, as for all else.
 
@@ -242,11 +247,15 @@ def distill(
         if max_length > one.cfg.max_position_embeddings:
             context = one.cfg.max_position_embeddings
             raise UserError(f"max_length: {max_length} tokens, but the context of {name!r} is {context}")
-    begin = sampling.first_token(tokenizers[0], names[0])
+    begin = [sampling.first_token(tokenizers[0], names[0])]
+    if chat:
+        (before,) = conversations.ask(tokenizers[0], [prompt], system_prompt)
+    else:
+        before = begin + encode(tokenizers[0], [prompt], begin=False)[0]
     return sampling.sample_texts(
         [one.model for one in language_models],
         tokenizers[0],
-        [begin, *encode(tokenizers[0], [prompt], begin=False)[0]],
+        before,
         objective=chosen,
         warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         num_texts=num_texts,
@@ -258,6 +267,7 @@ def distill(
         reject=reject,
         most=most,
         keep=keep,
+        begin=begin if chat else None,
         label=label,
     )
 
@@ -272,8 +282,11 @@ def generate(
     top_k: int = 50,
     top_p: float = 0.9,
     seed: int = 42,
+    chat: bool = False,
+    system_prompt: str = "",
 ) -> list[list[str]]:
-    """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3)."""
+    """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3).
+    chat: answers to it as a user's turn, after `system_prompt` if there is one."""
     made = generations.generate(
         model.model,
         model.tokenizer,
@@ -282,6 +295,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
+        chat=chat,
+        system_prompt=system_prompt,
     )
     return made.texts
 
@@ -321,11 +336,15 @@ def evaluate(
 
 
 def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, release: bool = False) -> data.Tokens:
+    around = None
+    if recipe.chat:
+        around = conversations.turn(model.tokenizer, recipe.user_prompt, recipe.system_prompt, recipe.loss_on)
     return data.tokenize(
         texts,
         model.tokenizer,
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
+        around=around,
         reproduce_release=release,
     )

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from unidetox_jax.errors import UserError, suggest
+
+ANSWER, LOSSES = "answer", ("answer", "all")  # what of a conversation is learned
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -45,7 +49,22 @@ class Recipe:
     # float32; bfloat16: weights and moments in it, stochastically rounded; release: the released code's arithmetic
     precision: str = "float32"
     reproduce_release: bool = False  # the released code: precision "release", padding trained on, no end token
+    # Each text is an assistant's turn, as the tokenizer's chat template writes it, and not plain text; max_length is
+    # that of the conversation
+    chat: bool = False
+    system_prompt: str = ""  # the system's turn in front; empty: as the template says
+    user_prompt: str = ""  # the user's turn that the text answers
+    loss_on: str = "answer"  # the text and the end of its turn; or all, the turns before it as well
     save_minutes: float = 10.0  # between checkpoints; 0: one with every line of metrics.jsonl
     keep: int = 2  # newest checkpoints kept; a stage's own go when it is complete
     evaluate_every: int = 500  # steps between evaluations, where there is validation data
     log_every: int = 10  # steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        if self.loss_on not in LOSSES:
+            raise UserError(f"loss_on: no {self.loss_on!r}{suggest(self.loss_on, LOSSES)}")
+        if self.chat and self.reproduce_release:
+            raise UserError("chat: reproduce_release knows no chat; switch one of the two off")
+        for name in ("system_prompt", "user_prompt"):
+            if getattr(self, name) and not self.chat:
+                raise UserError(f"{name}: plain text has none; set chat, or leave it empty")

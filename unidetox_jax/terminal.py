@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unidetox_jax import checkpoint, data, distributed
+from unidetox_jax.data import chat
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding.objective import Objective
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help="a prompt a line, or a data set (jsonl:FILE?text=COLUMN); -: stdin"
     )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn of a conversation")
+    parser.add_argument("--system_prompt", default="", metavar="TEXT", help="of the conversation, before that turn")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt")
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -94,11 +96,7 @@ def _tokens(tokenizer: Any, prompt: str, options: argparse.Namespace) -> list[in
     """What the models read of a prompt."""
     if not options.chat:
         return encode(tokenizer, [prompt])[0] or [first_token(tokenizer, "the model")]
-    if not tokenizer.chat_template:
-        raise UserError("--chat: the model's tokenizer has no chat template; leave --chat out")
-    turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return encode(tokenizer, [text], begin=False)[0]
+    return chat.ask(tokenizer, [prompt], options.system_prompt)[0]
 
 
 def _stream(models: Sequence[LanguageModel], objective: Objective, tokens: list[int], options) -> Iterator[Token]:

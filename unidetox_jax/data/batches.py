@@ -23,9 +23,9 @@ class Batches:
     """An endless sequence of training batches with random access.
 
     `batches[step]` is {"tokens": int32 [R, T], "loss_mask": bool [R, T]} and, for layout "pack", "segment_ids": int32
-    [R, T], 1, 2, 3… per text in its row and 0 for padding. `loss_mask` is true for targets, neither padding nor the
-    first token of a text, so the step's loss is a mean over `loss_mask.sum()` tokens. Padding stands on the right:
-    causal attention alone keeps it from what is before it, and layout "pad" needs no other mask.
+    [R, T], 1, 2, 3… per text in its row and 0 for padding. `loss_mask` is true for targets: not for padding, nor
+    for the `tokens.given` first tokens of a text. So the step's loss is a mean over `loss_mask.sum()` tokens. Padding
+    stands on the right: causal attention alone keeps it from what is before it, and layout "pad" needs no other mask.
     With `tokens.reproduce_release` each text has a row, padded to the longest text of all, with padding as targets.
     """
 
@@ -135,7 +135,7 @@ def fill(tokens: Tokens, shape: Shape, rows: Rows, segments: bool = False) -> Ba
             piece = tokens[text]
             end = start + len(piece)
             batch["tokens"][row, start:end] = piece
-            batch["loss_mask"][row, start + 1 : end] = True
+            batch["loss_mask"][row, start + tokens.given : end] = True
             segment_ids[row, start:end] = segment
             start = end
         if tokens.reproduce_release and texts:

@@ -10,7 +10,7 @@ A sampled text keeps the tokens that it was sampled as, for every model whose to
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -19,6 +19,17 @@ from unidetox_jax.data.texts import Texts
 from unidetox_jax.errors import UserError
 
 BATCH = 1024  # texts a call of the tokenizer: enough to fill its threads, little enough for memory
+
+
+class Around(NamedTuple):
+    """What stands around each text to train on.
+
+    before: tokens; after: of a text that ended by itself. given: tokens at the beginning that are no targets.
+    """
+
+    before: list[int]
+    after: list[int]
+    given: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +44,7 @@ class Tokens:
       max_length: tokens a text may have.
       truncated: texts cut at max_length.
       skipped: texts left out because they are empty.
+      given: tokens at the beginning of each that are no targets.
       reproduce_release: padding is trained on, to the longest text of all, as in the released code.
     """
 
@@ -43,6 +55,7 @@ class Tokens:
     max_length: int
     truncated: int = 0
     skipped: int = 0
+    given: int = 1
     reproduce_release: bool = False
 
     def __len__(self) -> int:
@@ -80,6 +93,7 @@ def tokenize(
     context: int | None = None,
     vocab_size: int | None = None,
     add_bos: bool | None = None,
+    around: Around | None = None,
     reproduce_release: bool = False,
 ) -> Tokens:
     """Tokenises texts for training; what is cut or left out is counted and logged.
@@ -91,6 +105,7 @@ def tokenize(
       context: the model's context length, to check max_length against; None checks nothing.
       vocab_size: tokens in the model's embedding: one beyond it is an error, or, if it is the pad token, not used.
       add_bos: None leaves the beginning to the tokenizer; True or False decides.
+      around: what stands around each text, an assistant's turn say; None: what its tokenizer puts there, and the end.
       reproduce_release: the released code's form: no end token, padding trained on, every text tokenised anew.
 
     Raises:
@@ -103,8 +118,11 @@ def tokenize(
         raise UserError(f"max_length: found {max_length}, beyond the model's context of {context} tokens")
     if not len(texts):
         raise UserError("no text to tokenise: the data set is empty")
-    before = prefix(tokenizer, add_bos)
-    suffix = [] if reproduce_release else [_special(tokenizer, "eos_token_id")]
+    if around is None:
+        suffix = [] if reproduce_release else [_special(tokenizer, "eos_token_id")]
+        around = Around(prefix(tokenizer, add_bos), suffix)
+    if max_length <= len(around.before):
+        raise UserError(f"max_length: found {max_length}, but {len(around.before)} tokens stand before each text")
     pad_id, size = tokenizer.pad_token_id, math.inf if vocab_size is None else vocab_size
     pad_id = pad_id if pad_id is not None and pad_id < size else _special(tokenizer, "eos_token_id")
     rows = texts.rows if isinstance(texts, Texts) else [{"text": text} for text in texts]
@@ -112,7 +130,7 @@ def tokenize(
     for index, (row, own) in enumerate(zip(rows, _own_tokens(tokenizer, rows, anew=reproduce_release), strict=True)):
         if not own or not row["text"].strip():
             continue
-        whole = before + own + (suffix if row.get("ended", True) else [])
+        whole = around.before + own + (around.after if row.get("ended", True) else [])
         truncated += len(whole) > max_length
         pieces.append(np.asarray(whole[:max_length], np.int32))
         indices.append(index)
@@ -132,6 +150,7 @@ def tokenize(
         max_length=max_length,
         truncated=truncated,
         skipped=len(texts) - len(pieces),
+        given=around.given,
         reproduce_release=reproduce_release,
     )
     logging.info("tokenised %s", tokens.report())

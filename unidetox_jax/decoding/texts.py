@@ -48,6 +48,7 @@ def sample_texts(
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
     keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
+    begin: Sequence[int] | None = None,
     label: str | None = None,
 ) -> Texts:
     """`num_texts` continuations of one prompt. Every process calls it and gets all texts.
@@ -63,6 +64,7 @@ def sample_texts(
       reject: texts → why each is left out, empty for one that is kept; as many more are made, up to `most` times
         `num_texts` in all. None: all are kept.
       keep: called with a batch's name and what makes it; gives the batch.
+      begin: what stands in a row in place of the prompt, where that is no part of the text: a conversation's beginning.
       label: shows progress under this name; None shows none.
 
     Raises:
@@ -100,7 +102,8 @@ def sample_texts(
                     log_probabilities=True,
                 )
                 wanted = range(min(size, limit - first))
-                rows = [_row(result, index, int(row_ids[index]), prompt, tokenizer, seed, names) for index in wanted]
+                first_tokens = prompt if begin is None else begin
+                rows = [_row(result, i, int(row_ids[i]), first_tokens, tokenizer, seed, names) for i in wanted]
                 rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
                 bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
                 return {"made_on": hardware, "rows": rows}

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from unidetox_jax import buckets, decoding
+from unidetox_jax.data import chat as conversations
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.preparation import prepare
@@ -57,6 +58,8 @@ def generate(
     prompts: Sequence[str],
     *,
     bos: bool = True,
+    chat: bool = False,
+    system_prompt: str = "",
     reproduce_release: bool = False,
     **options: Any,
 ) -> Continuations:
@@ -64,13 +67,18 @@ def generate(
 
     Args:
       bos: prompts begin as the tokenizer begins a text (LLaMA and OPT: BOS; GPT-2 and Falcon: nothing).
+      chat: prompts are a user's turns, after `system_prompt` if there is one, as the tokenizer's chat template says.
       reproduce_release: remove the prompt by its text, wherever it occurs, and not by its tokens.
       options: `samples`, `max_new_tokens` and the others of `complete`.
 
     Raises:
-      UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more.
+      UserError: a prompt without tokens, or too long for the model's context with `max_new_tokens` more; `chat` where
+        the tokenizer has no template.
     """
-    encoded = tokenize_prompts(tokenizer, prompts, bos)
+    if chat:
+        encoded = conversations.ask(tokenizer, prompts, system_prompt)
+    else:
+        encoded = tokenize_prompts(tokenizer, prompts, bos)
     new, ended = complete(model, encoded, **options)
     for index in np.ndindex(ended.shape):  # the end token is no part of the text
         new[index] = new[index][: len(new[index]) - int(ended[index])]
@@ -95,6 +103,8 @@ def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings
             seed=settings.seed + index,
             batch_size=settings.batch_size,
             bos=settings.prompt_bos and not settings.reproduce_release,
+            chat=settings.chat,
+            system_prompt=settings.system_prompt,
             reproduce_release=settings.reproduce_release,
             label=f"run {index + 1} of {settings.runs}",
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from unidetox_jax.data.chat import render
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
@@ -78,9 +79,9 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's template writes it."""
-        return self.tokenizer.apply_chat_template(
+        return render(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

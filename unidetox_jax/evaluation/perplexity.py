@@ -67,9 +67,10 @@ class Perplexity(Metric):
 def _measure(subject: Subject, index: int) -> np.ndarray:
     """Perplexities of a run's texts, [P·S + 1]; the last number says how many texts lost context."""
     settings = subject.settings
+    between = "\n" if settings.chat else ""  # an answer is no continuation of the prompt's last word
     values, truncated = conditional(
         *subject.load(),
-        subject.prompts.texts,
+        [prompt + between for prompt in subject.prompts.texts],
         subject.runs[index].texts,
         settings.score_batch_size,
         settings.reproduce_release,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import categories
 
 
@@ -46,7 +47,17 @@ class Protocol:
     # The released code: no BOS before prompts, prompt + continuation in Dist-n, every occurrence of the prompt removed,
     # stale prompt lengths in perplexity
     reproduce_release: bool = False
+    # Prompts are a user's turns, as the tokenizer's chat template writes them, and continuations the assistant's; for
+    # perplexity the prompt is the line before the answer. mmlu, harness and text_file are plain text all the same
+    chat: bool = False
+    system_prompt: str = ""  # before the user's turn; empty: as the template says
     prompt_bos: bool = True  # BOS before prompts where the tokenizer has it; `reproduce_release` leaves it out as well
     # Rows on the device at once: they change speed and memory, and the result by rounding at most
     batch_size: int = 512  # of generation
     score_batch_size: int = 256  # of likelihoods, for rows of up to 128 tokens
+
+    def __post_init__(self) -> None:
+        if self.chat and self.reproduce_release:
+            raise UserError("chat: reproduce_release knows no chat; switch one of the two off")
+        if self.system_prompt and not self.chat:
+            raise UserError("system_prompt: plain text has none; set chat, or leave it empty")

@@ -24,7 +24,7 @@ each model.
 
 ## How it was made
 
-Tokens were drawn from the objective `{objective}`. Every text begins with BOS{prompt}.
+Tokens were drawn from the objective `{objective}`. {beginning}
 
 {settings}
 
@@ -53,13 +53,22 @@ def render(
         count=len(texts),
         kind="one model alone" if alone else f"the contrast of {', '.join(settings.models)}",
         objective=objective,
-        prompt=f" and {settings.prompt!r}" if settings.prompt else "",
+        beginning=_beginning(settings),
         settings=_json({**dataclasses.asdict(settings), "dtype": run.shared.dtype}),
         arguments=", ".join(objective.arguments),
         sources=_json(sources),
         made_on="; ".join(texts.made_on),
         versions=_json(base.versions()),
         figures=_json(figures),
+    )
+
+
+def _beginning(settings: DistillSettings) -> str:
+    if not settings.chat:
+        return "Every text begins with BOS" + (f" and {settings.prompt!r}." if settings.prompt else ".")
+    system = f" after the system prompt {settings.system_prompt!r}" if settings.system_prompt else ""
+    return (
+        f"Every text is the answer to {settings.prompt!r} in the model's chat template{system}; that is no part of it."
     )
 
 

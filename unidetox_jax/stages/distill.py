@@ -73,6 +73,8 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
     recorded = {k: v for k, v in dataclasses.asdict(settings).items() if k != "mesh"}
     if not rejection.is_asked(settings.reject):
         del recorded["reject"]  # so that results from before there was a choice stay
+    if not settings.chat:
+        del recorded["chat"], recorded["system_prompt"]  # for the same reason
     recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
     held = TOKEN_BYTES * settings.num_texts * settings.max_length
     return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: (2.0 * held, held))
@@ -111,6 +113,8 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
             num_texts=settings.num_texts,
             max_length=settings.max_length,
             prompt=settings.prompt,
+            chat=settings.chat,
+            system_prompt=settings.system_prompt,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -125,7 +129,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
             label=label,
         )
     except UserError as error:
-        ours = str(error).startswith(("max_length", "reject"))
+        ours = str(error).startswith(("max_length", "reject", "chat"))
         raise UserError(f"config.distill.{error}" if ours else str(error)) from None
     if not distributed.first_process():
         return {}

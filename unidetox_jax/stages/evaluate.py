@@ -112,7 +112,7 @@ def _trained(run: Run, target: str, kind: str) -> str:
 
 def _task(run: Run, candidate: Candidate) -> base.Task:
     settings = {k: v for k, v in dataclasses.asdict(run.evaluate).items() if k not in NOT_OF_A_RESULT}
-    for name in ("metrics", "other_scorers"):
+    for name in ("metrics", "other_scorers", "chat", "system_prompt"):
         if settings[name] == getattr(EvaluateSettings(), name):
             del settings[name]  # so that results from before there was a choice stay
     return base.Task(

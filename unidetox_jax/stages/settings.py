@@ -100,11 +100,17 @@ class DistillSettings:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     seed: int = 1234
-    prompt: str = ""  # what follows BOS
+    prompt: str = ""  # what follows BOS; with `chat`, the user's turn
+    chat: bool = False  # texts are answers, each begun by the chat template of the first model's tokenizer
+    system_prompt: str = ""  # of the chat, before the user's turn; empty: as the template says
     cache: str = "own"  # "official": the released code's shared cache
     mesh: str = "auto"  # config.mesh, or where that is auto as well, what the programs of this stage are fastest on
     scorer: str = ""  # toxicity of the distilled text itself, by this scorer; empty: none
     reject: RejectSettings = RejectSettings()
+
+    def __post_init__(self) -> None:
+        if self.system_prompt and not self.chat:
+            raise UserError("system_prompt: plain text has none; set chat, or leave it empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +319,10 @@ def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config")
         if name not in fields:
             raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
         values[name] = _checked(value, types[name], f"{where}.{name}")
-    return settings(**values)
+    try:
+        return settings(**values)
+    except UserError as error:  # these lines begin with the setting's name
+        raise UserError(f"{where}.{error}") from None
 
 
 def _renamed(name: str, where: str) -> str:
