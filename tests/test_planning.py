@@ -352,18 +352,23 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "kind", "mesh"),
+    ("program", "layout", "kind", "mesh"),
     [
-        pytest.param("falcon 71/1 x 64", "h100", "data:1,fsdp:2,model:4", marks=needs_gpu_compiler),
-        pytest.param("llama 32/4 x 64", "h100", "data:1,fsdp:1,model:8", marks=needs_gpu_compiler),
+        pytest.param("distill", "falcon 71/1 x 64", "h100", "data:1,fsdp:2,model:4", marks=needs_gpu_compiler),
+        pytest.param("train", "llama 32/4 x 64", "h100", "data:1,fsdp:1,model:8", marks=needs_gpu_compiler),
         pytest.param(
-            "gemma3_text 4/1 x 256, window in some layers", "v5e", "data:1,fsdp:1,model:8", marks=needs_libtpu
+            "evaluate",
+            "gemma3_text 4/1 x 256, window in some layers",
+            "v5e",
+            "data:1,fsdp:1,model:8",
+            marks=needs_libtpu,
         ),
     ],
 )
-def test_published_layouts_of_heads_compile_on_meshes(layout, kind, mesh, shared, capsys):
+def test_published_layouts_of_heads_compile_on_meshes(program, layout, kind, mesh, shared, capsys):
     """A sample of the table that `python -m unidetox_jax.benchmarks.meshes` prints."""
-    assert meshes.main([str(shared / "hub"), "--devices", kind, "--meshes", mesh, "--layouts", layout]) == 0
+    options = ["--devices", kind, "--meshes", mesh, "--layouts", layout, "--programs", program]
+    assert meshes.main([str(shared / "hub"), *options]) == 0
     assert f"| {layout} | {kind} | ok |" in capsys.readouterr().out
 
 

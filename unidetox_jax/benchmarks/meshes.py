@@ -1,6 +1,7 @@
 """Which meshes every published layout of heads compiles on, for devices that are not here.
 
     python -m unidetox_jax.benchmarks.meshes [HUB ...] [--devices h100 v5e] [--meshes MESH ...] [--layouts gpt2 ...]
+        [--programs train distill evaluate score]
 
 HUB: folders of published checkpoints' folders, of which the config.json alone is read, beside those that are built in.
 Checkpoints of one family, one number of heads, of key-value heads, one head size and one kind of attention are one
@@ -34,6 +35,7 @@ from unidetox_jax.recipe import Recipe
 
 COUNTS = (1, 2, 4, 8)
 MESHES = tuple(layout for count in COUNTS for layout in auto.layouts(count))
+PROGRAMS = ("train", "distill", "evaluate", "score")
 HIDDEN = 128  # between the blocks; in its attention a model has all its heads
 WINDOW = 16  # less than the texts' length, so that it cuts something off
 
@@ -45,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", nargs="+", default=["h100", "v5e"], help="as `unidetox plan --topology` has them")
     parser.add_argument("--meshes", nargs="+", default=MESHES)
     parser.add_argument("--layouts", nargs="+", default=[""], help="those alone whose names begin so")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     options = parser.parse_args(argv)
     try:
         known = layouts(options.hub)
         found = {name: known[name] for name in known if name.startswith(tuple(options.layouts))}
-        failed = table(found, options.devices, options.meshes)
+        failed = table(found, options.devices, options.meshes, options.programs)
     except UserError as error:
         print(f"meshes: {error}", file=sys.stderr)
         return error.exit_code
@@ -112,9 +115,9 @@ def programs_of(cfg: ModelConfig) -> Iterator[Program]:
     yield programs.scoring_program("score", cfg, 8, 33, 9, 1)
 
 
-def outcome(cfg: ModelConfig, mesh: Mesh) -> tuple[str, str]:
+def outcome(cfg: ModelConfig, mesh: Mesh, names: Sequence[str]) -> tuple[str, str]:
     """("ok", ""), ("refused", reason) or ("FAILED", program and error)."""
-    for program in programs_of(cfg):
+    for program in (one for one in programs_of(cfg) if one.name in names):
         try:
             lowered = program.lower(mesh)
         except UserError as error:
@@ -138,7 +141,7 @@ def mesh_of(kind: str, layout: str) -> Mesh:
     return Mesh(np.asarray(devices[:count]).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[str]) -> bool:
+def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[str], names: Sequence[str]) -> bool:
     """Prints the table as its lines come; returns whether anything failed."""
     reasons: dict[str, int] = {}
     failed = False
@@ -153,7 +156,7 @@ def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[
             cells = []
             for layout in meshes:
                 start = time.monotonic()
-                result, reason = outcome(cfg, mesh_of(kind, layout))
+                result, reason = outcome(cfg, mesh_of(kind, layout), names)
                 failed |= result == "FAILED"
                 note = f" {reasons.setdefault(reason, len(reasons) + 1)}" if reason else ""
                 cells.append("ok" if result == "ok" else f"{result}{note}")
