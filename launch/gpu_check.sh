@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first time on an NVIDIA GPU: what means something there alone, tested and measured, in under 8 minutes on an H100.
+# The first time on an NVIDIA GPU: what means something there alone, tested and measured.
 #   launch/gpu_check.sh [tests] [decode] [train] [packed] [evaluate]     default: all; OUT=DIR (runs/gpu_check), VENV=DIR
 #
 # tests: attention, packing and decoding by the GPU's own programs. decode: two models of GPT-2 XL's shape, 128 texts of 256
