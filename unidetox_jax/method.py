@@ -242,7 +242,7 @@ def distill(
     chosen.check_models(len(language_models))
     names = sampling.distinct_names(names or chosen.arguments)
     tokenizers = [one.tokenizer for one in language_models]
-    sampling.check_same_tokenizer(tokenizers, names)
+    vocab_size = sampling.common_vocabulary(tokenizers, names)
     for one, name in zip(language_models, names, strict=True):
         if max_length > one.cfg.max_position_embeddings:
             context = one.cfg.max_position_embeddings
@@ -268,6 +268,7 @@ def distill(
         most=most,
         keep=keep,
         begin=begin if chat else None,
+        vocab_size=vocab_size,
         label=label,
     )
 

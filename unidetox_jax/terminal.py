@@ -21,7 +21,7 @@ from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.stream import Token, stream
-from unidetox_jax.decoding.texts import check_same_tokenizer, distinct_names, first_token
+from unidetox_jax.decoding.texts import common_vocabulary, distinct_names, first_token
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.progress import aligned
@@ -66,12 +66,12 @@ def run_command(options: argparse.Namespace) -> int:
     distributed.use_compilation_cache()
     loaded = checkpoint.load_all(names)
     models = [LanguageModel(*loaded[name], checkpoint.load_tokenizer(name)) for name in names]
-    check_same_tokenizer([model.tokenizer for model in models], names)
+    vocab_size = common_vocabulary([model.tokenizer for model in models], names)
     tokenizer = models[0].tokenizer
     for prompt in prompts:
         tokens = _tokens(tokenizer, prompt, options)
         print(f"> {prompt}", flush=True)
-        streams = [_stream(models, objective, tokens, options) for objective in chosen]
+        streams = [_stream(models, objective, tokens, vocab_size, options) for objective in chosen]
         if options.compare:
             print(_compared(streams, tokenizer, [str(objective) for objective in chosen], distinct_names(names)))
         else:
@@ -99,7 +99,9 @@ def _tokens(tokenizer: Any, prompt: str, options: argparse.Namespace) -> list[in
     return chat.ask(tokenizer, [prompt], options.system_prompt)[0]
 
 
-def _stream(models: Sequence[LanguageModel], objective: Objective, tokens: list[int], options) -> Iterator[Token]:
+def _stream(
+    models: Sequence[LanguageModel], objective: Objective, tokens: list[int], vocab_size: int, options
+) -> Iterator[Token]:
     """One prompt's samples, token by token; an objective of fewer models takes those in front."""
     return stream(
         [model.model for model in (models if objective.takes_more else models[: objective.num_models])],
@@ -109,6 +111,7 @@ def _stream(models: Sequence[LanguageModel], objective: Objective, tokens: list[
         max_new_tokens=options.max_new_tokens,
         samples=options.samples,
         seed=options.seed,
+        vocab_size=vocab_size,
     )
 
 

@@ -198,6 +198,11 @@ def prefix(tokenizer, add_bos: bool | None = None) -> list[int]:
     raise UserError(f"{type(tokenizer).__name__}: its special tokens change the text's own; set add_bos")
 
 
+def vocabulary_size(tokenizer) -> int:
+    """One more than a tokenizer's last token: a model's matrices may be filled up beyond."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def bos(tokenizer) -> list[int]:
     """What text that follows nothing begins with, even where the tokenizer does not put it there; [] without a BOS."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

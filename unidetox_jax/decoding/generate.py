@@ -54,12 +54,13 @@ def generate(
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
+    vocab_size: int | None = None,
 ) -> Generation:
     """Continues prompts by tokens sampled from an objective over one or several models.
 
     Args:
-      models: `Model`s of one vocabulary, in the order of the objective's arguments; all on one mesh, or on none. For
-        many calls, what `preparation.prepare` makes of them.
+      models: `Model`s of one vocabulary (see vocab_size), in the order of the objective's arguments; all on one mesh,
+        or on none. For many calls, what `preparation.prepare` makes of them.
       prompts: int [B,T], or a list with one such array for each model (their T may differ).
       objective, warpers: of `decoding.objectives` and `decoding.warpers`.
       seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
@@ -73,6 +74,8 @@ def generate(
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
       layer_loop: "scan" or "unroll" in place of the faster one, where the models are not prepared.
+      vocab_size: only tokens below it have probability: rows that fill up a model's matrices have none. None: all,
+        and every model has equally many.
 
     Raises:
       UserError: models, prompts or settings that do not fit together; logits that are not numbers (row and step).
@@ -91,6 +94,7 @@ def generate(
         cache=cache,
         log_probabilities=log_probabilities,
         layer_loop=layer_loop,
+        vocab_size=vocab_size,
     )
     platform = sharding.device_of(request.mesh).platform
     with preparation.use(request.mesh):
@@ -134,10 +138,11 @@ def make_request(
     cache: str = "own",
     log_probabilities: bool = False,
     layer_loop: str | None = None,
+    vocab_size: int | None = None,
 ) -> Request:
     """The arguments of `generate`, checked, filled up to static shapes, on the models' mesh."""
     models = tuple(models)
-    _check_models(models, objective, cache)
+    _check_models(models, objective, cache, vocab_size)
     prompts, masks = _prompts(models, prompts, attention_mask)
     for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -159,6 +164,7 @@ def make_request(
         log_probabilities=log_probabilities,
         samples=samples,
         prompt_slots=prompt_slots,
+        vocab_size=0 if all(model.cfg.vocab_size == vocab_size for model in models) else vocab_size or 0,
     )
     prompt_rows = buckets.multiple(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
@@ -183,6 +189,7 @@ def make_plan(
     log_probabilities: bool = False,
     samples: int = 1,
     prompt_slots: int = 0,
+    vocab_size: int = 0,
 ) -> loop.Plan:
     """The static part of a generation from prompts of T tokens (one T for each model).
 
@@ -200,16 +207,22 @@ def make_plan(
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
+        vocab_size=vocab_size,
     )
 
 
-def _check_models(models: Sequence[Model], objective: Objective, cache: str) -> None:
+def _check_models(models: Sequence[Model], objective: Objective, cache: str, vocab_size: int | None) -> None:
     objective.check_models(len(models))
     if cache not in CACHES:
         raise UserError(f"cache: found {cache!r}, expected 'own' or 'official'")
     first = models[0].cfg
     for index, (_, cfg) in enumerate(models):
-        if cfg.vocab_size != first.vocab_size:
+        if vocab_size is not None and cfg.vocab_size < vocab_size:
+            raise UserError(
+                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, its tokenizer "
+                f"{vocab_size}"
+            )
+        if vocab_size is None and cfg.vocab_size != first.vocab_size:
             raise UserError(
                 f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, model 0 "
                 f"({first.family}) of {first.vocab_size}; an objective combines logits token by token"

@@ -39,6 +39,7 @@ class Plan:
     official_cache: bool = False
     log_probabilities: bool = False
     samples: int = 1  # rows that continue each prompt
+    vocab_size: int = 0  # tokens that may be sampled, where models have more; 0: all
 
     @property
     def size(self) -> int:
@@ -138,6 +139,8 @@ def step(
 ) -> State:
     """One token more in each row that has not ended."""
     logits, caches = _step(params, state, plan)
+    if plan.vocab_size:
+        logits = tuple(each[:, : plan.vocab_size] for each in logits)
     return _append_token(logits, state, caches, inputs, objective, warpers, keys)
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from unidetox_jax import text_statistics
 from unidetox_jax.data.texts import Texts
@@ -49,6 +50,7 @@ def sample_texts(
     most: float = 4.0,
     keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
     begin: Sequence[int] | None = None,
+    vocab_size: int | None = None,
     label: str | None = None,
 ) -> Texts:
     """`num_texts` continuations of one prompt. Every process calls it and gets all texts.
@@ -57,7 +59,7 @@ def sample_texts(
     over its new tokens, untruncated) and "tokens" (the prompt's first, the end token last).
 
     Args:
-      models, objective, warpers, cache: as in `generate`.
+      models, objective, warpers, cache, vocab_size: as in `generate`.
       prompt: token ids that every text begins with.
       max_length: tokens of a text at most, the prompt's included.
       names: the models' names in "log_probabilities"; empty: the objective's own names for them.
@@ -100,6 +102,7 @@ def sample_texts(
                     row_ids=row_ids,
                     cache=cache,
                     log_probabilities=True,
+                    vocab_size=vocab_size,
                 )
                 wanted = range(min(size, limit - first))
                 first_tokens = prompt if begin is None else begin
@@ -155,21 +158,33 @@ def first_token(tokenizer: Any, name: str) -> int:
     raise UserError(f"the tokenizer of {name!r} has neither BOS nor EOS")
 
 
-def check_same_tokenizer(tokenizers: Sequence[Any], names: Sequence[str]) -> None:
-    """Raises UserError where two tokenizers' tokens mean different things. Padding may differ: no text is padded."""
-    first, *others = tokenizers
-    vocabulary = first.get_vocab()
-    for name, other in zip(names[1:], others, strict=True):
-        theirs = other.get_vocab()
+def common_vocabulary(tokenizers: Sequence[Any], names: Sequence[str]) -> int:
+    """How many tokens, from the first, mean the same to all tokenizers; padding may differ, as no text is padded.
+
+    What a tokenizer has beyond them are tokens that were added to it, and is left out: that is told in a line.
+
+    Raises:
+      UserError: two of whose tokens mean different things.
+    """
+    vocabularies = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    sizes = [max(vocabulary) + 1 for vocabulary in vocabularies]
+    common = min(sizes)
+    for name, tokenizer, theirs, size in zip(names, tokenizers, vocabularies, sizes, strict=True):
         problem = f"{name} and {names[0]} have different tokenizers"
-        if len(theirs) != len(vocabulary):
-            raise UserError(f"{problem} ({len(theirs)} and {len(vocabulary)} tokens)")
-        if theirs != vocabulary:
-            token = min(token for token, index in vocabulary.items() if theirs.get(token) != index)
-            raise UserError(f"{problem} (token {token!r} is {theirs.get(token)} and {vocabulary[token]})")
+        added = set(tokenizer.get_added_vocab().values())
+        if any(index >= common and index not in added for index in theirs):
+            raise UserError(f"{problem} ({size} and {min(sizes)} tokens)")
+        for index in range(common):
+            if theirs.get(index) != vocabularies[0].get(index):
+                found, expected = theirs.get(index), vocabularies[0].get(index)
+                raise UserError(f"{problem} (token {index} is {found!r} and {expected!r})")
         for field in ("bos_token_id", "eos_token_id"):
-            if getattr(other, field) != getattr(first, field):
-                raise UserError(f"{problem} ({field} {getattr(other, field)} and {getattr(first, field)})")
+            if getattr(tokenizer, field) != getattr(tokenizers[0], field):
+                found, expected = getattr(tokenizer, field), getattr(tokenizers[0], field)
+                raise UserError(f"{problem} ({field} {found} and {expected})")
+        if size > common:
+            logging.warning("%s: its %d last tokens are left out, which the others do not have", name, size - common)
+    return common
 
 
 def same_weights(models: Sequence[Model], names: Sequence[str]) -> tuple[str, ...]:

@@ -79,7 +79,7 @@ def generate(
         encoded = conversations.ask(tokenizer, prompts, system_prompt)
     else:
         encoded = tokenize_prompts(tokenizer, prompts, bos)
-    new, ended = complete(model, encoded, **options)
+    new, ended = complete(model, encoded, vocab_size=data_tokens.vocabulary_size(tokenizer), **options)
     for index in np.ndindex(ended.shape):  # the end token is no part of the text
         new[index] = new[index][: len(new[index]) - int(ended[index])]
     return Continuations(_texts(tokenizer, prompts, encoded, new, reproduce_release), ended)
@@ -124,6 +124,7 @@ def complete(
     seed: int = 0,
     batch_size: int = 512,
     eos_id: Sequence[int] | None = None,
+    vocab_size: int | None = None,
     label: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """S continuations of every prompt as tokens: an object array [P, S] of token lists, the end token included, and
@@ -153,6 +154,7 @@ def complete(
                 row_ids=[p * samples + s for p, s in owners],
                 samples=batch.samples,
                 prompt_slots=batch.slots,
+                vocab_size=vocab_size,
             )
             for row, owner in enumerate(owners):
                 new[owner], ended[owner] = (

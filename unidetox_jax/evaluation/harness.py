@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from unidetox_jax.data.chat import render
-from unidetox_jax.data.tokens import decode, encode
+from unidetox_jax.data.tokens import decode, encode, vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations
@@ -146,6 +146,7 @@ class HarnessLM(TemplateLM):
             seed=self.seed,
             batch_size=self.batch_size,
             eos_id=self._ends(tuple(stops)),
+            vocab_size=vocabulary_size(self.tokenizer),
             label=None if quiet else "generation",
         )
         texts = decode(self.tokenizer, [tokens for (tokens,) in new])

@@ -174,7 +174,7 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
     sources = [_source(run, name) for name in settings.models]
     tokenizers = {source: checkpoint.load_tokenizer(source) for source in dict.fromkeys(sources)}
     try:
-        sampling.check_same_tokenizer(list(tokenizers.values()), list(tokenizers))
+        sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
     mesh = common.mesh_of(run, "distill", [configuration.distillation(run, settings)])
