@@ -22,6 +22,7 @@ from tokenizers import normalizers
 import unidetox_jax
 from tests.eval_helpers import WORDS, make_pair, make_tokenizer
 from unidetox_jax import cli, decoding, sharding
+from unidetox_jax.data.tokens import vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, prompts, scorers
@@ -220,7 +221,7 @@ def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
         tokens = ([] if release else [0]) + tokenizer.encode(prompt, add_special_tokens=False)
         alone = decoding.generate(
             [model], [tokens] * 3, objective=decoding.objectives.get("base"), warpers=chosen, max_new_tokens=9,
-            seed=42, row_ids=[index * 3, index * 3 + 1, index * 3 + 2],
+            seed=42, row_ids=[index * 3, index * 3 + 1, index * 3 + 2], vocab_size=vocabulary_size(tokenizer),
         )  # fmt: skip
         for sample in range(3):
             new = alone.tokens[sample][: alone.lengths[sample] - alone.ended[sample]].tolist()
