@@ -39,6 +39,13 @@ def test_description_by_hand():
     assert found["degenerate_share"] == 0.5
 
 
+def test_jaccard_by_hand():
+    one, other = (description.vocabulary(texts) for texts in (["A cat, a dog!", "cat 7"], ["The cat -- the bird"]))
+    assert one == {"a", "cat", "dog", "7"} and other == {"the", "cat", "bird"}
+    assert description.jaccard(one, other) == 1 / 6
+    assert description.jaccard(set(), set()) == 0 and description.jaccard(one, one) == 1
+
+
 def test_keywords_are_what_a_set_is_about():
     sets = {
         "boats": ["The boat has a sail.", "A boat, a harbour!", "sail to the harbour, weather permitting"],
@@ -188,6 +195,7 @@ def test_the_stage_writes_every_table_once(run, capsys):
     distilled = found["sets"]["distilled"]
     assert distilled["source"] == "distilled:{workdir}/distilled/texts.jsonl"
     assert distilled["description"]["degenerate"]["no words"] == 1
+    assert set(distilled["jaccard"]) == set(found["sets"]) - {"distilled"} | {"toxic_data"}
     assert distilled["copying"]["longest_run"] == 12 and distilled["copying"]["texts_with_shared"] == 9
     assert distilled["nearest"][0]["corpus_sentence"].endswith("told on day 3 by the oafs.")
     assert distilled["keywords"]["distinctive"][0]["word"] == "orchard"

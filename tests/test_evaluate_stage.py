@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from unidetox_jax.data.tokens import vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, prompts, scorers
+from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
 from unidetox_jax.stages import base, evaluate, settings
+from unidetox_jax.stages.forms import Form
 
 CATEGORIES = ["hills"] * 3 + ["rivers"] * 2 + ["islands"] * 2
 PROMPTS = [
@@ -476,7 +479,7 @@ def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monk
     for form, model in (("original", "tiny"), ("detoxified", "judge")):
         directory = epath.Path(tmp_path / form)
         directory.mkdir()
-        evaluate.evaluate(run, evaluate.Candidate("tiny", form, str(work / "models" / model)), directory)
+        evaluate.evaluate(run, Form("tiny", form, Candidate((str(work / "models" / model),))), directory)
         sides.append(results.read(directory))
     metrics, rows = read(tmp_path / "original")
     lengths = np.array([len(row["text"]) for row in rows]).reshape(2, 7, 3)
@@ -510,3 +513,42 @@ def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monk
 def test_a_metric_that_is_none_is_said_before_any_work(work, tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         evaluate.tasks(make_run(work, tmp_path, metrics=(name,)))
+
+
+def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
+    """Two models under an objective, one of them with a prefix; with all that asks for likelihoods, and its cost."""
+    candidate = Candidate(("{target}", "{target}", str(work / "models" / "judge")), "proxy_tuning(alpha=0.5)")
+    prefixed = dataclasses.replace(candidate, prefixes=("the dog", "", ""))
+    changes = {"runs": 1, "candidates": {"steered": candidate, "prefixed": prefixed}}
+    changes["metrics"] = (*Protocol.metrics, "cost")
+    whole = evaluate_into(work, tmp_path, **changes)
+    plain, _ = read(whole)
+    steered, prefixed = (read(whole.parent / f"tiny.{form}")[0] for form in ("steered", "prefixed"))
+    assert steered["model"]["name"] == "tiny" and steered["model"]["form"] == "steered"
+    assert steered["model"]["source"].startswith("proxy_tuning(alpha=0.5) of ")
+    assert prefixed["model"]["source"].endswith(" after 'the dog', '', ''")
+    judged = [one["text_perplexity"]["nll"] for one in (plain, steered, prefixed)]
+    assert len(set(judged)) == 3 and np.isfinite(judged).all()
+    assert steered["cost"]["models"] == 3
+    assert steered["cost"]["weights"] == 2 * plain["cost"]["weights"]  # the target's are there once
+    rows = results.rows([results.read(whole), results.read(whole.parent / "tiny.steered")])
+    assert rows[1].cells["emt_id"].change["low"] is not None and rows[1].cells["latency"].change["low"] is None
+    assert rows[1].cells["memory"].change["percent"] == pytest.approx(100)
+    base.run_tasks(evaluate.tasks(make_run(work, tmp_path, **changes)))  # complete: nothing is done again
+    assert read(whole.parent / "tiny.steered")[0] == steered
+
+
+@pytest.mark.parametrize(
+    ("name", "candidate", "words"),
+    [
+        ("control", Candidate(), "candidates.control: 'control' cannot be a form's name"),
+        ("a/b", Candidate(), "'a/b' cannot be a form's name"),
+        ("x", Candidate(objective="contrastve"), "candidates.x.objective: objective: unknown name 'contrastve'"),
+        ("x", Candidate(objective="dexperts"), "objective dexperts: found 1 models, expected 3"),
+        ("x", Candidate(prefixes=("a", "b")), "candidates.x.prefixes: found 2, expected one for each of 1 models"),
+        ("x", Candidate(targets=("nobody",)), "candidates.x.targets: no target 'nobody'"),
+    ],
+)
+def test_a_wrong_candidate_is_told_before_anything_is_loaded(work, tmp_path, name, candidate, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        evaluate.tasks(make_run(work, tmp_path, candidates={name: candidate}))

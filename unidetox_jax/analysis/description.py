@@ -34,3 +34,13 @@ def describe(texts: Sequence[str]) -> dict[str, Any]:
         "degenerate_share": sum(degenerate.values()) / len(texts),
         "repeated_share": float(np.mean([text_statistics.repeated_share(text) for text in texts])),
     }
+
+
+def vocabulary(texts: Sequence[str]) -> set[str]:
+    """The different words of texts, without single symbols."""
+    return {word for text in texts for word in text_statistics.words(text) if any(map(str.isalnum, word))}
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    """|A ∩ B| / |A ∪ B|, which words two sets of texts share; 0 where both are empty."""
+    return len(one & other) / max(1, len(one | other))

@@ -17,10 +17,10 @@ import numpy as np
 from unidetox_jax import buckets, decoding
 from unidetox_jax.data import chat as conversations
 from unidetox_jax.data import tokens as data_tokens
-from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.generator import Generator, alone
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
@@ -53,7 +53,7 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str], bos: bool = True) -
 
 
 def generate(
-    model: Model,
+    model: Model | Generator,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
@@ -85,11 +85,13 @@ def generate(
     return Continuations(_texts(tokenizer, prompts, encoded, new, reproduce_release), ended)
 
 
-def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings: Protocol, keep: Callable) -> list:
+def runs(
+    load: Callable[[], tuple[Model | Generator, Any]], prompts: Sequence[str], settings: Protocol, keep: Callable
+) -> list:
     """The `Continuations` of each run of an evaluation.
 
     Args:
-      load: gives the model and its tokenizer, where a run is missing.
+      load: gives the model, or the generator, and its tokenizer, where a run is missing.
       keep: (name, make) → what make() gives, or gave before an interruption.
     """
 
@@ -115,7 +117,7 @@ def runs(load: Callable[[], tuple[Model, Any]], prompts: Sequence[str], settings
 
 
 def complete(
-    model: Model,
+    model: Model | Generator,
     prompts: Sequence[Sequence[int]],
     *,
     samples: int,
@@ -137,24 +139,29 @@ def complete(
     new = np.empty((len(prompts), samples), object)
     ended = np.zeros((len(prompts), samples), bool)
     hidden = label is None or jax.process_index() > 0
-    (model,) = prepare([model])
+    generator = alone(model)
+    same = not any(generator.prefixes)  # all models read the same
+    models = prepare(generator.models, side_by_side=same)
     with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
         for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
-            tokens, mask = _padded([prompts[p] for p in batch.prompts])
+            read = [
+                _padded([generator.read_by(index, prompts[p]) for p in batch.prompts])
+                for index in range(1 if same else len(models))
+            ] * (len(models) if same else 1)
             owners = [(p, batch.first + s) for p in batch.prompts for s in range(batch.samples)]
             generation = decoding.generate(
-                [model],
-                tokens,
-                objective=objectives.get("base"),
+                models,
+                [tokens for tokens, _ in read],
+                objective=generator.objective,
                 warpers=warpers,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
-                attention_mask=mask,
+                attention_mask=[mask for _, mask in read],
                 eos_id=eos_id,
                 row_ids=[p * samples + s for p, s in owners],
                 samples=batch.samples,
                 prompt_slots=batch.slots,
-                vocab_size=vocab_size,
+                vocab_size=generator.vocab_size or vocab_size,
             )
             for row, owner in enumerate(owners):
                 new[owner], ended[owner] = (

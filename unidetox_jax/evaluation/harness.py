@@ -21,6 +21,7 @@ from unidetox_jax.data.tokens import decode, encode, vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.models import Model
 
@@ -50,7 +51,7 @@ NO_MEANING = ("do_sample", "use_cache", "length_penalty", "early_stopping")  # t
 class HarnessLM(TemplateLM):
     """One of our models, as lm_eval sees it. Every process of a multi-host run makes the same requests."""
 
-    def __init__(self, model: Model, tokenizer: Any, batch_size: int = 256, seed: int = 0):
+    def __init__(self, model: Model | Generator, tokenizer: Any, batch_size: int = 256, seed: int = 0):
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
         self.max_length = model.cfg.max_position_embeddings
@@ -162,7 +163,7 @@ class HarnessLM(TemplateLM):
 
 
 def evaluate(
-    model: Model,
+    model: Model | Generator,
     tokenizer: Any,
     tasks: Sequence[str],
     shots: int | None = None,

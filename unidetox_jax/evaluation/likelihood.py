@@ -1,17 +1,15 @@
-"""Log-probabilities of continuations given contexts, under any model: the one scorer behind perplexity, MMLU, harness.
+"""Log-probabilities of continuations given contexts, under any model, or any objective over several: the one scorer
+behind perplexity, MMLU, harness.
 
-Requests are sorted by length and cut into batches of few shapes; only continuation positions meet the head, in
-slices that bound the logits' memory. Nothing is read twice: requests that differ in their last token alone (the
-letters of a multiple choice) share one row of the batch, and rows that go on from one context (a prompt's 25 samples,
-a question's answers) share one pass over it.
+Only continuation positions meet the head, in slices that bound the logits' memory.
 
 Axes: F contexts of a batch, B batch rows, T input tokens of a row, S scored tokens before the last, K last tokens of a
 row, V vocabulary, D width.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import buckets, models, sharding
-from unidetox_jax.errors import UserError
+from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.evaluation.generator import Generator, alone
+from unidetox_jax.evaluation.likelihood_batches import Batch, batches_of, families_of, rows_of
 from unidetox_jax.models import Model, ModelConfig
 from unidetox_jax.progress import Progress
 
 LOGITS_BYTES = 1 << 28  # float32 logits held at once, per device
-FULL_BATCH_LENGTH = 128  # rows of up to this many tokens come in batches of batch_size; longer ones in smaller ones
-MOST_LAST_TOKENS = 32  # requests that share a row
-FEWEST_SHARING = 3  # rows that share a context's pass: fewer, or …
-SHORTEST_SHARED = 16  # … shorter contexts are not worth a program of their own
 
 
 class LogLikelihood(NamedTuple):
@@ -40,41 +36,42 @@ class LogLikelihood(NamedTuple):
     truncated: np.ndarray
 
 
-class _Row(NamedTuple):
-    """One row of a batch: `tokens` is the input, `start` the position that predicts the first scored token, `scored`
-    the scored tokens but the last, `last` the candidates for the last, `owners` the requests they belong to."""
+class Inputs(NamedTuple):
+    """What the program reads beside weights, a tuple with an array for each model where their prefixes differ.
 
-    tokens: np.ndarray
-    start: int
-    scored: np.ndarray
-    last: list[int]
-    owners: list[int]
+    tokens: int32 [B,T+L], L the model's prefix where the row is read whole. spans: int32 [B,2], start and number of
+    scored tokens before the last. scored: int32 [B,S]. last: int32 [B,K]. contexts: what rows share, int32 and bool
+    (which are real) [F,P]; empty: nothing.
+    """
 
-
-class _Family(NamedTuple):
-    """Rows that go on from one `prefix`, read once; an empty prefix: one row, read whole."""
-
-    prefix: np.ndarray
-    rows: list[_Row]
+    tokens: tuple[Any, ...]
+    spans: Any
+    scored: Any
+    last: Any
+    contexts: tuple[tuple[Any, Any], ...] = ()
 
 
-class _Batch(NamedTuple):
-    """What one program computes: families of up to `group` rows, filled up to `size` families."""
+class Shape(NamedTuple):
+    """What is static in the program: the models; positions in front of a row's own in each; scored positions that
+    meet the head at once; rows that share a context; tokens that have probability (None: all)."""
 
-    families: list[_Family]
-    group: int
-    size: int
+    configs: tuple[ModelConfig, ...]
+    prefixes: tuple[int, ...]
+    piece: int
+    group: int = 1
+    vocab_size: int | None = None
 
 
 def loglikelihood(
-    model: Model,
+    model: Model | Generator,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     batch_size: int = 256,
     max_length: int | None = None,
     label: str | None = None,
 ) -> LogLikelihood:
-    """Log p(continuation | context), in float32 on the model's own mesh.
+    """Log p(continuation | context), in float32 on the model's own mesh; of a generator, under its objective's
+    distribution, by which a token that it excludes has −inf.
 
     Args:
       contexts, continuations: N token lists each. An empty continuation scores 0, over 0 tokens, greedy.
@@ -87,13 +84,14 @@ def loglikelihood(
       UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, or a
         token that is not in the model's vocabulary.
     """
-    limit = max_length or model.cfg.max_position_embeddings
-    rows, truncated = _rows(contexts, continuations, limit, model.cfg.vocab_size)
-    mesh = sharding.mesh_of(model.params) or sharding.single_device_mesh()
+    generator = alone(model)
+    limit = max_length or generator.cfg.max_position_embeddings
+    rows, truncated = rows_of(contexts, continuations, limit, generator.cfg.vocab_size)
+    mesh = sharding.mesh_of(generator.params) or sharding.single_device_mesh()
     counts = np.array([len(tokens) for tokens in continuations], np.int64)
     sums, greedy = np.zeros(len(counts)), np.ones(len(counts), bool)
 
-    def collect(batch: _Batch, result: tuple[jax.Array, jax.Array]) -> int:
+    def collect(batch: Batch, result: tuple[jax.Array, jax.Array]) -> int:
         found_sums, found_greedy = (np.asarray(array) for array in result)
         for family, members in enumerate(batch.families):
             for index, row in enumerate(members.rows, family * batch.group):
@@ -103,8 +101,8 @@ def loglikelihood(
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
         pending = None  # the batch that the device works on while the host makes the next one
-        for batch in _batches(_families(rows), batch_size, limit, sharding.batch_shards(mesh)):
-            result = _score(model, mesh, batch, limit)
+        for batch in batches_of(families_of(rows), batch_size, limit, sharding.batch_shards(mesh)):
+            result = _score(generator, mesh, batch, limit)
             if pending is not None:
                 bar.update(collect(*pending))
             pending = (batch, result)
@@ -123,86 +121,7 @@ def shared_beginning(*texts: Sequence[int]) -> int:
     return max(1, shared)
 
 
-def _rows(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[_Row], np.ndarray]:
-    rows: dict[tuple[bytes, int], list[_Row]] = {}
-    truncated = np.zeros(len(continuations), np.int64)
-    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-        if not len(continuation):
-            continue
-        if not len(context):
-            raise UserError(f"likelihood: request {index} has an empty context, so nothing predicts its first token")
-        excess = max(0, len(context) + len(continuation) - 1 - limit)
-        if excess >= len(context):
-            raise UserError(
-                f"likelihood: request {index} has a continuation of {len(continuation)} tokens, the model reads {limit}"
-            )
-        truncated[index] = excess
-        tokens = np.array([*context[excess:], *continuation[:-1]], np.int32)
-        if (largest := max(int(tokens.max()), int(continuation[-1]))) >= vocab_size:
-            raise UserError(
-                f"likelihood: request {index} has token {largest}, but the model's vocabulary has {vocab_size} tokens"
-            )
-        shared = rows.setdefault((tokens.tobytes(), len(continuation)), [])
-        if not shared or len(shared[-1].owners) == MOST_LAST_TOKENS:
-            start = len(context) - excess - 1
-            shared.append(_Row(tokens, start, tokens[start + 1 :], [], []))
-        shared[-1].last.append(continuation[-1])
-        shared[-1].owners.append(index)
-    return [row for shared in rows.values() for row in shared], truncated
-
-
-def _families(rows: list[_Row]) -> list[_Family]:
-    """Rows by the context that they share, but for its last token, which predicts the first one scored."""
-    by_prefix: dict[bytes, list[_Row]] = {}
-    for row in rows:
-        by_prefix.setdefault(row.tokens[: row.start].tobytes(), []).append(row)
-    families = []
-    for members in by_prefix.values():
-        at = members[0].start
-        if len(members) < FEWEST_SHARING or at < SHORTEST_SHARED:
-            families += [_Family(np.zeros(0, np.int32), [row]) for row in members]
-        else:
-            own = [row._replace(tokens=row.tokens[at:], start=0) for row in members]
-            families.append(_Family(members[0].tokens[:at], own))
-    return families
-
-
-def _batches(families: list[_Family], batch_size: int, limit: int, ways: int):
-    """Families by size, and each size from the longest to the shortest: memory runs out at once or never."""
-    sizes: dict[int, list[_Family]] = {}
-    for family in families:
-        for first in range(0, len(family.rows), batch_size):
-            part = family._replace(rows=family.rows[first : first + batch_size])
-            sizes.setdefault(buckets.power_of_two(len(part.rows)) if len(part.prefix) else 0, []).append(part)
-    for _, same in sorted(sizes.items()):
-        group = max(len(family.rows) for family in same)
-        same = sorted(same, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
-        at = 0
-        while at < len(same):
-            full = max(1, _batch_rows(buckets.text_length(_longest(same[at]), limit), batch_size) // group)
-            chosen = same[at : at + full]
-            size = min(buckets.power_of_two(len(chosen)), full)
-            yield _Batch(chosen, group, buckets.multiple(size, ways))
-            at += full
-
-
-def _longest(family: _Family) -> int:
-    return len(family.prefix) + max(len(row.tokens) for row in family.rows)
-
-
-def _widest(family: _Family) -> int:
-    return max(len(row.last) for row in family.rows)
-
-
-def _batch_rows(length: int, batch_size: int) -> int:
-    return (
-        batch_size
-        if length <= FULL_BATCH_LENGTH
-        else buckets.power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
-    )
-
-
-def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
+def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     """Dispatches one batch: sums float32 [B, K], greedy bool [B, K], on every host."""
     rows = [row for family in batch.families for row in family.rows]
     shared = bool(len(batch.families[0].prefix))
@@ -213,81 +132,103 @@ def _score(model: Model, mesh: Mesh, batch: _Batch, limit: int):
     widest = max(len(row.last) for row in rows)
     width = 1 if widest == 1 else max(4, buckets.power_of_two(widest))
     size = batch.size * batch.group
-    piece = piece_length(model.cfg, mesh, size, scored_length)
+    configs = tuple(model.cfg for model in generator.models)
+    piece = piece_length(configs, mesh, size, scored_length)
     scored_length = buckets.multiple(scored_length, piece) if piece else 0
 
-    tokens = np.zeros((size, length), np.int32)
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)
     spans = np.zeros((size, 2), np.int32)  # start, number of scored tokens before the last
-    for number, family in enumerate(batch.families):
-        for index, row in enumerate(family.rows, number * batch.group):
-            tokens[index, : len(row.tokens)] = row.tokens
-            scored[index, : len(row.scored)] = row.scored
-            last[index, : len(row.last)] = row.last
-            spans[index] = row.start, len(row.scored)
+    places = [
+        number * batch.group + index
+        for number, family in enumerate(batch.families)
+        for index in range(len(family.rows))
+    ]
+    for place, row in zip(places, rows, strict=True):
+        scored[place, : len(row.scored)] = row.scored
+        last[place, : len(row.last)] = row.last
+        spans[place] = row.start, len(row.scored)
 
-    arrays = (tokens, spans, scored, last, *(_prefixes(batch, limit) if shared else ()))
-    placed = sharding.put(list(arrays), sharding.batch_sharding(mesh))
+    reads: list[Any] = [functools.partial(generator.read_by, index) for index in range(len(configs))]
+    ahead = [len(prefix) for prefix in generator.prefixes]
+    if not any(ahead):
+        reads, ahead = reads[:1], ahead[:1]  # all models read the same
+    contexts: list[tuple[np.ndarray, np.ndarray]] = []
+    if shared:
+        families = batch.families
+        extent = buckets.text_length(max(len(family.prefix) for family in families), limit)
+        beginnings = [[(i, read(family.prefix)) for i, family in enumerate(families)] for read in reads]
+        contexts = [_filled(some, batch.size, extent + own) for some, own in zip(beginnings, ahead, strict=True)]
+        reads, ahead = [list], [0]
+    texts = [[(place, read(row.tokens)) for place, row in zip(places, rows, strict=True)] for read in reads]
+    tokens = [_filled(some, size, length + own)[0] for some, own in zip(texts, ahead, strict=True)]
+    inputs = Inputs(tuple(tokens), spans, scored, last, tuple(contexts))
+    placed = sharding.put(inputs, sharding.batch_sharding(mesh))
+    shape = Shape(configs, tuple(ahead), piece, batch.group, generator.vocab_size)
     with jax.set_mesh(mesh):
-        return program(mesh)(model.params, placed, model.cfg, piece, batch.group)
+        return program(mesh)(tuple(model.params for model in generator.models), placed, generator.objective, shape)
 
 
-def _prefixes(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """The families' contexts and which of their tokens are real, [F, a bucket]."""
-    longest = max(len(family.prefix) for family in batch.families)
-    length = buckets.text_length(longest, limit)
-    tokens, real = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), bool)
-    for index, family in enumerate(batch.families):
-        tokens[index, : len(family.prefix)] = family.prefix
-        real[index, : len(family.prefix)] = True
+def _filled(texts: Iterable[tuple[int, Any]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts, each with its row, and which of their tokens are real: int32, bool [rows, length]; padding right."""
+    tokens, real = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    for row, text in texts:
+        tokens[row, : len(text)] = text
+        real[row, : len(text)] = True
     return tokens, real
 
 
-def piece_length(cfg: ModelConfig, mesh: Mesh, rows: int, scored_length: int) -> int:
+def piece_length(configs: Sequence[ModelConfig], mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
-    per_device = max(1, rows // sharding.batch_shards(mesh)) * cfg.vocab_size * 4
+    per_device = max(1, rows // sharding.batch_shards(mesh)) * sum(cfg.vocab_size for cfg in configs) * 4
     return min(scored_length, buckets.power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 
 @functools.cache
 def program(mesh: Mesh):
-    """The compiled (params, [tokens [B,T], spans [B,2], scored [B,S], last [B,K]], cfg, piece, group) -> sums, greedy
-    [B,K]; contexts that rows share may follow in the list."""
-    return jax.jit(_program_body, static_argnums=(2, 3, 4), out_shardings=sharding.replicated(mesh))
+    """The compiled (params of each model, Inputs, objective, Shape) -> sums, greedy [B,K]."""
+    return jax.jit(_program_body, static_argnames="shape", out_shardings=sharding.replicated(mesh))
 
 
-def _program_body(params, arrays, cfg: ModelConfig, piece: int, group: int):
-    tokens, spans, scored, last, *prefix = arrays
-    start, count = spans[:, 0], spans[:, 1]
-    if prefix:
-        cache = models.init_cache(cfg, *prefix[0].shape)
-        _, cache = models.prefill(params, prefix[0], cfg, cache, prefix[1])
-        cache = models.branch_cache(cache, cfg, group, tokens.shape[1])
-        hidden, _ = models.extend(params, tokens, cfg, cache)
-    else:
-        hidden = models.hidden_states(params, tokens, cfg)  # [B, T, D]; padding stands right, where causality hides it
+def _program_body(params: tuple[Any, ...], inputs: Inputs, objective: Objective, shape: Shape):
+    start, count = inputs.spans[:, 0], inputs.spans[:, 1]
+    each = range(len(params))
+    hidden = [_hidden(params[index], inputs, shape, index) for index in each]
 
-    def at(positions):  # [B, n] → [B, n, D]
-        positions = jnp.minimum(positions, tokens.shape[1] - 1)
-        return jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    def logits(positions):  # [B, n] → [B, n, V]
+        positions = jnp.minimum(positions, hidden[0].shape[1] - 1)
+        taken = [jnp.take_along_axis(states, positions[..., None], axis=1) for states in hidden]
+        found = [models.logits(params[index], taken[index], shape.configs[index]) for index in each]
+        return objective(*(one[..., : shape.vocab_size] for one in found))
 
     def score(positions, targets):  # [B, n], [B, n] → log-probabilities and whether each is the highest, [B, n]
-        logits = models.logits(params, at(positions), cfg)
-        return _gather(logits, targets)
+        return _gather(logits(positions), targets)
 
-    logits = models.logits(params, at((start + count)[:, None]), cfg)  # the position that predicts the last token
-    sums, greedy = _gather(jnp.broadcast_to(logits, (*last.shape, logits.shape[-1])), last)
-    if scored.shape[1]:
+    final = logits((start + count)[:, None])  # the position that predicts the last token
+    sums, greedy = _gather(jnp.broadcast_to(final, (*inputs.last.shape, final.shape[-1])), inputs.last)
+    if (scored := inputs.scored).shape[1]:
         offsets = jnp.arange(scored.shape[1])[None]
         positions = start[:, None] + offsets
-        pieces = [jnp.moveaxis(x.reshape(x.shape[0], -1, piece), 1, 0) for x in (positions, scored)]
+        pieces = [jnp.moveaxis(x.reshape(x.shape[0], -1, shape.piece), 1, 0) for x in (positions, scored)]
         values, highest = jax.lax.map(lambda piece: score(*piece), tuple(pieces))
         values, highest = (jnp.moveaxis(x, 0, 1).reshape(scored.shape) for x in (values, highest))
         real = offsets < count[:, None]
         sums += jnp.sum(jnp.where(real, values, 0.0), axis=1, keepdims=True)
         greedy &= jnp.all(highest | ~real, axis=1, keepdims=True)
     return sums, greedy
+
+
+def _hidden(params: Any, inputs: Inputs, shape: Shape, index: int) -> jax.Array:
+    """A model's states at the rows' own tokens, [B, T, D]."""
+    cfg, ahead = shape.configs[index], shape.prefixes[index % len(shape.prefixes)]
+    tokens = inputs.tokens[index % len(inputs.tokens)]
+    if not inputs.contexts:  # padding stands right, where causality hides it
+        return models.hidden_states(params, tokens, cfg)[:, ahead:]
+    context, real = inputs.contexts[index % len(inputs.contexts)]
+    cache = models.init_cache(cfg, *context.shape)
+    _, cache = models.prefill(params, context, cfg, cache, real)
+    cache = models.branch_cache(cache, cfg, shape.group, tokens.shape[1])
+    return models.extend(params, tokens, cfg, cache)[0]
 
 
 def _gather(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,6 +29,7 @@ from unidetox_jax.decoding.texts import anew
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.generations import Continuations
+from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.prompts import Prompts
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import Scorer
@@ -43,6 +44,7 @@ METRICS = {
     "diversity": f"{HERE}.diversity:Diversity",
     "mmlu": f"{HERE}.mmlu:Mmlu",
     "harness": f"{HERE}.harness_metric:HarnessTasks",
+    "cost": f"{HERE}.cost:Cost",
 }
 
 
@@ -145,7 +147,7 @@ class Subject:
     data_dir: str = ""
     score: Scorer = not_asked_for
     others: Mapping[str, Scorer] = dataclasses.field(default_factory=dict)
-    load: Callable[[], tuple[Model, Any]] = not_asked_for
+    load: Callable[[], tuple[Model | Generator, Any]] = not_asked_for
     keep: Callable[[str, Callable[[], Any]], Any] = anew
 
     def each_run(self, name: str, measure: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -217,11 +219,11 @@ def get(text: str) -> Metric:
 class OneModel:
     """Models by their source, of which only the last asked for is held: two may not fit the devices."""
 
-    def __init__(self, load: Callable[[str], tuple[Model, Any]]):
+    def __init__(self, load: Callable[[str], tuple[Model | Generator, Any]]):
         self._load = load
-        self._held: dict[str, tuple[Model, Any]] = {}
+        self._held: dict[str, tuple[Model | Generator, Any]] = {}
 
-    def __call__(self, source: str) -> tuple[Model, Any]:
+    def __call__(self, source: str) -> tuple[Model | Generator, Any]:
         """A model and its tokenizer."""
         self.drop(but=source)
         if source not in self._held:

@@ -18,6 +18,7 @@ import numpy as np
 from unidetox_jax import data
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
@@ -87,7 +88,7 @@ def _measure(subject: Subject, text: str) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Model,
+    model: Model | Generator,
     tokenizer: Any,
     questions: Sequence[Question],
     shots: Sequence[Question],
@@ -106,7 +107,8 @@ def evaluate(
 
     Returns:
       {"accuracy" (over questions), "stderr", "subject_mean" (over subjects), "questions", "correct", "subjects": name
-      → {"accuracy", "questions"}, "skipped": names, "truncated": texts that lost context on the left, "form", "k"}.
+      → {"accuracy", "questions"}, "skipped": names, "truncated": texts that lost context on the left, "form", "k"}, and
+      "undecided" where an objective excludes all four answers of some questions: the first is then chosen.
 
     Raises:
       UserError: an unknown form, or no question with enough shots.
@@ -129,7 +131,8 @@ def evaluate(
         contexts += [text[:shared] for text in four]
         continuations += [text[shared:] for text in four]
     likelihoods = loglikelihood(model, contexts, continuations, batch_size, label=label)
-    chosen = likelihoods.sums.reshape(-1, len(LETTERS)).argmax(axis=1)
+    sums = likelihoods.sums.reshape(-1, len(LETTERS))
+    chosen, undecided = sums.argmax(axis=1), int(np.isneginf(sums).all(axis=1).sum())
     correct = chosen == np.array([question["answer"] for question in asked])
     skipped = {question["subject"] for question in questions} - {question["subject"] for question in asked}
     return {
@@ -138,6 +141,7 @@ def evaluate(
         "truncated": int(np.count_nonzero(likelihoods.truncated)),
         "form": form,
         "k": k,
+        **({"undecided": undecided} if undecided else {}),
     }
 
 

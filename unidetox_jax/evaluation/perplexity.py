@@ -16,6 +16,7 @@ import numpy as np
 from unidetox_jax.data.tokens import bos, encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap
+from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
 from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result, Subject
 from unidetox_jax.models import Model
@@ -80,7 +81,7 @@ def _measure(subject: Subject, index: int) -> np.ndarray:
 
 
 def conditional(
-    scorer: Model,
+    scorer: Model | Generator,
     tokenizer: Any,
     prompts: Sequence[str],
     continuations: Sequence[Sequence[str]],

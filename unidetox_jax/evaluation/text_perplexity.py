@@ -9,6 +9,7 @@ from etils import epath
 from unidetox_jax import data
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
@@ -44,7 +45,7 @@ class TextPerplexity(Metric):
 
 
 def of_file(
-    model: Model,
+    model: Model | Generator,
     tokenizer: Any,
     path: epath.PathLike,
     stride: int = 0,
@@ -64,7 +65,7 @@ def of_file(
 
 
 def of_texts(
-    model: Model,
+    model: Model | Generator,
     tokenizer: Any,
     texts: Sequence[str],
     where: str,

@@ -3,12 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 
+from etils import epath
+
 from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.evaluation import likelihood
+from unidetox_jax.evaluation.candidates import Candidate
+from unidetox_jax.evaluation.likelihood_batches import FULL_BATCH_LENGTH
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.plan.programs import decoding_program, scoring_program, training_program
 from unidetox_jax.stages import common
+from unidetox_jax.stages.forms import ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name
 
 PROMPT_TOKENS = 64  # of an evaluation prompt; ToxiGen's are shorter
@@ -26,20 +30,25 @@ def programs(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
     yield "distill", [distillation(run, run.distill, dtype)]
     for name, cfg in targets:
         yield "detoxify", [training_program(f"detoxify {name}", cfg, run.detoxify)]
-    for name, cfg in targets:
-        yield "evaluate", evaluation(run.evaluate, name, cfg)
+    for target in run.shared.targets:  # its other forms of one model have the same shape
+        yield "evaluate", evaluation(run, Form(model_name(target), ORIGINAL, Candidate((target,))), dtype)
+    for form in forms(run):
+        if not form.is_model:
+            yield "evaluate", evaluation(run, form, dtype)
     if scorer := run.evaluate.perplexity_scorer:
         yield "evaluate", perplexity(run.evaluate, model_name(scorer), common.load_config(run, scorer, dtype))
 
 
-def evaluation(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
-    """What the evaluation of a model runs on it."""
-    rows = settings.score_batch_size
+def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
+    """What the evaluation of a form runs on its models."""
+    settings, rows = run.evaluate, run.evaluate.score_batch_size
+    name = form.name if form.form == ORIGINAL else f"{form.name} {form.form}"
+    configs = [_config(run, form, source, dtype) for source in form.candidate.models]
     found = [
         decoding_program(
             f"evaluate {name}: generation",
-            [cfg],
-            objectives.get("base"),
+            configs,
+            objectives.get(form.candidate.objective),
             warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
             rows=settings.batch_size,
             prompt=PROMPT_TOKENS,
@@ -50,10 +59,17 @@ def evaluation(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[
         )
     ]
     if settings.mmlu:
-        questions = max(1, rows * likelihood.FULL_BATCH_LENGTH // QUESTION_TOKENS)
-        length = min(QUESTION_TOKENS, cfg.max_position_embeddings)
-        found.append(scoring_program(f"evaluate {name}: knowledge", cfg, questions, length, 16, 1))
+        questions = max(1, rows * FULL_BATCH_LENGTH // QUESTION_TOKENS)
+        length = min(QUESTION_TOKENS, *(cfg.max_position_embeddings for cfg in configs))
+        found.append(scoring_program(f"evaluate {name}: knowledge", configs[0], questions, length, 16, 1))
     return found
+
+
+def _config(run: Run, form: Form, source: str, dtype: str) -> ModelConfig:
+    """A model's shape; of one that is yet to be made, its target's."""
+    target = next((target for target in run.shared.targets if model_name(target) == form.name), source)
+    to_come = source.startswith("{workdir}") and not epath.Path(run.path(source)).exists()
+    return common.load_config(run, target if to_come else source, dtype)
 
 
 def perplexity(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:

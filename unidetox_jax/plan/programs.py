@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unidetox_jax import method, models, sharding, training
-from unidetox_jax.decoding import loop, preparation
+from unidetox_jax.decoding import loop, objectives, preparation
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.warpers import Warper, in_order
@@ -192,10 +192,13 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
     def lower(mesh: Mesh):
         filled = work.filled(rows, mesh.shape)
         shapes = ((filled, length), (filled, 2), (filled, scored), (filled, 1))
-        arrays = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)) for shape in shapes]
-        piece = likelihood.piece_length(cfg, mesh, filled, scored)
+        tokens, spans, own, last = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)) for shape in shapes
+        )
+        shape = likelihood.Shape((cfg,), (0,), likelihood.piece_length([cfg], mesh, filled, scored))
+        inputs = likelihood.Inputs((tokens,), spans, own, last)
         with jax.set_mesh(mesh):
-            return likelihood.program(mesh).lower(resident(mesh), arrays, cfg, piece, 1)
+            return likelihood.program(mesh).lower((resident(mesh),), inputs, objectives.get("base"), shape)
 
     return Program(
         name,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unidetox_jax.report import results
-from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Evaluation, Quantity, Row
+from unidetox_jax.report.results import CONTROL, DETOXIFIED, ORIGINAL, Evaluation, Quantity, Row
 from unidetox_jax.report.tables import percent, signed
 
 # Above these shares a reader has to be warned
@@ -239,7 +239,7 @@ def _evaluation_warnings(rows: Sequence[Row]) -> Iterator[str]:
     originals = {row.name: row.evaluation for row in rows if row.form == ORIGINAL}
     worse = []
     for row in rows:
-        metrics, model = row.evaluation.metrics, f"{row.name} ({FORMS[row.form]})"
+        metrics, model = row.evaluation.metrics, f"{row.name} ({results.title(row.form)})"
         counts, perplexity = metrics["counts"], metrics["perplexity"]
         if counts["missing_scores"] > REFUSED * counts["texts"]:
             yield f"{model}: {counts['missing_scores']:,} of {counts['texts']:,} texts have no score and count nowhere."

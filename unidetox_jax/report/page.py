@@ -55,7 +55,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(forms=results.FORMS, beyond_chance=results.beyond_chance, tables=tables)
+    environment.globals.update(form_title=results.title, beyond_chance=results.beyond_chance, tables=tables)
     environment.filters.update(
         by_model=by_model,
         bounds=tables.bounds,

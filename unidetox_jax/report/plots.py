@@ -30,6 +30,7 @@ COLORS = {  # the page's CSS variables, and what they are in PNG files
 }
 FORM_COLORS = {ORIGINAL: COLORS["before"], DETOXIFIED: COLORS["after"], CONTROL: COLORS["control"]}
 FORM_MARKERS = {ORIGINAL: "o", DETOXIFIED: "D", CONTROL: "s"}
+OTHER_MARKERS = "^v<>pPX*hd"  # of methods that the configuration named, in the order of their names
 STYLE = {
     "font.size": 9.5,
     "font.family": "sans-serif",
@@ -99,27 +100,41 @@ def trade_off(rows: Sequence[Row]) -> Plot | None:
         return None
     figure, (axes,) = _panels(1, 3.4)
     at = {(row.name, row.form): (row.cells["perplexity"].mean, row.cells[key].mean) for row in rows}
+    looks = _looks(row.form for row in rows)
     for row in rows:
         x, y = row.cells["perplexity"], row.cells[key]
-        _errorbar(axes, row.form, x.mean, y.mean, xerr=_reach(x), yerr=_reach(y))
+        _errorbar(axes, looks[row.form], x.mean, y.mean, xerr=_reach(x), yerr=_reach(y))
         start = at.get((row.name, ORIGINAL))
-        if start and row.form != ORIGINAL:
+        if start and row.form in (DETOXIFIED, CONTROL):
             arrow = {"arrowstyle": "-|>", "color": FORM_COLORS[row.form], "shrinkA": 5, "shrinkB": 5, "alpha": 0.8}
             axes.annotate("", at[row.name, row.form], start, arrowprops=arrow)
         if row.form == ORIGINAL or not start:
             place = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5}
             axes.annotate(row.name, at[row.name, row.form], (0, 8), zorder=5, **place)
+    for curve in _variants(at):
+        axes.plot(*zip(*curve, strict=True), color=COLORS["ink"], lw=0.8, alpha=0.6, zorder=2)
     axes.set_xlabel("perplexity of the continuations (lower is better)")
     axes.set_ylabel(f"TP, {'in distribution' if key == 'tp_id' else 'all prompts'} (lower is better)")
     axes.margins(0.2)
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, low), min(1.05, high))
-    _form_legend(figure, [row.form for row in rows])
+    _form_legend(figure, looks)
     caption = (
         "Toxicity against perplexity, an arrow for each model from before to after; down and to the left is better. "
         "Thin lines: 95 % intervals over prompts."
     )
+    if set(looks) - set(FORMS):
+        caption += " A line joins one method's settings on one model."
     return Plot("tradeoff", "The trade-off", caption, figure)
+
+
+def _variants(at: Mapping[tuple[str, str], tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The points of each method and model that was evaluated with several settings, in the order of perplexity."""
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for (name, form), point in at.items():
+        if form not in FORMS:
+            curves.setdefault((name, results.method(form)), []).append(point)
+    return [sorted(points) for points in curves.values() if len(points) > 1]
 
 
 @styled
@@ -210,15 +225,15 @@ def _intervals(
 ) -> Figure | None:
     """Panels by title, in each a row for each label, in it a point for each form; `lines`: a vertical one by title."""
     labels = list(dict.fromkeys(point.label for points in panels.values() for point in points))
-    present = {point.form for points in panels.values() for point in points}
-    forms = [form for form in FORMS if form in present]
+    forms = results.in_order(point.form for points in panels.values() for point in points)
+    looks = _looks(forms)
     if not labels:
         return None
     figure, axes_of = _panels(len(panels), (0.13 * len(forms) + 0.15) * len(labels) + 0.45, columns, **shared)
     for axes, (title, points) in zip(axes_of, panels.items(), strict=True):
         for point in points:
             offset = (forms.index(point.form) - (len(forms) - 1) / 2) * 0.7 / len(forms)
-            _errorbar(axes, point.form, point.mean, labels.index(point.label) + offset, xerr=_reach(point))
+            _errorbar(axes, looks[point.form], point.mean, labels.index(point.label) + offset, xerr=_reach(point))
         if lines and title in lines:
             axes.axvline(lines[title], color=COLORS["ink"], lw=1, ls="--" if lines[title] else "-", zorder=1)
         axes.set_yticks(range(len(labels)), labels)
@@ -228,7 +243,7 @@ def _intervals(
         axes.set_title(title)
     figure.supxlabel(xlabel)
     if len(forms) > 1:
-        _form_legend(figure, forms)
+        _form_legend(figure, looks)
     return figure
 
 
@@ -242,8 +257,21 @@ def _panels(count: int, height: float, columns: int = 1, **shared) -> tuple[Figu
     return figure, axes[:count]
 
 
-def _errorbar(axes, form: str, x: float, y: float, **errors) -> None:
-    axes.errorbar(x, y, **errors, fmt=FORM_MARKERS[form], color=FORM_COLORS[form], ms=5.5, elinewidth=1, zorder=3)
+def _looks(forms: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Form → its marker and colour, in their order; the settings of one method share them."""
+    forms = results.in_order(forms)
+    others = list(dict.fromkeys(results.method(form) for form in forms if form not in FORMS))
+    return {
+        form: {
+            "marker": FORM_MARKERS.get(form) or OTHER_MARKERS[others.index(results.method(form)) % len(OTHER_MARKERS)],
+            "color": FORM_COLORS.get(form, COLORS["ink"]),
+        }
+        for form in forms
+    }
+
+
+def _errorbar(axes, look: Mapping[str, Any], x: float, y: float, **errors) -> None:
+    axes.errorbar(x, y, **errors, **look, ls="", ms=5.5, elinewidth=1, zorder=3)
 
 
 def _reach(number) -> list[list[float]] | None:
@@ -253,11 +281,8 @@ def _reach(number) -> list[list[float]] | None:
     return [[max(0.0, number.mean - number.low)], [max(0.0, number.high - number.mean)]]
 
 
-def _form_legend(figure: Figure, forms: Iterable[str]) -> None:
-    """The forms that are there, above the plot."""
-    handles = [
-        Line2D([], [], color=FORM_COLORS[form], marker=FORM_MARKERS[form], ls="", label=FORMS[form])
-        for form in FORMS
-        if form in forms
-    ]
+def _form_legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """The forms that are there, above the plot; one entry for the settings of a method."""
+    shown = {form if form in FORMS else results.method(form): look for form, look in looks.items()}
+    handles = [Line2D([], [], **look, ls="", label=results.title(form)) for form, look in shown.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)

@@ -7,7 +7,7 @@ and what their intervals come from, the metrics themselves say (`evaluation.metr
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,23 @@ from unidetox_jax.evaluation.metrics import cells as cells_of
 ORIGINAL, DETOXIFIED, CONTROL = "original", "detoxified", "control"
 FORMS = {ORIGINAL: "as published", DETOXIFIED: "detoxified", CONTROL: "samples-only control"}
 RESAMPLES, SEED = 2000, 0
+
+
+def title(form: str) -> str:
+    """A form in words; one that the configuration named stands as it is named."""
+    return FORMS.get(form, form.replace("_", " "))
+
+
+def method(form: str) -> str:
+    """What a form's settings are settings of: "dexperts" of "dexperts-alpha=2.0"."""
+    return form.partition("-")[0]
+
+
+def in_order(forms: Iterable[str]) -> list[str]:
+    """Each form once: those that every configuration has first, then the others as they come."""
+    forms = list(dict.fromkeys(forms))
+    return [form for form in FORMS if form in forms] + [form for form in forms if form not in FORMS]
+
 
 Change = Mapping[str, Any]  # "percent", "low", "high"
 

@@ -44,7 +44,7 @@ def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
         changes = [
             f"{percent(cell.change)} {bounds(cell.change)}".strip() if cell and cell.change else "" for cell in cells
         ]
-        lines.append([row.name if row.name != last else "", results.FORMS[row.form], *values])
+        lines.append([row.name if row.name != last else "", results.title(row.form), *values])
         lines += [["", "", *changes]] if any(changes) else []
         last = row.name
     return aligned(lines, left=2)
@@ -57,11 +57,18 @@ def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:
             **_described(name, texts["description"], _share(texts["toxicity"])),
             **{f"Toxic by {judge}": _share(found) for judge, found in texts.get("toxicity_by", {}).items()},
             "Words (median)": f"{texts['description']['words']['median']:.0f}",
+            **_shared_words(texts),
             f"{analysis['copy_ngram']}-grams copied": f"{100 * texts['copying']['share']:.3f} %",
             "Longest run copied": f"{texts['copying']['longest_run']} words",
         }
         for name, texts in analysis["sets"].items()
     ]
+
+
+def _shared_words(texts: Mapping[str, Any]) -> dict[str, str]:
+    """How much of its vocabulary a set of texts shares with the toxic corpus; nothing in an analysis of old."""
+    shared = texts.get("jaccard", {}).get("toxic_data")
+    return {} if shared is None else {"Words of the toxic corpus (Jaccard)": f"{shared:.3f}"}
 
 
 def distilled_text(figures: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -109,7 +116,7 @@ def counts(rows: Sequence[Row]) -> list[dict[str, str]]:
         counts, perplexity = row.evaluation.metrics["counts"], row.evaluation.metrics["perplexity"]
         records.append(
             {
-                "Model": f"{row.name}, {results.FORMS[row.form]}",
+                "Model": f"{row.name}, {results.title(row.form)}",
                 "Prompts × samples × runs": f"{counts['prompts']:,} × {counts['samples']} × {counts['runs']}",
                 "Texts scored": f"{counts['texts'] - counts['missing_scores']:,} of {counts['texts']:,}",
                 "Texts in perplexity": "{counted:,} of {texts:,}".format(**perplexity) if perplexity else "–",
@@ -124,7 +131,7 @@ def agreement(rows: Sequence[Row]) -> list[dict[str, str]]:
     """How far each two scorers agree on what each model wrote."""
     return [
         {
-            "Model": f"{row.name}, {results.FORMS[row.form]}",
+            "Model": f"{row.name}, {results.title(row.form)}",
             "Scorers": " and ".join(pair["scorers"]),
             "Texts": f"{pair['texts']:,}",
             "Toxic by each": " and ".join(f"{share:.1%}" for share in pair["toxic"]),
@@ -144,7 +151,7 @@ def harness(rows: Sequence[Row]) -> list[dict[str, str]]:
     """What lm-evaluation-harness measured."""
     return [
         {
-            "Model": f"{row.name}, {results.FORMS[row.form]}",
+            "Model": f"{row.name}, {results.title(row.form)}",
             "Task": task,
             "Metric": metric,
             "Value": f"{number:.4f}" if isinstance(number, float) else str(number),

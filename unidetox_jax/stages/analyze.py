@@ -4,10 +4,11 @@ Compares the run's distilled text, its samples-only text where there is one, and
 ('released=distilled:FILE'). No model is needed, unless config.analyze names a classifier.
 
     analysis.json    {"sets": name → {"source", "fingerprint", "description": `description.describe`, "keywords":
-                      `keywords.keywords`, "copying": `copying.overlap`, "nearest": `copying.nearest`, "toxicity": null
-                      | {"mean": estimate, "share_toxic": estimate, "scorer", "threshold"}, "toxicity_by": {name of
-                      another scorer: the same}, "leaning": null |
-                      `leaning.summarize`, and "difference" to each other set's balance},
+                      `keywords.keywords`, "jaccard": {another set or "toxic_data": `description.jaccard` of the
+                      words of both}, "copying": `copying.overlap`, "nearest": `copying.nearest`, "toxicity": null |
+                      {"mean": estimate, "share_toxic": estimate, "scorer", "threshold"}, "toxicity_by": {name of
+                      another scorer: the same}, "leaning": null | `leaning.summarize`, and "difference" to each
+                      other set's balance},
                       "leaning": null | {"labels", `leaning.fit`'s quality}, "toxic_data", "toxic_texts", "copy_ngram"}
     texts.csv        a text a row: set, row, words, degenerate (why, or nothing), toxicity by each scorer, P(label) of
                      each leaning
@@ -93,6 +94,7 @@ def analyze(run: Run, settings: AnalyzeSettings) -> tuple[dict[str, Any], list[R
     corpus, words = copying.Corpus(toxic), keywords.keywords(sets, settings.keywords)
     lean = _leaning(run, settings, sets)
     judges = {name: scorers.get(run.path(spec)) for name, spec in scorers_of(run, settings).items()}
+    used = {name: description.vocabulary(texts) for name, texts in {**sets, "toxic_data": toxic}.items()}
     results: dict[str, dict[str, Any]] = {}
     rows, balances = [], {}
     for name, texts in sets.items():
@@ -100,6 +102,7 @@ def analyze(run: Run, settings: AnalyzeSettings) -> tuple[dict[str, Any], list[R
             "source": specs[name].replace(str(run.workdir), "{workdir}"),
             "description": description.describe(texts),
             "keywords": words[name],
+            "jaccard": {other: description.jaccard(used[name], used[other]) for other in used if other != name},
             "copying": copying.overlap(texts, corpus, settings.copy_ngram),
             "nearest": copying.nearest(texts, corpus, settings.neighbours),
             "toxicity": None,
@@ -217,6 +220,7 @@ def _set_columns(found: Mapping[str, Any]) -> Row:
         "duplicates": outside["duplicates"],
         **{f"degenerate_{reason.replace(' ', '_')}": count for reason, count in outside["degenerate"].items()},
         "repeated_share": outside["repeated_share"],
+        **{f"jaccard_{name}": value for name, value in found["jaccard"].items()},
         **{f"copied_{key}": value for key, value in copied.items()},
         "toxicity_mean": toxicity["mean"]["mean"] if toxicity else None,
         "toxicity_share_toxic": toxicity["share_toxic"]["mean"] if toxicity else None,

@@ -1,9 +1,10 @@
 """`unidetox evaluate`: toxicity, perplexity, diversity, knowledge and other metrics of every model, before and after.
 
 One task, and one directory of WORKDIR/evaluation, for each model and form: NAME as it is published, NAME.detoxified,
-NAME.control, and every extra model by its own name. Prompts are continued, then each of config.evaluate.metrics is
-computed. What a run of generations or a metric yields is kept under parts/ as soon as it is whole, so an interrupted
-evaluation goes on with the first part that is missing; the parts go once `metrics.json`, written last, is there.
+NAME.control, NAME.CANDIDATE, and every extra model by its own name. Prompts are continued, then each of
+config.evaluate.metrics is computed. What a run of generations or a metric yields is kept under parts/ as soon as it is
+whole, so an interrupted evaluation goes on with the first part that is missing; the parts go once `metrics.json`,
+written last, is there.
 
     prompts.jsonl      a prompt a line, in order: {"prompt": index, "category", "text"}; category "" is none
     generations.jsonl  a continuation a line, by run, prompt, sample: {"run": index, "prompt", "sample", "text" (the
@@ -12,7 +13,8 @@ evaluation goes on with the first part that is missing; the parts go once `metri
     per_prompt.npz     float64 [P], means over runs; NaN where a prompt has nothing: tp, emt, dist1, dist2, dist3; and
                        where perplexity is measured perplexity_sum, perplexity_count (of those below the limit, over
                        runs and samples). category: unicode [P]. The paired interval of a change comes from these.
-    metrics.json       {"model": {"name" (without the form), "form": "original" | "detoxified" | "control", "source"},
+    metrics.json       {"model": {"name" (without the form), "form": "original" | "detoxified" | "control" | a
+                        candidate's, "source"},
                         "scorer": as configured, "scorer_hash": `scorers.content_hash` of it, "perplexity_scorer": as
                         configured, "groups": {"id": [category, …],
                         "ood": […]}, "prompt_source": as configured,
@@ -43,15 +45,17 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from unidetox_jax import checkpoint, data, distributed, extensions, storage
-from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.evaluation import generations, metrics, prompts, scorers
+from unidetox_jax import checkpoint, data, distributed, storage
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
+from unidetox_jax.evaluation.generator import Generator
+from unidetox_jax.models import Model
 from unidetox_jax.plan import configuration
 from unidetox_jax.stages import base, common
 from unidetox_jax.stages import evaluation_files as results
+from unidetox_jax.stages.forms import FORMS, ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 
-FORMS = ("original", "detoxified", "control")
 PARTS = "parts"
 FORMATS = {
     ".jsonl": (storage.read_lines, storage.write_lines),
@@ -61,23 +65,15 @@ FORMATS = {
 TYPICAL_PROMPTS, TYPICAL_QUESTIONS, TYPICAL_LENGTH = 940, 1_500, 30  # ToxiGen's, MMLU's, in tokens: for an estimate
 LINE_BYTES, TOKEN_BYTES = 120.0, 5.0  # of generations.jsonl, beside the text and of it
 # what says which tasks there are, and what a result depends on by rounding at most
-NOT_OF_A_RESULT = ("which", "extra_models", "batch_size", "score_batch_size", "mesh")
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate: its name and form, and where it lies, as configured (may hold `{workdir}`)."""
-
-    name: str
-    form: str
-    source: str
+NOT_OF_A_RESULT = ("which", "extra_models", "candidates", "batch_size", "score_batch_size", "mesh")
 
 
 def tasks(run: Run) -> list[base.Task]:
     """One task for each model and form.
 
     Raises:
-      UserError: an unknown form or metric, extra models without or with a taken name, or a metric's wrong setting.
+      UserError: an unknown form or metric, extra models without or with a taken name, a wrong setting of a metric or
+        a candidate.
     """
     settings = run.evaluate
     _reads(run)
@@ -85,56 +81,35 @@ def tasks(run: Run) -> list[base.Task]:
         raise UserError(
             f"config.evaluate: runs {settings.runs} and samples {settings.samples}, expected at least one of each"
         )
-    return [_task(run, candidate) for candidate in candidates(run)]
+    return [_task(run, form) for form in forms(run)]
 
 
-def candidates(run: Run) -> list[Candidate]:
-    """The models of the configuration, in the order of its targets."""
-    for form in run.evaluate.which:
-        if form not in FORMS:
-            raise UserError(f"config.evaluate.which: no form {form!r}{suggest(form, FORMS)}")
-    planned = []
-    for target in run.shared.targets:
-        name = model_name(target)
-        places = {"original": target, "detoxified": _trained(run, target, "detoxified")}
-        if target in run.shared.control_targets:
-            places["control"] = _trained(run, target, "control")
-        wanted = [form for form in FORMS if form in run.evaluate.which and form in places]
-        planned += [Candidate(name, form, places[form]) for form in wanted]
-    taken = [other.name if other.form == "original" else f"{other.name}.{other.form}" for other in planned]
-    extra = extensions.named(run.evaluate.extra_models, "config.evaluate.extra_models", "PATH", taken)
-    return planned + [Candidate(name, "original", source) for name, source in extra.items()]
-
-
-def _trained(run: Run, target: str, kind: str) -> str:
-    return common.finished(target, f"{{workdir}}/{kind}/{model_name(target)}", run.detoxify)
-
-
-def _task(run: Run, candidate: Candidate) -> base.Task:
+def _task(run: Run, form: Form) -> base.Task:
     settings = {k: v for k, v in dataclasses.asdict(run.evaluate).items() if k not in NOT_OF_A_RESULT}
     for name in ("metrics", "other_scorers", "chat", "system_prompt"):
         if settings[name] == getattr(EvaluateSettings(), name):
             del settings[name]  # so that results from before there was a choice stay
     return base.Task(
-        f"evaluate {candidate.name}" + ("" if candidate.form == "original" else f" {candidate.form}"),
-        common.evaluation_directory(run, candidate.name, candidate.form),
-        {**settings, "model": candidate.source, "dtype": run.shared.dtype},
-        lambda: _inputs(run, candidate),
-        lambda directory: evaluate(run, candidate, directory),
-        lambda: _operations(run, candidate),
+        f"evaluate {form.name}" + ("" if form.form == ORIGINAL else f" {form.form}"),
+        common.evaluation_directory(run, form.name, form.form),
+        {**settings, "model": form.source, "dtype": run.shared.dtype},
+        lambda: _inputs(run, form),
+        lambda directory: evaluate(run, form, directory),
+        lambda: _operations(run, form),
         PARTS,
         lambda: _disk(run.evaluate),
     )
 
 
-def _operations(run: Run, candidate: Candidate) -> float:
+def _operations(run: Run, form: Form) -> float:
     """Two for each parameter and token: prompts and their continuations under the model, both under the perplexity
     scorer, four answers a question of MMLU. What cannot be known before the models are made counts as nothing."""
     settings = run.evaluate
     prompts_, questions = settings.max_prompts or TYPICAL_PROMPTS, len(settings.mmlu) * TYPICAL_QUESTIONS
     texts = prompts_ * settings.runs * (TYPICAL_LENGTH + settings.samples * settings.max_new_tokens)
-    target = next((t for t in run.shared.targets if model_name(t) == candidate.name), candidate.source)
-    tokens = {target: texts + questions * 5 * TYPICAL_LENGTH, settings.perplexity_scorer: texts}
+    target = next((t for t in run.shared.targets if model_name(t) == form.name), form.candidate.models[0])
+    read = (texts + questions * 5 * TYPICAL_LENGTH) * len(form.candidate.models)
+    tokens = {target: read, settings.perplexity_scorer: texts}
     return sum(2.0 * common.num_params(run, source) * count for source, count in tokens.items() if source)
 
 
@@ -151,14 +126,17 @@ def _reads(run: Run) -> dict[str, Any]:
     return {name: source for one in reads for name, source in one.items()}
 
 
-def _inputs(run: Run, candidate: Candidate) -> dict[str, str]:
-    source = run.path(candidate.source)
-    place = checkpoint.split(source)[1] or source
-    if candidate.form != "original" and not base.is_complete(place):
-        raise UserError(f"{place}: no finished model there; `unidetox detoxify` makes it")
-    checkpoint.load_config(source)  # a mistake in a path is found before anything is written
+def _inputs(run: Run, form: Form) -> dict[str, str]:
+    sources = [run.path(source) for source in form.candidate.models]
+    for source in sources:
+        place = checkpoint.split(source)[1] or source
+        if form.form != ORIGINAL and place.startswith(str(run.workdir)) and not base.is_complete(place):
+            maker = "detoxify" if form.form in FORMS else "baselines"
+            raise UserError(f"{place}: no finished model there; `unidetox {maker}` makes it")
+        checkpoint.load_config(source)  # a mistake in a path is found before anything is written
+    prints = [base.fingerprint(source) for source in sources]
     return {
-        "model": base.fingerprint(source),
+        "model": prints[0] if len(prints) == 1 else base.digest(prints),
         "prompts": _prompts(run).fingerprint,
         **{name: _fingerprint(run, name, source) for name, source in _reads(run).items()},
     }
@@ -185,10 +163,10 @@ def _prompts(run: Run) -> prompts.Prompts:
     return prompts.load(run.path(settings.prompts), run.shared.data_dir, settings.max_prompts, settings.seed)
 
 
-def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str, Any]:
-    """Evaluates one model into its directory, going on with what is there; returns its headline numbers."""
+def evaluate(run: Run, form: Form, directory: epath.Path) -> dict[str, Any]:
+    """Evaluates one form into its directory, going on with what is there; returns its headline numbers."""
     if not distributed.as_first_says("done" if (directory / results.METRICS).exists() else ""):
-        _evaluate(run, candidate, directory)
+        _evaluate(run, form, directory)
     if not distributed.first_process():
         return {}
     measured = storage.read_json(directory / results.METRICS)
@@ -196,14 +174,29 @@ def evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> dict[str,
     return results.headline(measured)
 
 
-def _mesh(run: Run, source: str) -> Mesh:
+def _load(run: Run, form: Form, source: str) -> tuple[Model | Generator, Any]:
+    """What writes the form's texts, where that is what `source` names, or else a model; and its tokenizer."""
+    logging.info("evaluate: loading %s", source)
+    if form.is_model or source != run.path(form.source):
+        return common.load_model(run, source, _mesh(run, form, source)), checkpoint.load_tokenizer(source)
+    candidate = form.candidate
+    loaded = common.load_models(run, candidate.models, _mesh(run, form, source))
+    models = [loaded[name] for name in candidate.models]
+    tokenizers = [checkpoint.load_tokenizer(run.path(name)) for name in candidate.models]
+    made = generator.make(models, tokenizers, candidate.models, candidate.objective, candidate.prefixes)
+    return made, tokenizers[0]
+
+
+def _mesh(run: Run, form: Form, source: str) -> Mesh:
     """For all that an evaluation runs on a model."""
-    scores = source == run.path(run.evaluate.perplexity_scorer)
-    runs = configuration.perplexity if scores else configuration.evaluation
-    return common.mesh_of(run, "evaluate", runs(run.evaluate, model_name(source), common.load_config(run, source)))
+    if source == run.path(run.evaluate.perplexity_scorer):
+        programs = configuration.perplexity(run.evaluate, model_name(source), common.load_config(run, source))
+    else:
+        programs = configuration.evaluation(run, form)
+    return common.mesh_of(run, "evaluate", programs)
 
 
-def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
+def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
     score, others = metrics.not_asked_for, {}
     if first:  # before the long work, in case that there is none
@@ -211,17 +204,14 @@ def _evaluate(run: Run, candidate: Candidate, directory: epath.Path) -> None:
         score = made.pop("scorer", score)
         others = {name.partition(".")[2]: scorer for name, scorer in made.items()}
 
-    def load(source: str):
-        logging.info("evaluate: loading %s", source)
-        return common.load_model(run, source, _mesh(run, source)), checkpoint.load_tokenizer(source)
-
     def keep(name: str, make: Callable[[], Any], together: bool = True) -> Any:
         path = directory / PARTS / name
         return base.cached(path, make, *FORMATS[path.suffix], together)
 
-    models, source = metrics.OneModel(load), run.path(candidate.source)
+    models, source = metrics.OneModel(functools.partial(_load, run, form)), run.path(form.source)
     runs = generations.runs(functools.partial(models, source), asked.texts, settings, keep)
     subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score, others)
     measured = metrics.measure(settings.metrics, subject, source, models, keep, first)
     if first:
-        results.write(directory, subject, settings.prompts, dataclasses.asdict(candidate), measured)
+        model = {"name": form.name, "form": form.form, "source": form.source}
+        results.write(directory, subject, settings.prompts, model, measured)

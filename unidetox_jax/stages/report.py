@@ -103,12 +103,15 @@ def load_evaluations(run: Run) -> list[Evaluation]:
     """
     order = [model_name(target) for target in run.shared.targets]
 
+    directories = [path for path in _directories(run, ["evaluation"]) if base.is_complete(path)]
+    evaluations = [results.read(directory) for directory in directories]
+    forms = results.in_order(evaluation.form for evaluation in evaluations)
+
     def place(evaluation: Evaluation) -> tuple:
         name = evaluation.name
-        return order.index(name) if name in order else len(order), name, list(results.FORMS).index(evaluation.form)
+        return order.index(name) if name in order else len(order), name, forms.index(evaluation.form)
 
-    directories = [path for path in _directories(run, ["evaluation"]) if base.is_complete(path)]
-    return sorted(map(results.read, directories), key=place)
+    return sorted(evaluations, key=place)
 
 
 def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

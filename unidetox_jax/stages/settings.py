@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
+from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
 
@@ -127,6 +128,7 @@ class EvaluateSettings(Protocol):
     # Of every target: as it is, detoxified, and (where it is a control target) fine-tuned on samples of the base model
     which: tuple[str, ...] = ("original", "detoxified", "control")
     extra_models: tuple[str, ...] = ()  # 'name=PATH' each: the samples-only control, say
+    candidates: Mapping[str, Candidate] = dataclasses.field(default_factory=dict)  # NAME → another form of the targets
     # toxigen (annotated test), toxigen?split=validation, realtoxicityprompts, a csv or jsonl file
     prompts: str = "toxigen"
     max_prompts: int = 0  # that many, drawn with `seed`; 0: all

@@ -1,0 +1,114 @@
+"""What writes: several models under an objective, each with a prefix, against PyTorch one text at a time."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.eval_helpers import make_pair, make_tokenizer
+from unidetox_jax.decoding import objectives, warpers
+from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import generations, generator, likelihood, mmlu
+
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def trio():
+    """(PyTorch's model, ours) three times."""
+    return [make_pair(seed=seed) for seed in range(3)]
+
+
+def make(trio, objective, prefixes=()):
+    tokenizer = make_tokenizer()
+    models = [model for _, model in trio]
+    return generator.make(models, [tokenizer] * len(models), ["a", "b", "c"][: len(models)], objective, prefixes)
+
+
+@torch.no_grad()
+def logits(torch_model, tokens):
+    """Of every next token: float64 [len(tokens), V]."""
+    return torch_model(torch.tensor([list(tokens)])).logits[0].double()
+
+
+def proxy_tuned(torch_models, inputs, alpha):
+    base, expert, anti = (logits(m, tokens)[-1] for m, tokens in zip(torch_models, inputs, strict=True))
+    return base + alpha * (expert - anti)
+
+
+PREFIXES = ("", "the cat ran", "a bird sang on a green hill")
+
+
+@pytest.mark.parametrize("prefixes", [(), PREFIXES])
+def test_likelihoods_are_the_objectives_with_every_prefix_after_bos(trio, prefixes):
+    subject = make(trio, "proxy_tuning(alpha=0.7)", prefixes)
+    tokenizer, rng = make_tokenizer(), np.random.default_rng(0)
+    before = [tokenizer.encode(text, add_special_tokens=False) for text in prefixes or ("", "", "")]
+    assert [len(tokens) > 0 for tokens in before] == [False, bool(prefixes), bool(prefixes)]
+    shared = [BOS, *rng.integers(2, 260, 22).tolist()]
+    contexts = [shared] * 5 + [[BOS, *rng.integers(2, 260, n).tolist()] for n in (3, 9, 1, 20)]
+    contexts += [rng.integers(2, 260, 6).tolist()] + [
+        contexts[5]
+    ] * 2  # without BOS; the last differ in one token alone
+    size = len(tokenizer)
+    continuations = [rng.integers(2, 260, n).tolist() for n in (4, 2, 7, 1, 3, 5, 2, 8, 1, 6)] + [[7, 9], [7, 11]]
+    found = likelihood.loglikelihood(subject, contexts, continuations, batch_size=4)
+    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        total = 0.0
+        for at in range(len(continuation)):
+            text = [*context, *continuation[:at]]
+            begin, rest = ([BOS], text[1:]) if text[0] == BOS else ([], text)
+            scores = proxy_tuned([m for m, _ in trio], [[*begin, *prefix, *rest] for prefix in before], 0.7)
+            total += float(scores[:size].log_softmax(-1)[continuation[at]])
+        assert found.sums[index] == pytest.approx(total, abs=5e-4), index
+    assert np.isfinite(found.sums).all()
+
+
+def test_text_is_the_objectives_with_every_prefix_after_bos(trio):
+    subject, tokenizer = make(trio, "proxy_tuning(alpha=0.7)", PREFIXES), make_tokenizer()
+    prompts = ["a dog sat", "the cat", "it was very small and then the bird ran"]
+    made = generations.generate(
+        subject, tokenizer, prompts, samples=2, max_new_tokens=6, warpers=[warpers.greedy()], eos_id=()
+    )
+    before = [tokenizer.encode(text, add_special_tokens=False) for text in PREFIXES]
+    for prompt, (text, again) in zip(prompts, made.texts, strict=True):
+        own, new = tokenizer.encode(prompt, add_special_tokens=False), []
+        for _ in range(6):
+            inputs = [[BOS, *prefix, *own, *new] for prefix in before]
+            new.append(int(proxy_tuned([m for m, _ in trio], inputs, 0.7)[: len(tokenizer)].argmax()))
+        assert text == again == tokenizer.decode(new)
+
+
+def test_one_model_under_base_is_that_model_to_the_bit(trio):
+    model, tokenizer = trio[0][1], make_tokenizer()
+    alone = make(trio[:1], "base")
+    options = {"samples": 3, "max_new_tokens": 7, "warpers": warpers.choose(top_k=20, top_p=0.9), "seed": 5}
+    ours, theirs = (generations.generate(m, tokenizer, ["a dog", "the cat sat on"], **options) for m in (alone, model))
+    assert ours.texts == theirs.texts and (ours.ended == theirs.ended).all()
+    requests = [[0, 5, 6], [0, 9]], [[7, 8], [10]]
+    whole = generator.alone(model)
+    np.testing.assert_array_equal(
+        likelihood.loglikelihood(whole, *requests).sums, likelihood.loglikelihood(model, *requests).sums
+    )
+
+
+def test_what_an_objective_excludes_has_no_likelihood(trio):
+    subject = make(trio[:2], "contrastive(alpha=0.9)")
+    found = likelihood.loglikelihood(subject, [[0, 5, 6]] * 260, [[token] for token in range(2, 262)])
+    kept = objectives.plausible(logits(trio[0][0], [0, 5, 6])[-1].numpy(), 0.9)
+    np.testing.assert_array_equal(np.isfinite(found.sums), np.asarray(kept)[2:262])
+    assert np.isneginf(found.sums).any()
+
+    surest = make(trio[:2], "contrastive(alpha=1.0)")  # leaves the most probable token alone
+    question = {"question": "the cat", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "birds"}
+    result = mmlu.evaluate(surest, make_tokenizer(), [question], [question], "standard", 1)
+    assert result["undecided"] == 1 and result["correct"] == 0
+    assert "undecided" not in mmlu.evaluate(trio[0][1], make_tokenizer(), [question], [question], "standard", 1)
+
+
+def test_a_generator_has_the_room_that_its_longest_prefix_leaves(trio):
+    subject = make(trio, "proxy_tuning", PREFIXES)
+    longest = max(len(prefix) for prefix in subject.prefixes)
+    assert subject.cfg.max_position_embeddings == 96 - longest
+    with pytest.raises(UserError, match=f"the model reads {96 - longest}"):
+        likelihood.loglikelihood(subject, [[0]], [[2] * (97 - longest)])
+    assert np.isfinite(likelihood.loglikelihood(subject, [[0]], [[2] * (96 - longest)]).sums).all()
