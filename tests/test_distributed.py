@@ -11,7 +11,7 @@ from conftest import HANGS
 from finetune_helpers import write_config
 from processes import command, environment, free_port, joined, start, wait
 
-from unidetox_jax import distributed
+from unidetox_jax import rendezvous
 from unidetox_jax.errors import UserError
 
 SCRIPT = """
@@ -121,9 +121,9 @@ def test_slurm_says_who_takes_part(monkeypatch):
         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    members = distributed._members(None, None, None, 8476, 1)
-    assert members == distributed.Members("node03:8476", 8, 5, [1])
-    assert distributed._members(None, 1, None, None, 1) is None  # a task that is told to work alone
+    members = rendezvous.find_members(None, None, None, 8476, 1)
+    assert members == rendezvous.Members("node03:8476", 8, 5, [1])
+    assert rendezvous.find_members(None, 1, None, None, 1) is None  # a task that is told to work alone
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_task_of_slurm_takes_the_devices_that_are_its_own(monkeypatch, more, d
         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **more,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert distributed._members(None, None, None, 8476, 1).local_device_ids == devices
+    assert rendezvous.find_members(None, None, None, 8476, 1).local_device_ids == devices
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -156,12 +156,12 @@ def test_a_plain_pod_is_one_process_and_asks_nobody(monkeypatch, installed, recw
     refusal = mock.Mock(side_effect=RuntimeError("Service host/port is not set."))
     package = types.SimpleNamespace(config=types.SimpleNamespace(load_incluster_config=refusal))
     monkeypatch.setitem(sys.modules, "kubernetes", package if installed else None)
-    assert distributed._members(None, None, None, None, 300) is None
+    assert rendezvous.find_members(None, None, None, None, 300) is None
     assert not refusal.called and not recwarn.list
     if installed:
         monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # one of a job's
         with pytest.raises(UserError, match="cannot find out who takes part .*or --num_processes=1"):
-            distributed._members(None, None, None, None, 300)
+            rendezvous.find_members(None, None, None, None, 300)
 
 
 @pytest.mark.parametrize(("devices", "given"), [(1, False), (1, True), (2, True)])

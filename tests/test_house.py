@@ -17,6 +17,7 @@ LOWER = {
     "progress",
     "sharding",
     "distributed",
+    "rendezvous",
     "storage",
     "text_statistics",
     "buckets",
