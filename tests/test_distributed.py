@@ -11,7 +11,7 @@ from conftest import HANGS
 from finetune_helpers import write_config
 from processes import command, environment, free_port, joined, start, wait
 
-from unidetox_jax import rendezvous
+from unidetox_jax import distributed, rendezvous
 from unidetox_jax.errors import UserError
 
 SCRIPT = """
