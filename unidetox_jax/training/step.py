@@ -76,7 +76,7 @@ class TrainStep:
 
     program: jax.stages.Wrapped
     optimizer: Optimizer
-    dropout_seed: np.int32 | None
+    dropout_seed: Any  # int32 or None
 
     def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
         return self.program(self.optimizer, self.dropout_seed, *arguments)
