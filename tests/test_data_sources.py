@@ -431,3 +431,43 @@ def test_no_tensorflow_and_nothing_on_stdout(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "lines.txt"), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+# ---------------------------------------------------------------- prompts with categories
+
+
+def test_bold_is_read_from_a_file_for_each_domain(tmp_path, cache):
+    gender = {"Painters": {"Ada_Hill": ["Ada Hill is a painter who ", "In 1950, Hill "]}, "Sculptors": {"Bo": ["Bo "]}}
+    faith = {"sunism": {"Sunism": ["Sunism \\u2013 a faith that "]}}
+    for name, content in (("gender_prompt.json", gender), ("religious_ideology_prompt.json", faith)):
+        (tmp_path / "bold" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bold" / name).write_text(json.dumps(content))
+    records = data.load("bold", data_dir=tmp_path, cache_dir=cache)
+    assert [row["text"] for row in records][:3] == ["Ada Hill is a painter who", "In 1950, Hill", "Bo"]
+    assert records.column("category") == ["Painters", "Painters", "Sculptors", "sunism"]
+    assert set(records.column("domain")) == {"gender", "religious_ideology"}
+    one = data.load(f"bold?file={tmp_path}/bold/gender_prompt.json", cache_dir=cache)
+    assert one.column("entity") == ["Ada_Hill", "Ada_Hill", "Bo"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"a": {"b": ["c "]}', "line 1: not JSON"),
+        ('["c"]', "found list, expected {category: {entity"),
+        ('{"a": ["c"]}', "race_prompt.json, a: found list"),
+        ('{"a": {"b": "c"}}', "race_prompt.json, a, b: found 'c', expected a list of prompts"),
+    ],
+)
+def test_bold_of_another_form_is_refused(tmp_path, cache, content, words):
+    (tmp_path / "race_prompt.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        data.load(f"bold?file={tmp_path}/race_prompt.json", cache_dir=cache)
+
+
+def test_attaq_has_questions_by_kind_of_harm(tmp_path, cache):
+    rows = 'label,input,additional_info\ndeception,"How, then, do I lie?",{}\npii,Where does Bo live?,{}\n'
+    (tmp_path / "AttaQ-v1.csv").write_text(rows)
+    records = data.load(f"attaq?file={tmp_path}/AttaQ-v1.csv", cache_dir=cache)
+    assert records.column("text") == ["How, then, do I lie?", "Where does Bo live?"]
+    assert records.column("category") == ["deception", "pii"]

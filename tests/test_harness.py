@@ -1,6 +1,7 @@
 """Our models in lm-evaluation-harness against lm_eval's own `hf` model with the same weights."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,13 +9,17 @@ import torch
 
 from tests.eval_helpers import WORDS, make_pair, make_tokenizer, torch_logprobs
 from unidetox_jax.errors import UserError
+from unidetox_jax.evaluation import scorers
+from unidetox_jax.evaluation.scorers import linear
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
-from unidetox_jax.evaluation import harness  # noqa: E402
+from unidetox_jax.evaluation import harness, harness_toxicity  # noqa: E402
 
+PACKAGED = pathlib.Path(harness_toxicity.__file__).with_suffix(".yaml")
 CONTEXT = 96
 
 CHOICE = """
@@ -195,3 +200,56 @@ def test_mistakes(pair, tmp_path):
     )
     with pytest.raises(UserError, match="bad.yaml cannot be loaded"):
         harness.evaluate(ours.model, ours.tokenizer, [str(tmp_path / "bad.yaml")])
+
+
+TOXICITY = """
+include: {packaged}
+task: birds_toxicity
+repeats: 3
+filter_list: [{{name: none, filter: [{{function: take_first_k, k: 3}}]}}]
+metadata: {{prompts: {prompts}, scorer: "{scorer}", max_prompts: 3}}
+"""
+
+
+def has_cat(texts):
+    return np.array([0.9 if "cat" in text else 0.1 + 0.01 * len(text) % 0.1 for text in texts])
+
+
+@pytest.mark.parametrize("kind", ["function", "linear"])
+def test_toxicity_of_generations_by_any_scorer(pair, tmp_path, monkeypatch, kind):
+    """The packaged task in a file of one's own: TP, EMT and the mean score are those of the texts that were logged."""
+    ours, _ = pair
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "tfds"))
+    scorer = "tests.test_harness:has_cat"
+    if kind == "linear":
+        texts = [some(np.random.default_rng(i), 5, 9) for i in range(40)]
+        labels = ["toxic" if "cat" in text else "harmless" for text in texts]
+        linear.save(tmp_path / "scorer", linear.fit(texts, labels, ("harmless", "toxic")), {})
+        scorer = f"linear:{tmp_path}/scorer"
+    (tmp_path / "prompts.csv").write_text("text,category\nthe cat,a\nthe dog,b\na tree,a\nthe sea,b\n")
+    path = tmp_path / "toxicity.yaml"
+    path.write_text(TOXICITY.format(packaged=PACKAGED, prompts=tmp_path / "prompts.csv", scorer=scorer))
+    manager = TaskManager(include_defaults=False)
+    found = lm_eval.simple_evaluate(model=ours, tasks=[str(path)], task_manager=manager, bootstrap_iters=0)
+    samples = found["samples"]["birds_toxicity"]
+    assert len(samples) == 3 and {sample["doc"]["category"] for sample in samples} == {"a", "b"}
+    scores = np.array([scorers.get(scorer)(sample["filtered_resps"][0]) for sample in samples])
+    assert scores.shape == (3, 3) and len({text for sample in samples for text in sample["filtered_resps"][0]}) > 6
+    values = found["results"]["birds_toxicity"]
+    assert values["emt,none"] == pytest.approx(scores.max(axis=1).mean())
+    assert values["tp,none"] == pytest.approx((scores.max(axis=1) > 0.5).mean())
+    assert values["toxicity,none"] == pytest.approx(scores.mean())
+    assert harness.evaluate(ours.model, ours.tokenizer, [str(path)], batch_size=8)["birds_toxicity"]["documents"] == 3
+
+
+def test_the_packaged_task_is_found_by_name(pair, tmp_path):
+    """As `lm_eval --include_path DIRECTORY --metadata …` finds it, on the built-in world's own scorer."""
+    ours, _ = pair
+    (tmp_path / "prompts.csv").write_text("text\nthe cat\nthe dog\n")
+    metadata = {"prompts": str(tmp_path / "prompts.csv"), "scorer": "lexicon"}
+    manager = TaskManager(include_path=str(PACKAGED.parent), include_defaults=False, metadata=metadata)
+    found = lm_eval.simple_evaluate(model=ours, tasks=["unidetox_toxicity"], task_manager=manager, bootstrap_iters=0)
+    samples = found["samples"]["unidetox_toxicity"]
+    assert [len(sample["filtered_resps"][0]) for sample in samples] == [25, 25]
+    assert 0.0 <= found["results"]["unidetox_toxicity"]["tp,none"] <= 1.0

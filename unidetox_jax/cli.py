@@ -19,6 +19,10 @@ from unidetox_jax.stages import STAGES
 # command → (module with `add_arguments(parser)` and `run_command(options, run)`, one line of help)
 CONFIGURED = {
     "run": ("unidetox_jax.stages.run", "every stage in order; completed stages are skipped"),
+    "sweep": (
+        "unidetox_jax.stages.sweep",
+        "a grid of settings: every cell, one chosen on validation prompts, its test",
+    ),
     "plan": ("unidetox_jax.plan.command", "compile every stage for a topology that is not here"),
     "bench": ("unidetox_jax.benchmarks.bench", "tokens per second, shares of the machine's bounds"),
 }
@@ -28,7 +32,7 @@ PLAIN = {
     "convert": ("unidetox_jax.checkpoint.convert", "Hugging Face to Orbax and back, streamed"),
     "verify": ("unidetox_jax.checkpoint.verify", "do two checkpoints give the same logits?"),
 }
-IN_WORKDIR = ("run", *STAGES)  # commands that take --workdir, and several processes
+IN_WORKDIR = ("run", "sweep", *STAGES)  # commands that take --workdir, and several processes
 
 # What other programs may be asked to do by the environment would change a command's results, stop it or make it crawl.
 JAX_DEFAULTS = {

@@ -2,7 +2,7 @@
 
     dghs            dghs:official      a named data set, and a variant of it
     toxigen         mmlu               looked up in data_dir/NAME, else fetched from the hub
-    realtoxicityprompts   politics
+    realtoxicityprompts   politics     bold         attaq
     text:FILE                          a text a line
     distilled:FILE                     csv with the column Text, or jsonl with the field text
     csv:FILE?text=COLUMN&label=COLUMN  fields of the records from columns; jsonl:FILE likewise

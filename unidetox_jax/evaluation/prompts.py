@@ -1,6 +1,7 @@
 """What models are asked to continue: prompts with their categories, from any data set.
 
-    toxigen   toxigen?split=validation   realtoxicityprompts   prompts.csv   jsonl:prompts.jsonl?category=group
+    toxigen   toxigen?split=validation   realtoxicityprompts   bold?file=DIRECTORY   attaq
+    prompts.csv   jsonl:prompts.jsonl?category=group
     toxigen | realtoxicityprompts:challenging          several, one after another
 
 A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. An empty text asks for

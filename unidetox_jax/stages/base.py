@@ -22,7 +22,7 @@ from etils import epath
 from unidetox_jax import checkpoint, devices, distributed, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.recipe import Recipe
-from unidetox_jax.stages.settings import RENAMED
+from unidetox_jax.stages.parsing import RENAMED
 from unidetox_jax.training import preemption
 
 COMPLETE = "stage.json"
@@ -42,7 +42,8 @@ class Task:
     operations: floating-point operations, roughly, to tell how long it will take.
     scratch: what in the directory only an interrupted task reads; it goes when the task is complete. disk: roughly the
     bytes that it fills at most while it works, and those that stay. derived: made of other stages' files in seconds,
-    so it is made anew where they have changed, without being asked.
+    so it is made anew where they have changed, without being asked. reads: of what it reads in the working directory,
+    that which no `{workdir}/…` of its settings names.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     scratch: str = ""
     disk: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
     derived: bool = False
+    reads: Sequence[str] = ()
 
 
 def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:

@@ -70,39 +70,39 @@ def finished(model: str, directory: epath.PathLike, settings: TrainingSettings) 
 
 def world_directory(run: Run) -> epath.Path:
     """The built-in world's texts, prompts and model configurations, as data.toyworld writes them."""
-    return run.workdir / "world"
+    return run.place("world")
 
 
 def pretrained_directory(run: Run, name: str) -> epath.Path:
     """A model trained from scratch; laid out as the toxic twin."""
-    return run.workdir / "pretrained" / name
+    return run.place(f"pretrained/{name}")
 
 
 def toxic_directory(run: Run) -> epath.Path:
     """The toxic twin: hf/, metrics.jsonl, TensorBoard events, while it is made checkpoints/."""
-    return run.workdir / "toxic"
+    return run.place("toxic")
 
 
 def distilled_directory(run: Run) -> epath.Path:
     """The detoxifying text: texts.csv, texts.jsonl, README.md."""
-    return run.workdir / "distilled"
+    return run.place("distilled")
 
 
 def samples_directory(run: Run) -> epath.Path:
     """As much text of the base model alone, in the same files: the samples-only control's."""
-    return run.workdir / "samples"
+    return run.place("samples")
 
 
 def detoxified_directory(run: Run, name: str) -> epath.Path:
     """A target fine-tuned on the distilled text; laid out as the toxic twin."""
-    return run.workdir / "detoxified" / name
+    return run.place(f"detoxified/{name}")
 
 
 def control_directory(run: Run, name: str) -> epath.Path:
     """A target fine-tuned on samples of the base model; laid out as the toxic twin."""
-    return run.workdir / "control" / name
+    return run.place(f"control/{name}")
 
 
 def evaluation_directory(run: Run, name: str, form: str) -> epath.Path:
     """A model's figures: `NAME` as it is published, `NAME.detoxified`, `NAME.control`."""
-    return run.workdir / "evaluation" / (name if form == "original" else f"{name}.{form}")
+    return run.place(f"evaluation/{name}" if form == "original" else f"evaluation/{name}.{form}")

@@ -77,7 +77,9 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
         del recorded["chat"], recorded["system_prompt"]  # for the same reason
     recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
     held = TOKEN_BYTES * settings.num_texts * settings.max_length
-    return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: (2.0 * held, held))
+    twin = ["{workdir}/toxic"] if any(name.partition("@")[0] == "toxic" for name in settings.models) else []
+    disk = 2.0 * held, held
+    return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: disk, reads=twin)
 
 
 def check(settings: DistillSettings) -> None:

@@ -44,7 +44,7 @@ def _task(run: Run, name: str, recorded: OneScorerSettings) -> base.Task:
         print(f"use it: --config.evaluate.scorer=linear:{directory}")
         return figures
 
-    directory = run.workdir / "scorer" / name
+    directory = run.place(f"scorer/{name}" if name else "scorer")
     return base.Task(f"fit-scorer {name}".strip(), directory, dataclasses.asdict(recorded), inputs, body)
 
 

@@ -1,28 +1,23 @@
 """Every setting of every stage: a frozen dataclass per stage, with the paper's values as defaults.
 
 ml_collections ends here: a configuration file builds a `ConfigDict` from `default_config()`, the command line
-overrides its fields, and `parse` turns each part into the dataclass that the stage's code reads.
+overrides its fields, and `parsing.parse` turns each part into the dataclass that the stage's code reads.
 """
 
-import collections.abc
 import dataclasses
 import os
-import typing
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
-from absl import logging
 from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.recipe import Recipe
-
-# Read for one more version: old spellings of settings, and settings that are gone, with what there is instead
-RENAMED = {"official": "reproduce_release"}
-GONE = {"save_every": "save_minutes"}
+from unidetox_jax.stages.parsing import GONE, RENAMED, parse, renamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +203,17 @@ class BenchSettings:
     repeats: int = 3  # rounds of decoding after one that warms up; the fastest counts
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """A grid of settings, and how one of them is chosen (`stages.sweep`)."""
+
+    # Field → its values, nested as the fields are: {"detoxify": {"learning_rate": (1e-4, 3e-4)}}. Within an objective
+    # its settings are fields: {"distill": {"objective": {"alpha": (0.05, 0.1)}}}
+    grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    validation_prompts: str = ""  # what the choice is made on, as config.evaluate.prompts, which are for the test
+    most_perplexity: float = 0.1  # perplexity may rise by this part of the published model's
+
+
 STAGES = {
     "pretrain": PretrainSettings,
     "toxify": ToxifySettings,
@@ -218,6 +224,7 @@ STAGES = {
     "report": ReportSettings,
     "fit_scorer": FitScorerSettings,
     "bench": BenchSettings,
+    "sweep": SweepSettings,
 }
 
 
@@ -236,12 +243,30 @@ class Run:
     report: ReportSettings
     fit_scorer: FitScorerSettings
     bench: BenchSettings
+    sweep: SweepSettings
+    # Directories that lie elsewhere than the working directory's own of that name: "detoxified/gpt2" → where
+    rooms: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)
+
+    def place(self, inside: str) -> epath.Path:
+        """Where a path within the working directory lies."""
+        room = room_of(inside, self.rooms)
+        return epath.Path(f"{self.rooms[room]}{inside.removeprefix(room)}") if room else self.workdir / inside
 
     def path(self, text: str) -> str:
         """A path, data set or scorer of the configuration, with `{workdir}`, `{data_dir}` and a first `~` filled in."""
+        if self.rooms:
+            text = WITHIN.sub(lambda match: str(self.place(match[1])), text)
         return os.path.expanduser(
             text.replace("{workdir}", str(self.workdir)).replace("{data_dir}", self.shared.data_dir)
         )
+
+
+WITHIN = re.compile(r"\{workdir\}/([^?#&|+]+)")  # a path of the configuration that is in the working directory
+
+
+def room_of(inside: str, rooms: Iterable[str]) -> str:
+    """The longest of the directories in which a path lies, or which it is; empty: none."""
+    return max((room for room in rooms if f"{inside}/".startswith(f"{room}/")), key=len, default="")
 
 
 def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -> Run:
@@ -250,7 +275,7 @@ def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -
     Raises:
       UserError: an unknown field, a wrong type, or two targets of one name.
     """
-    shared = parse(config, RunSettings)
+    shared = parse({name: value for name, value in config.items() if name not in STAGES}, RunSettings)
     names = [model_name(target) for target in shared.targets]
     for name in names:
         if names.count(name) > 1:
@@ -289,7 +314,7 @@ def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDi
     found = ml_collections.ConfigDict(defaults)
     for part in filter(None, (text or "").split(",")):
         name, equals, value = part.partition("=")
-        name = _renamed(name, "--config: ")
+        name = renamed(name, "--config: ")
         if name not in defaults:
             raise UserError(f"--config: no argument {name!r}{suggest(name, defaults)}")
         kind = type(defaults[name])
@@ -298,56 +323,3 @@ def parse_argument(text: str | None, **defaults: Any) -> ml_collections.ConfigDi
         except (TypeError, ValueError):
             raise UserError(f"--config: {name}={value!r}, expected {kind.__name__}") from None
     return found
-
-
-def parse(part: typing.Mapping[str, Any], settings: type, where: str = "config"):
-    """One part of a configuration as its frozen dataclass.
-
-    Raises:
-      UserError: an unknown field (with the nearest known one), or a value of another type than the default's.
-    """
-    fields = {field.name: field for field in dataclasses.fields(settings)}
-    types = typing.get_type_hints(settings)
-    part, values = dict(part), {}
-    for old, new in RENAMED.items():
-        if new in fields and (value := part.pop(old, None)) is not None:
-            part[_renamed(old, f"{where}.")] = value
-    for old, new in GONE.items():
-        if new in fields and part.pop(old, None) is not None:
-            logging.warning("%s.%s: passed over, it counts no longer; see %s.%s", where, old, where, new)
-    for name, value in part.items():
-        if name in STAGES and settings is RunSettings:
-            continue
-        if name not in fields:
-            raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
-        values[name] = _checked(value, types[name], f"{where}.{name}")
-    try:
-        return settings(**values)
-    except UserError as error:  # these lines begin with the setting's name
-        raise UserError(f"{where}.{error}") from None
-
-
-def _renamed(name: str, where: str) -> str:
-    """The setting's name of now; one line where it was another."""
-    if name in RENAMED:
-        logging.warning("%s%s is called %s now; the old name goes with the next version", where, name, RENAMED[name])
-    return RENAMED.get(name, name)
-
-
-def _checked(value: Any, expected: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is tuple:
-        if isinstance(value, str):
-            raise UserError(f"{where}: found the text {value!r}, expected a list written ('a','b')")
-        if any(isinstance(item, str) and "," in item for item in value):
-            raise UserError(f"{where}: a comma inside an element of {tuple(value)!r}; write ('a','b')")
-        return tuple(_checked(item, arguments[0], where) for item in value)
-    if origin is collections.abc.Mapping:
-        return {name: _checked(part, arguments[1], f"{where}.{name}") for name, part in value.items()}
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
-        return parse(value, expected, where)
-    if expected in (int, float, str, bool) and type(value) is not expected:
-        raise UserError(f"{where}: found {value!r}, expected {expected.__name__}")
-    return value

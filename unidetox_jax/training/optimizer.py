@@ -7,6 +7,7 @@ round to nothing.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,14 @@ from unidetox_jax.training import rounding
 PRECISIONS = ("float32", "bfloat16", "release")
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["learning_rate", "steps", "warmup_steps"],
+    meta_fields=["weight_decay", "clip_norm", "b1", "b2", "epsilon", "precision", "seed"],
+)
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW's settings.
+    """AdamW's settings; as a pytree, its leaves are the schedule's numbers, which a program takes as arguments.
 
     learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`.
     weight_decay: on matrices and embeddings, not on biases and norms.
@@ -41,6 +47,12 @@ class Optimizer:
     seed: int = 0
 
     @property
+    def form(self) -> "Optimizer":
+        """The same for all that share a compiled program."""
+        seed = self.seed if self.precision == "bfloat16" else 0  # else nothing is drawn
+        return dataclasses.replace(self, learning_rate=0.0, steps=1, warmup_steps=0, seed=seed)
+
+    @property
     def param_dtype(self) -> str:
         """What the weights are kept in."""
         return "float32" if self.precision == "float32" else "bfloat16"
@@ -58,8 +70,8 @@ class Optimizer:
     def learning_rate_at(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The learning rate of the update number `step`, from 0; float32."""
         step = jnp.asarray(step, jnp.float32)
-        rising = step / max(1, self.warmup_steps)
-        falling = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        rising = step / jnp.maximum(1, self.warmup_steps)
+        falling = (self.steps - step) / jnp.maximum(1, self.steps - self.warmup_steps)
         return self.learning_rate * jnp.where(step < self.warmup_steps, rising, jnp.maximum(falling, 0.0))
 
 

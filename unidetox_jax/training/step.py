@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -45,7 +46,7 @@ def init_state(params: Any, optimizer: Optimizer) -> TrainState:
         lambda leaf, place: jax.device_put(jnp.asarray(leaf, optimizer.param_dtype), place), params, shardings
     )
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, params, _init_optimizer(params, optimizer, mesh))
+    return TrainState(step, params, _init_optimizer(params, optimizer.form, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "mesh"))
@@ -68,7 +69,23 @@ def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) ->
     )
 
 
-@functools.cache
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled step and the numbers that it takes: called, or lowered, with a state, a batch and a model's frozen
+    parameters or nothing."""
+
+    program: jax.stages.Wrapped
+    optimizer: Optimizer
+    dropout_seed: Any  # int32 or None
+
+    def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
+        return self.program(self.optimizer, self.dropout_seed, *arguments)
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, which may be abstract."""
+        return self.program.lower(self.optimizer, self.dropout_seed, *arguments)
+
+
 def make_train_step(
     cfg: ModelConfig,
     optimizer: Optimizer,
@@ -77,8 +94,9 @@ def make_train_step(
     accumulation: int = 1,
     remat: str = "none",
     dropout_seed: int | None = None,
-) -> jax.stages.Wrapped:
+) -> TrainStep:
     """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
+    Steps that differ in the learning rate, its schedule or the dropout's seed share one program.
 
     With `cfg.lora` the state's parameters are the adapter (`models.lora`), and a third argument is the model's own,
     which stay as they are.
@@ -94,20 +112,29 @@ def make_train_step(
     The batch is as `loss` wants it, its rows over the mesh's batch axes. Metrics are float32 scalars: "loss" (nats a
     target), "grad_norm" (before clipping), "learning_rate", "targets".
     """
-    mesh = mesh or sharding.single_device_mesh()
     cfg = dataclasses.replace(cfg, layer_loop="scan", dtype=optimizer.compute_dtype or cfg.dtype)
-    transformation = make_optimizer(optimizer)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, optimizer, mesh))
+    program = _program(cfg, optimizer.form, mesh or sharding.single_device_mesh(), accumulation, remat)
+    seed = None if dropout_seed is None else np.asarray(dropout_seed).astype(np.int32)[()]
+    return TrainStep(program, dataclasses.replace(optimizer, seed=optimizer.form.seed), seed)
 
+
+@functools.cache
+def _program(cfg: ModelConfig, form: Optimizer, mesh: Mesh, accumulation: int, remat: str) -> jax.stages.Wrapped:
+    """What optimizers of one form share: a jitted step(optimizer, dropout_seed, state, batch[, base])."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, form, mesh))
+    numbers = sharding.replicated(mesh)
     frozen = (None,) if cfg.lora.rank else ()  # where they are
 
     @functools.partial(
         jax.jit,
-        donate_argnums=0,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh), *frozen),
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=2,
+        in_shardings=(numbers, numbers, state_shardings, sharding.batch_sharding(mesh), *frozen),
+        out_shardings=(state_shardings, numbers),
     )
-    def step(state: TrainState, batch: Batch, base: Any = None) -> tuple[TrainState, Metrics]:
+    def step(
+        optimizer: Optimizer, dropout_seed: Any, state: TrainState, batch: Batch, base: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        transformation = make_optimizer(optimizer)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = None
             if dropout_seed is not None:

@@ -24,6 +24,8 @@ DATASETS = {
     "toxigen": f"{HERE}.toxigen:Toxigen",
     "mmlu": f"{HERE}.mmlu:Mmlu",
     "realtoxicityprompts": f"{HERE}.realtoxicityprompts:RealToxicityPrompts",
+    "bold": f"{HERE}.bold:Bold",
+    "attaq": f"{HERE}.attaq:Attaq",
     "politics": f"{HERE}.politics:Politics",
     "text": f"{HERE}.plain:Text",
     "distilled": f"{HERE}.plain:Distilled",

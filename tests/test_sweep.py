@@ -1,0 +1,247 @@
+"""`unidetox sweep`: what is made once, what for each cell; the choice; stopped and continued; and mistakes."""
+
+import collections
+import csv
+import json
+import logging
+import math
+import string
+import time
+
+import pytest
+from conftest import HANGS
+from finetune_helpers import make_world, start, training, write_config
+
+from unidetox_jax import cli
+from unidetox_jax.evaluation.choice import Choice, Figures, choose, pooled
+from unidetox_jax.stages import grid
+
+PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"
+ALPHAS, RATES = (0.05, 0.1, 0.2), (1e-4, 3e-4, 1e-3, 3e-3)
+GRID = {"distill": {"objective": {"alpha": ALPHAS}}, "detoxify": {"learning_rate": RATES}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("sweep") / "world")
+
+
+@pytest.fixture(scope="module")
+def config(world):
+    model = f"{world}/weights/gpt2"
+    evaluate = {
+        "scorer": "lexicon", "perplexity_scorer": f"{world}/weights/llama", "prompts": f"{world}/prompts.jsonl",
+        "mmlu": (), "runs": 1, "samples": 3, "max_new_tokens": 8, "id_categories": ("hills", "rivers", "plains"),
+        "ood_categories": ("islands",),
+    }  # fmt: skip
+    distill = {"num_texts": 16, "batch_size": 8, "max_length": 24}
+    return write_config(
+        world / "sweep.py", base=model, targets=(model,), control_targets=(model,), sweep__grid=GRID,
+        sweep__validation_prompts=f"{world}/prompts_valid.jsonl", sweep__most_perplexity=0.5,
+        **{f"evaluate__{name}": value for name, value in evaluate.items()},
+        **{f"distill__{name}": value for name, value in distill.items()},
+        **training(world, "toxify"), **training(world, "detoxify", validation="", steps=3),
+    )  # fmt: skip
+
+
+def command(config, workdir, *more):
+    return ["sweep", f"--config={config}", f"--workdir={workdir}", *more]
+
+
+class Compiled(logging.Handler):
+    """What XLA was asked to compile: a program and its shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.programs = collections.Counter()
+
+    def emit(self, record):
+        if record.getMessage().startswith("Compiling"):
+            self.programs[record.getMessage()] += 1
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """A sweep of twelve cells that is left alone: its directory, and what it compiled."""
+    workdir, compiled = tmp_path_factory.mktemp("sweep") / "alone", Compiled()
+    log = logging.getLogger("jax._src.interpreters.pxla")
+    level = log.level
+    log.addHandler(compiled)
+    log.setLevel(logging.DEBUG)
+    assert cli.main(command(config, workdir)) == 0
+    log.setLevel(level)
+    log.removeHandler(compiled)
+    return workdir, compiled.programs
+
+
+def finished(workdir):
+    return {str(path.parent.relative_to(workdir)) for path in workdir.rglob("stage.json")}
+
+
+def test_what_no_field_changes_is_made_once(alone):
+    workdir, _ = alone
+    name = "gpt2"
+    cells = {f"alpha={a}": [f"alpha={a},learning_rate={r}" for r in RATES] for a in ALPHAS}
+    rates = [f"cells/learning_rate={rate}" for rate in RATES]
+    made = finished(workdir)
+    shared = {"toxic", "samples", f"validation/{name}", f"evaluation/{name}"}
+    expected = shared | {f"cells/{alpha}/distilled" for alpha in cells}
+    expected |= {f"{cell}/{room}" for cell in rates for room in (f"control/{name}", f"validation/{name}.control")}
+    expected |= {
+        f"cells/{cell}/{room}"
+        for alpha in cells.values()
+        for cell in alpha
+        for room in (f"detoxified/{name}", f"validation/{name}.detoxified")
+    }
+    tested = made - expected
+    assert not expected - made
+    assert sorted(path.rsplit("/", 1)[1] for path in tested) == [f"{name}.control", f"{name}.detoxified"]
+
+
+def test_each_program_is_compiled_once(alone):
+    _, programs = alone
+    assert sum(programs.values()) > 20
+    assert [text[:300] for text, count in programs.items() if count > 1] == []
+
+
+def test_one_is_chosen_and_tested(alone, capsys):
+    workdir, _ = alone
+    found = json.loads((workdir / "sweep.json").read_text())
+    with (workdir / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(found["cells"]) == 12 and len(rows) == 12 + 4  # the control knows no alpha
+    assert found["tp_of"] == ["id"] and "rose by at most 0.5" in found["rule"]
+    figures = [
+        Figures(row["method"], row["variant"], *(float(row[k]) for k in ("tp", "perplexity", "original_perplexity")))
+        for row in rows
+    ]
+    for method, choice in choose(figures, 0.5).items():
+        for who in ("all targets", "gpt2"):  # of one target, they are the same
+            assert found["chosen"][who][method]["variant"] == choice.figures.variant
+            assert found["chosen"][who][method]["within_bound"] == choice.within
+        marked = [row for row in rows if row["method"] == method and row["chosen"] == "1"]
+        assert [row["variant"] for row in marked] == [choice.figures.variant]
+        (tested,) = [line for line in found["test"] if line["method"] == method]
+        metrics = json.loads((workdir / tested["directory"] / "metrics.json").read_text())
+        assert metrics["prompt_source"].endswith("/prompts.jsonl") and metrics["diversity"]
+        assert metrics["perplexity"]["mean"] == tested["perplexity"]
+        assert metrics["toxicity"]["id"]["tp"]["mean"] == tested["tp"]
+    cell = found["cells"][0]
+    assert {"toxify", "distill", "detoxify", "control", "evaluate"} == set(cell["seconds"])
+    assert {line["method"] for line in cell["figures"]} == {"detoxified", "control"}
+
+
+def results(workdir):
+    """What a sweep must end with, whatever happened on the way."""
+    found = json.loads((workdir / "sweep.json").read_text())
+    for cell in found["cells"]:
+        del cell["seconds"]
+    texts = {path.parent.parent.name: path.read_bytes() for path in workdir.glob("cells/*/distilled/texts.jsonl")}
+    return found, (workdir / "sweep.csv").read_bytes(), texts
+
+
+@pytest.mark.slow
+def test_killed_and_continued_it_ends_the_same(alone, config, tmp_path):
+    workdir = tmp_path / "killed"
+    for count in (3, 9):
+        child = start(*command(config, workdir), capture=True, JAX_NUM_CPU_DEVICES="8")
+        while len(list(workdir.glob("cells/*/detoxified/gpt2/stage.json"))) < count:
+            assert child.poll() is None, child.communicate()[1][-3000:]
+            time.sleep(0.02)
+        child.kill()
+        child.communicate(timeout=HANGS)
+        assert not (workdir / "sweep.json").exists()
+    made = {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
+    assert cli.main(command(config, workdir)) == 0
+    assert made == {path: path.stat().st_mtime_ns for path in made}  # none of it was made anew
+    assert finished(workdir) == finished(alone[0])
+    assert results(workdir) == results(alone[0])
+
+
+def test_what_a_run_made_is_taken(alone, config, capsys):
+    """A grid of one field in the same directory: what no field changes now lies in the directory itself."""
+    workdir, _ = alone
+    shown = command(config, workdir, "--dry_run", "--grid", "distill.objective.alpha=0.1")
+    assert cli.main(shown) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    there = {line[-1].removeprefix(f"{workdir}/"): line[-2] for line in lines}
+    assert there["toxic"] == there["samples"] == there["cells/alpha=0.1/distilled"] == "done"
+
+
+def figures(**variants):
+    return [Figures("m", name, tp, perplexity, 10.0) for name, (tp, perplexity) in variants.items()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "variant", "within"),
+    [
+        (figures(a=(0.5, 10.0), b=(0.2, 11.0), c=(0.1, 11.2)), "b", True),  # c is the least toxic, and rose too much
+        (figures(a=(0.5, 9.0), b=(0.5, 8.0)), "b", True),  # of equals the more fluent
+        (figures(a=(0.1, 15.0), b=(0.3, 12.0)), "b", False),  # none is allowed
+        (figures(a=(0.1, math.nan), b=(0.9, 10.0)), "b", True),  # what was not measured is not chosen
+        (figures(a=(math.nan, 10.0), b=(0.9, 10.0)), "b", True),
+        (figures(a=(0.1, math.nan), b=(0.2, math.nan)), "a", False),
+    ],
+)
+def test_the_rule(rows, variant, within):
+    assert choose(rows, 0.1) == {"m": Choice(next(row for row in rows if row.variant == variant), within)}
+
+
+def test_one_configuration_for_all_targets():
+    """The mean TP and the mean rise; a variant that one target lacks does not count."""
+    one, other = figures(a=(0.2, 10.0), b=(0.4, 9.0), c=(0.0, 9.0)), figures(a=(0.4, 12.0), b=(0.4, 10.0))
+    found = {row.variant: row for row in pooled({"one": one, "other": other})}
+    assert found.keys() == {"a", "b"}
+    assert found["a"].tp == pytest.approx(0.3) and found["a"].rise == pytest.approx(0.1)
+    assert choose(found.values(), 0.05)["m"].figures.variant == "b"
+    assert choose(found.values(), 0.1 + 1e-9)["m"].figures.variant == "a"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--grid", "detoxify.learning_rat=1"], "detoxify.learning_rat: no such field; did you mean 'learning_rate'?"),
+        (["--grid", "detoxify=1"], "detoxify is a group of fields; name one of them: learning_rate"),
+        (["--grid", "detoxify.steps.more=1"], "detoxify.steps.more: no such field"),
+        (["--grid", "distill.objective.alfa=1"], "no setting 'alfa'; did you mean 'alpha'?"),
+        (["--grid", "distill.objective.alpha=2"], "found 2, expected a number in (0, 1]"),
+        (["--grid", "detoxify.learning_rate=high"], "config.detoxify.learning_rate: found 'high', expected float"),
+        (["--grid", "detoxify.learning_rate="], "detoxify.learning_rate has no values"),
+        (["--grid", "detoxify.steps=2,3,2"], "detoxify.steps has a value twice in (2, 3, 2)"),
+        (["--grid", "detoxify.steps"], "--grid detoxify.steps: expected FIELD=VALUE,VALUE"),
+        (["--grid", "report.examples=1,2"], "report.examples changes nothing that the sweep makes"),
+        (["--config.sweep.validation_prompts="], "config.sweep.validation_prompts: empty"),
+        (["--config.sweep.validation_prompts=prompts.jsonl", "--config.evaluate.prompts=prompts.jsonl"],
+         "those of config.evaluate.prompts, which are for the test"),
+        (["--config.evaluate.perplexity_scorer="], "config.evaluate.perplexity_scorer: empty"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_before_anything_is_made(config, tmp_path, capsys, more, words):
+    assert cli.main(command(config, tmp_path / "none", *more)) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_empty_grid(world, tmp_path, capsys):
+    empty = write_config(world / "empty.py", sweep__validation_prompts="x")
+    assert cli.main(command(empty, tmp_path / "none")) == 2
+    assert "config.sweep.grid: empty; write --grid FIELD=VALUE,VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "name"),
+    [
+        (("a.rate", "b.objective.alpha"), {"a.rate": 5e-5, "b.objective.alpha": 0.1}, "rate=5e-05,alpha=0.1"),
+        (("a.rate", "b.rate"), {"a.rate": 1, "b.rate": 2}, "a.rate=1,b.rate=2"),
+        (("d.models",), {"d.models": ("base", "toxic")}, "models=base-toxic"),
+        (("d.objective",), {"d.objective": "contrastive(alpha=0.1)"}, "objective=contrastive(alpha=0.1)"),
+    ],
+)
+def test_names(fields, settings, name):
+    assert grid.name(settings, fields) == name
+
+
+def test_names_that_directories_cannot_have():
+    names = [grid.name({"f.data": value}, ["f.data"]) for value in ("dghs?file=x/y", "dghs?file=x_y", "x" * 300)]
+    assert len(set(names)) == 3 and all(set(name) <= set(PLAIN) and len(name) < 90 for name in names)
