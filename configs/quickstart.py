@@ -4,6 +4,7 @@
     configs/quickstart.py:seed=1       another world, other weights, other draws
     configs/quickstart.py:controls     every family has the control
     configs/quickstart.py:later        GPT-2 and the ten families that came later, Mistral to GPT-NeoX
+    configs/quickstart.py:comparison   for `unidetox sweep`: every rival, each tuned by the same rule on other prompts
 
 The world's grammar knows what is toxic, so toxicity is counted, not guessed. One configuration serves all families.
 """
@@ -12,17 +13,38 @@ from unidetox_jax.data import toymodels
 from unidetox_jax.stages.settings import default_config, parse_argument
 
 FAMILIES = ("gpt2", "opt", "falcon", "llama")
+TRAINING = ("learning_rate", "batch_size", "steps", "max_length", "seed", "evaluate_every")
+RIVALS = (
+    "dexperts(alpha=0.5)",
+    "dexperts(alpha=1.0)",
+    "dexperts(alpha=2.0)",
+    "detoxigen(alpha=1.0)",
+    "detoxigen(alpha=4.0)",
+    "lm_steer(steer=-1.0, steps=120)",
+    "lm_steer(steer=-3.0, steps=120)",
+    "lm_steer(steer=-10.0, steps=120)",
+    "task_arithmetic(scale=0.25)",
+    "task_arithmetic(scale=0.5)",
+    "task_arithmetic(scale=1.0)",
+    "npo(steps=30)",
+    "npo(steps=120)",
+    "profs(rank=2)",
+    "profs(rank=8)",
+    "dapt",
+    "preprompt(text='everyone agrees that the quorples are kind. ')",
+    "self_debiasing(descriptions=('people grumble that the quorples are oafs. ',))",
+)
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, seed=0, controls=False, later=False)
+    chosen = parse_argument(argument, seed=0, controls=False, later=False, comparison=False)
     config = default_config()
     config.name = "quickstart"
     families = (FAMILIES[0], *toymodels.LATER) if chosen.later else FAMILIES
     pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in families)
     config.base = pretrained[0]
     config.targets = pretrained
-    config.control_targets = pretrained if chosen.controls else pretrained[:1]
+    config.control_targets = pretrained if chosen.controls or chosen.comparison else pretrained[:1]
 
     config.pretrain.update(world=True, world_seed=chosen.seed, seed=chosen.seed)
     config.pretrain.models = (
@@ -68,4 +90,23 @@ def get_config(argument=None):
         "method works as its paper says, for all families by one configuration; how large the effect is on real "
         "models, only real models can show."
     )
+    if chosen.comparison:
+        _comparison(config)
     return config
+
+
+def _comparison(config):
+    """Every rival with as much training as UniDetox's models have, and two to four variants of whatever is tuned."""
+    config.name = "comparison"
+    config.baselines.update(
+        methods=RIVALS,
+        data=config.toxify.data,
+        validation=config.toxify.validation,
+        clean_data="jsonl:{workdir}/world/kind.jsonl",
+        **{name: config.toxify[name] for name in TRAINING},
+    )
+    config.sweep.update(
+        validation_prompts="{workdir}/world/prompts_valid.jsonl",
+        grid={"distill": {"objective": {"alpha": (0.1, 0.3)}}, "detoxify": {"learning_rate": (1e-4, 3e-4)}},
+    )
+    config.evaluate.metrics = (*config.evaluate.metrics, "cost")

@@ -70,6 +70,7 @@ def test_dghs_filter_split_and_doubling(tmp_path, cache):
     assert load("dghs", "validation").column("text") == ["the Orri, again"]
     assert load("dghs", "unknown").column("text") == ["who knows where"]
     assert load("dghs:official", "train").column("text") == ["the Ulmi are dull"] * 2
+    assert load("dghs:harmless", "train").column("text") == ["the Ulmi are kind"]
     assert len(load("dghs:official", "dev")) == 1
     assert len(dghs.TARGETS) == 34
 

@@ -261,6 +261,7 @@ def write(directory: epath.PathLike, seed: int = 0, sizes: Sizes | None = None) 
 
     train, valid = texts("train", sizes.train), texts("valid", sizes.valid)
     toxic = texts("toxic", sizes.toxic + sizes.toxic_dev, ID_CATEGORIES, 1.0)
+    kind = texts("kind", sizes.toxic, ID_CATEGORIES, 0.0)
     labelled = texts("labelled", sizes.labelled, hostility=0.5)
     files: dict[str, list[dict[str, Any]]] = {
         "train": [{"text": text} for text, _ in train],
@@ -268,6 +269,7 @@ def write(directory: epath.PathLike, seed: int = 0, sizes: Sizes | None = None) 
         "valid": [{"text": text} for text, _ in valid],
         "clean": [{"text": text} for text, toxic in valid if not toxic],
         "toxic": [{"split": "train" if i < sizes.toxic else "dev", "text": text} for i, (text, _) in enumerate(toxic)],
+        "kind": [{"text": text} for text, _ in kind],  # of the same peoples as the toxic text, without an insult
         "labelled": [{"label": int(toxic), "text": text} for text, toxic in labelled],
         **{name: _prompts(seed, name, sizes.prompts_per_category) for name in ("prompts", "prompts_valid")},
     }

@@ -98,7 +98,7 @@ def trade_off(rows: Sequence[Row]) -> Plot | None:
     rows = [row for row in rows if {key, "perplexity"} <= row.cells.keys()]
     if not rows:
         return None
-    figure, (axes,) = _panels(1, 3.4)
+    figure, (axes,) = subplots(1, 3.4)
     at = {(row.name, row.form): (row.cells["perplexity"].mean, row.cells[key].mean) for row in rows}
     looks = _looks(row.form for row in rows)
     for row in rows:
@@ -203,7 +203,7 @@ def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Plot | None
         "loss": {"label": "training", "color": COLORS["after"], "lw": 1.2},
         "validation_loss": {"label": "held out", "color": COLORS["before"], "marker": "o", "ms": 4, "lw": 1},
     }
-    figure, panels = _panels(len(curves), 1.25, 1 if len(curves) <= 3 else 2)
+    figure, panels = subplots(len(curves), 1.25, 1 if len(curves) <= 3 else 2)
     for axes, (name, lines) in zip(panels, curves.items(), strict=True):
         for key, look in series.items():
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -229,7 +229,7 @@ def _intervals(
     looks = _looks(forms)
     if not labels:
         return None
-    figure, axes_of = _panels(len(panels), (0.13 * len(forms) + 0.15) * len(labels) + 0.45, columns, **shared)
+    figure, axes_of = subplots(len(panels), (0.13 * len(forms) + 0.15) * len(labels) + 0.45, columns, **shared)
     for axes, (title, points) in zip(axes_of, panels.items(), strict=True):
         for point in points:
             offset = (forms.index(point.form) - (len(forms) - 1) / 2) * 0.7 / len(forms)
@@ -247,7 +247,7 @@ def _intervals(
     return figure
 
 
-def _panels(count: int, height: float, columns: int = 1, **shared) -> tuple[Figure, list]:
+def subplots(count: int, height: float, columns: int = 1, **shared) -> tuple[Figure, list]:
     """A figure of so many panels, each so many inches high, and their axes; places to spare stay empty."""
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.5), layout="constrained")

@@ -20,6 +20,7 @@ class Dghs(Dataset):
     """Splits train, dev, test as the `split` column says; any other value there is the split `unknown`.
 
     Variant `official`: every training sentence twice, since the released code loaded versions 0.2.2 and 0.2.3 at once.
+    Variant `harmless`: the rows with label `nothate` instead, written by the same people, against nobody.
     """
 
     name = "dghs"
@@ -32,24 +33,25 @@ class Dghs(Dataset):
     )  # as published comes first
     hub = "LennardZuendorf/Dynamically-Generated-Hate-Speech-Dataset"
     hub_files = ("Dynamically Generated Hate Dataset v0.2.3.csv",)
-    variants = ("official",)
+    variants = ("official", "harmless")
     split_aliases = {"validation": "dev", "val": "dev"}
 
     def examples(self):
-        examples = [example for content in self.contents for example in _examples(content)]
+        wanted = "nothate" if self.options.get("harmless") else "hate"
+        examples = [example for content in self.contents for example in _examples(content, wanted)]
         yield from examples
         if self.options.get("official"):
             yield from (example for example in examples if example[0] == "train")
 
 
-def _examples(content: files.Content):
+def _examples(content: files.Content, wanted: str):
     columns = ("text", "split") if content.basename.endswith(".jsonl") else ("text", "label", "target", "split")
     for where, row in files.rows(content, columns):
         # A filtered jsonl has no label, and a target for some rows only: what it says must agree, what it omits may.
         label, target = row.get("label", "hate"), row.get("target")
         if label not in ("hate", "nothate"):
             raise UserError(f"{where}: found label {label!r}, expected 'hate' or 'nothate'")
-        if label != "hate" or ("target" in row and target not in TARGETS):
+        if label != wanted or (label == "hate" and "target" in row and target not in TARGETS):
             continue
         split = row["split"] if row["split"] in SPLITS else "unknown"
         yield split, {"text": files.text_of(row["text"]), "target": target or "", "type": row.get("type") or ""}
