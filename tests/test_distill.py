@@ -193,14 +193,14 @@ def test_prompt_early_exit_and_an_objective_of_ones_own(world, workdir, monkeypa
     monkeypatch.chdir(place)
     changes = (
         "objective=my_pkg.my_mod:my_objective(tau=0.5)",
-        "models=('base','base@1')",
+        "models=('base','base@1+norm')",
         "prompt=the baker",
         "num_texts=4",
     )
     assert cli.main(command(world, workdir, *(f"--config.distill.{change}" for change in changes))) == 0
     rows = rows_of(workdir / "distilled")
     assert all(row["text"].startswith("the baker") for row in rows)
-    assert all(len(row["tokens"]) <= 20 and list(row["log_probabilities"]) == ["base", "base@1"] for row in rows)
+    assert all(len(row["tokens"]) <= 20 and list(row["log_probabilities"]) == ["base", "base@1+norm"] for row in rows)
     assert "my_objective(tau=0.5)" in (workdir / "distilled" / "README.md").read_text()
 
 

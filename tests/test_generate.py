@@ -97,8 +97,10 @@ def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
         assert together[row, 6 : 6 + len(told)].tolist() == told
 
 
-def test_the_early_exit_of_dola(layer=1):
-    """Layer 1 of GPT-2 as the premature one; log-probabilities under both."""
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_early_exit_of_dola(norm, layer=1):
+    """Layer 1 of GPT-2 as the premature one, as its authors have it and behind the final norm; log-probabilities under
+    both."""
     reference, model = model_of("gpt2")
     tokens, mask = prompts_of(model.cfg)
     objective = objectives.get("dola", alpha=0.3)
@@ -106,9 +108,9 @@ def test_the_early_exit_of_dola(layer=1):
     def premature(ids):
         with torch.no_grad():
             hidden = reference(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][:, -1:]
-            return reference.lm_head(reference.transformer.ln_f(hidden))[0, 0].numpy()
+            return reference.lm_head(reference.transformer.ln_f(hidden) if norm else hidden)[0, 0].numpy()
 
-    ours = generate([model, models.early_exit(model, layer)], tokens, objective=objective, warpers=GREEDY,
+    ours = generate([model, models.early_exit(model, layer, norm)], tokens, objective=objective, warpers=GREEDY,
                     max_new_tokens=10, attention_mask=mask, log_probabilities=True)  # fmt: skip
     for row in range(3):
         ids = real(tokens, mask, row)

@@ -235,17 +235,21 @@ def test_scan_equals_unrolled_and_dropout_drops(name):
     np.testing.assert_array_equal(scan, models.forward(params, tokens, cfg, dropout_key=key))
 
 
-def test_early_exit_is_the_model_of_fewer_layers():
+@pytest.mark.parametrize("norm", [False, True])
+def test_early_exit_is_the_model_of_fewer_layers(norm):
     reference = torch_model(VARIANTS["gpt2"])
     cfg = models.config_from_hf(VARIANTS["gpt2"])
-    model = models.early_exit(models.Model(params_from_torch(reference, cfg), cfg), 2)
+    model = models.early_exit(models.Model(params_from_torch(reference, cfg), cfg), 2, norm)
     tokens = tokens_of(cfg, 1, 8)
     with torch.no_grad():
         hidden = reference(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states[2]
-        expected = reference.lm_head(reference.transformer.ln_f(hidden)).numpy()
+        expected = reference.lm_head(reference.transformer.ln_f(hidden) if norm else hidden).numpy()
     assert np.abs(models.forward(model.params, tokens, model.cfg) - expected).max() <= TOLERANCE
     with pytest.raises(ValueError, match="expected 1 to 3"):
         models.early_exit(models.Model(model.params, cfg), 4)
+    narrow = models.config_from_hf(VARIANTS["opt-350m"])
+    with pytest.raises(ValueError, match="states of 32 do not fit a head of 16"):
+        models.early_exit(models.Model(models.init(narrow, jax.random.key(0)), narrow), 1)
 
 
 def test_dynamic_rope_is_refused_beyond_its_original_length():

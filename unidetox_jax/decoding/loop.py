@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from unidetox_jax import buckets, models, sharding
 from unidetox_jax.decoding import sampling
+from unidetox_jax.decoding.context import Context, Prompt
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.errors import UserError
 from unidetox_jax.models import Cache, ModelConfig
 
 SEGMENT = 64  # slots: smaller reads less that is not live, larger compiles fewer loops
@@ -27,6 +29,7 @@ MANY_ROWS = 128
 ROOM = SEGMENT // 8  # what the last segment is rounded up to, and the least that is worth a loop of its own
 
 Logits = tuple[jax.Array, ...]  # float32 [B,V] of each model
+Seen = tuple[Any, ...]  # what a step sees of each model: its logits, or its `models.States`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ class State(NamedTuple):
     log_probabilities: jax.Array  # float32 [M,B]: sums over a row's tokens; [0,B] where not asked for
     bad: jax.Array  # bool [M+1,B]: a model's logits (last: the scores) are not finite
     caches: tuple[Cache, ...]  # one for each model, or one that all read, or that holds those of all side by side
+    memory: Any = None  # the objective's own state
 
 
 class Output(NamedTuple):
@@ -108,7 +112,7 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
 
     params: the trees of `preparation.Prepared`.
     """
-    keys, state = begin(params, inputs, plan)
+    keys, state = begin(params, inputs, objective, plan)
 
     def advance(state: State) -> State:
         return step(params, keys, state, inputs, objective, warpers, plan)
@@ -129,19 +133,25 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
     return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
 
 
-def begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> tuple[jax.Array, State]:
+def begin(params: tuple[Any, ...], inputs: Inputs, objective: Objective, plan: Plan) -> tuple[jax.Array, State]:
     """The rows' keys, and the state before the first step."""
-    return sampling.row_keys(inputs.seed, inputs.row_ids), _begin(params, inputs, plan)
+    return sampling.row_keys(inputs.seed, inputs.row_ids), _begin(params, inputs, objective, plan)
 
 
 def step(
     params: tuple[Any, ...], keys, state: State, inputs: Inputs, objective: Objective, warpers, plan: Plan
 ) -> State:
     """One token more in each row that has not ended."""
-    logits, caches = _step(params, state, plan)
+    context = None
+    if not objective.needs_context:
+        logits, caches = _step(params, state, plan, models.decode_step)
+    else:
+        seen, caches = _step(params, state, plan, models.decode_states)
+        logits = tuple(each.logits for each in seen)
+        context = _context(params, seen, caches, state, inputs, plan)
     if plan.vocab_size:
         logits = tuple(each[:, : plan.vocab_size] for each in logits)
-    return _append_token(logits, state, caches, inputs, objective, warpers, keys)
+    return _append_token(logits, context, state, caches, inputs, objective, warpers, keys)
 
 
 @functools.cache
@@ -168,25 +178,37 @@ def _with_options(**options: str) -> jax.stages.Wrapped:
     return jax.jit(inspect.unwrap(program), static_argnames="plan", compiler_options=options)
 
 
-def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
+def _begin(params: tuple[Any, ...], inputs: Inputs, objective: Objective, plan: Plan) -> State:
     """Nothing sampled; the prompts but for their last tokens in the caches."""
     batch, count = inputs.row_ids.shape[0], len(plan.configs)
 
-    def fill(tree, model: int) -> Cache:
+    def fill(tree, model: int) -> tuple[Cache, jax.Array | None]:
+        """The cache, and what an objective with context may see of the prompt."""
         cfg, length = plan.configs[model], plan.cache_lengths(0)[model]
         tokens, mask = inputs.prompts[model], inputs.masks[model]
         rows, slots = tokens.shape[0], tokens.shape[1] - 1
         if not slots:
-            return models.init_cache(cfg, batch, length)
+            empty = jnp.zeros((rows, 0, cfg.embedding_size), cfg.dtype) if objective.needs_context else None
+            return models.init_cache(cfg, batch, length), empty
         cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
-        _, cache = models.prefill(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
-        return cache if plan.samples == 1 else models.branch_cache(cache, cfg, plan.samples, length)
+        read = models.prefill_states if objective.needs_context else models.prefill
+        seen, cache = read(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
+        seen = seen if objective.needs_context else None
+        return cache if plan.samples == 1 else models.branch_cache(cache, cfg, plan.samples, length), seen
 
+    caches: Any
+    hidden: Any
     if len(params) < count:  # side by side
         # One after another: cuDNN's attention over a batch of models loses their masks
-        caches = [models.share_cache_masks(jax.lax.map(lambda tree: fill(tree, 0), params[0]))]
+        stacked, hidden = jax.lax.map(lambda tree: fill(tree, 0), params[0])
+        caches = [models.share_cache_masks(stacked)]
     else:
-        caches = [fill(tree, model) for model, tree in enumerate(params)]
+        filled = [fill(tree, model) for model, tree in enumerate(params)]
+        caches, hidden = ([each[part] for each in filled] for part in (0, 1))
+    memory = None
+    if objective.needs_context:
+        hidden = tuple(jnp.repeat(each, plan.samples, axis=0) for each in hidden)
+        memory = objective.initial_state(Prompt(*_first_prompt(inputs, plan), hidden, plan.size))
     return State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.stack([jnp.repeat(tokens[:, -1], plan.samples) for tokens in inputs.prompts]),
@@ -196,6 +218,49 @@ def _begin(params: tuple[Any, ...], inputs: Inputs, plan: Plan) -> State:
         log_probabilities=jnp.zeros((count if plan.log_probabilities else 0, batch), jnp.float32),
         bad=jnp.zeros((count + 1, batch), bool),
         caches=tuple(caches),
+        memory=memory,
+    )
+
+
+def _first_prompt(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """The first model's prompt in each row, and its mask: int32 and bool [B,P+1]."""
+    return jnp.repeat(inputs.prompts[0], plan.samples, axis=0), jnp.repeat(inputs.masks[0], plan.samples, axis=0)
+
+
+def _context(params: tuple[Any, ...], seen, caches, state: State, inputs: Inputs, plan: Plan) -> Context:
+    """What an objective sees; seen: `models.States` of each model."""
+    together = len(params) < len(plan.configs)
+
+    def tree(model: int):
+        return jax.tree.map(lambda leaf: leaf[model], params[0]) if together else params[model]
+
+    def head(hidden: jax.Array, model: int = 0, norm: bool = False) -> jax.Array:
+        cfg, flat = plan.configs[model], hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        if norm:
+            flat = models.final(tree(model), flat, cfg)
+        if flat.shape[-1] != cfg.embedding_size:
+            raise UserError(
+                f"context.head: states of {flat.shape[-1]}, the head's are {cfg.embedding_size}; use norm=True"
+            )
+        logits = models.logits(tree(model), flat, cfg)[..., : plan.vocab_size or None]
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def look_ahead(tokens: jax.Array, model: int = 0) -> jax.Array:
+        cache = models.cache_of(caches[0], model) if together else caches[min(model, len(caches) - 1)]
+        return models.look_ahead(tree(model), tokens, plan.configs[model], cache)
+
+    prompt, prompt_mask = _first_prompt(inputs, plan)
+    return Context(
+        step=state.step,
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        tokens=state.tokens.T,
+        tokens_mask=jnp.arange(plan.size)[None] < state.lengths[:, None],
+        hidden=tuple(each.hidden for each in seen),
+        layers=tuple(each.layers for each in seen),
+        state=state.memory,
+        head=head,
+        look_ahead=look_ahead,
     )
 
 
@@ -203,50 +268,52 @@ def _continues(state: State, limit: jax.Array) -> jax.Array:
     return (state.step < limit) & jnp.any(~state.ended) & ~jnp.any(state.bad)
 
 
-def _step(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
-    """Every model reads its next token."""
+def _step(params: tuple[Any, ...], state: State, plan: Plan, read) -> tuple[Seen, tuple[Cache, ...]]:
+    """Every model reads its next token by `read`: models.decode_step or models.decode_states."""
     if len(params) < len(plan.configs):
-        return _step_side_by_side(params[0], state, plan)
+        return _step_side_by_side(params[0], state, plan, read)
     if len(state.caches) < len(params):
-        return _step_on_shared_cache(params, state, plan)
+        return _step_on_shared_cache(params, state, plan, read)
     steps = [
-        models.decode_step(tree, token, cfg, cache)
+        read(tree, token, cfg, cache)
         for tree, token, cfg, cache in zip(params, state.last, plan.configs, state.caches, strict=True)
     ]
-    return tuple(logits for logits, _ in steps), tuple(cache for _, cache in steps)
+    return tuple(seen for seen, _ in steps), tuple(cache for _, cache in steps)
 
 
-def _step_side_by_side(tree: Any, state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
+def _step_side_by_side(tree: Any, state: State, plan: Plan, read) -> tuple[Seen, tuple[Cache, ...]]:
     """Models of one configuration, which read the same tokens, as one batched model."""
     (cache,), token, cfg = state.caches, state.last[0], plan.configs[0]
     axes = models.cache_axes(branched=cache.prefix is not None)
-    step = jax.vmap(
-        lambda tree, cache: models.decode_step(tree, token, cfg, cache), in_axes=(0, axes), out_axes=(0, axes)
-    )
-    logits, cache = step(tree, cache)
-    return tuple(logits), (cache,)
+    step = jax.vmap(lambda tree, cache: read(tree, token, cfg, cache), in_axes=(0, axes), out_axes=(0, axes))
+    seen, cache = step(tree, cache)
+    parts, structure = jax.tree.flatten(seen)
+    return tuple(jax.tree.unflatten(structure, each) for each in zip(*parts, strict=True)), (cache,)
 
 
-def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan) -> tuple[Logits, tuple[Cache, ...]]:
+def _step_on_shared_cache(params: tuple[Any, ...], state: State, plan: Plan, read) -> tuple[Seen, tuple[Cache, ...]]:
     """The released code's step: all models attend over the first one's keys and values, and their own of this token.
 
     The others go first, each writing its key and value into the slot that the next one overwrites, and the first
     model last: what stays is its own, and no cache is copied.
     """
     (cache,) = state.caches
-    logits = []
+    seen = []
     for tree, token, cfg in reversed(list(zip(params, state.last, plan.configs, strict=True))):
-        out, written = models.decode_step(tree, token, cfg, cache)
-        logits.append(out)
+        out, written = read(tree, token, cfg, cache)
+        seen.append(out)
+        logits = jax.tree.leaves(out)[0]
         # Nothing else tells the compiler that the slot is read before it is overwritten; it would copy every cache.
-        after = jnp.maximum(cache.slot, jnp.isnan(out[0, 0]).astype(jnp.int32) - 1)  # max(slot, 0 or −1) is the slot
+        after = jnp.maximum(cache.slot, jnp.isnan(logits[0, 0]).astype(jnp.int32) - 1)  # max(slot, 0 or −1) is the slot
         cache = cache._replace(keys=written.keys, values=written.values, slot=after)
-    return tuple(reversed(logits)), (written,)
+    return tuple(reversed(seen)), (written,)
 
 
-def _append_token(logits: Logits, state: State, caches, inputs: Inputs, objective: Objective, warpers, keys) -> State:
+def _append_token(
+    logits: Logits, context: Context | None, state: State, caches, inputs: Inputs, objective: Objective, warpers, keys
+) -> State:
     """The state with one more token in each row that has not ended."""
-    scores = objective(*logits)
+    scores, memory = (objective(*logits), None) if context is None else objective(*logits, context=context)
     sampled = sampling.sample(scores, warpers, sampling.step_keys(keys, state.step))
     live = ~state.ended
     token = jnp.where(live, sampled, inputs.pad)
@@ -264,6 +331,7 @@ def _append_token(logits: Logits, state: State, caches, inputs: Inputs, objectiv
         log_probabilities=sums,
         bad=bad & live[None],
         caches=caches,
+        memory=memory,
     )
 
 

@@ -15,8 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
 from unidetox_jax import extensions
+from unidetox_jax.decoding import context as context_
+from unidetox_jax.decoding.context import Context, Prompt
 from unidetox_jax.errors import UserError, suggest
 
 
@@ -32,7 +36,26 @@ class Range:
         return above and (value <= high if self.text[-1] == "]" else value < high)
 
 
+class Arrays:
+    """The file of a setting that names one, NumPy's .npz: `subspace: Annotated[str, Arrays("w", "b")]`."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def load(self, path: str, where: str) -> list[np.ndarray]:
+        """Its arrays of those names, float32. Raises UserError: no such file, no .npz, one that lacks an array."""
+        expected = f"an .npz file that holds {' and '.join(self.names)}"
+        try:
+            with epath.Path(path).open("rb") as file, np.load(file) as arrays:
+                return [np.asarray(arrays[name], np.float32) for name in self.names]
+        except FileNotFoundError:
+            raise UserError(f"{where}: no file {path!r}, expected {expected}") from None
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UserError(f"{where}: {path!r}: {error}; expected {expected}") from None
+
+
 STATIC = {"static": True}
+CONTEXT = "context"  # the parameter that is no setting
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +69,8 @@ class Objective:
       stands for one or more.
       num_models: how many logits it needs, or how many at least where it takes any number (`takes_more`).
       settings: every setting with its value, those with their defaults too.
+      needs_context: whether the function declares `context`. It is then called with a `Context`, and the result is
+      (scores, its next state), None where it has none.
     """
 
     name: str = dataclasses.field(metadata=STATIC)
@@ -54,6 +79,7 @@ class Objective:
     constants: tuple[tuple[str, Any], ...] = dataclasses.field(metadata=STATIC)
     number_names: tuple[str, ...] = dataclasses.field(metadata=STATIC)
     number_values: tuple[Any, ...]
+    needs_context: bool = dataclasses.field(default=False, metadata=STATIC)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,11 +99,39 @@ class Objective:
             expected = f"{self.num_models}{' or more' if self.takes_more else ''} ({', '.join(self.arguments)})"
             raise UserError(f"objective {self.name}: found {count} models, expected {expected}")
 
-    def __call__(self, *logits: jax.Array) -> jax.Array:
+    def initial_state(self, prompt: Prompt) -> Any:
+        """The state before the first step, a pytree of arrays; None where the function has none."""
+        make = getattr(self.function, context_.STATE, None)
+        return None if make is None else jax.tree.map(jnp.asarray, make(prompt))
+
+    def __call__(self, *logits: jax.Array, context: Context | None = None) -> Any:
         self.check_models(len(logits))
-        scores = self.function(*(jnp.asarray(z).astype(jnp.float32) for z in logits), **self.settings)
-        if jnp.shape(scores) != jnp.shape(logits[0]):
-            found, expected = jnp.shape(scores), jnp.shape(logits[0])
+        floats = [jnp.asarray(z).astype(jnp.float32) for z in logits]
+        if not self.needs_context:
+            return self._checked_scores(self.function(*floats, **self.settings), floats[0])
+        if context is None:
+            raise UserError(
+                f"objective {self.name}: sees the text so far (its argument `context`), which only generation gives"
+            )
+        result, state = self.function(*floats, **self.settings, context=context), None
+        if hasattr(self.function, context_.STATE):
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise UserError(f"objective {self.name}: has a state, expected (scores, state) from it")
+            result, state = result
+            found, expected = _described(state), _described(context.state)
+            if found != expected:
+                raise UserError(
+                    f"objective {self.name}: returns the state {found}, expected one like the first, {expected}"
+                )
+        return self._checked_scores(result, floats[0]), state
+
+    def _checked_scores(self, scores: jax.Array, logits: jax.Array) -> jax.Array:
+        if isinstance(scores, tuple):
+            raise UserError(
+                f"objective {self.name}: returns a tuple; a state beside the scores is declared by @with_state"
+            )
+        if jnp.shape(scores) != jnp.shape(logits):
+            found, expected = jnp.shape(scores), jnp.shape(logits)
             raise UserError(f"objective {self.name}: returns shape {found}, expected the logits' {expected}")
         return scores.astype(jnp.float32)
 
@@ -85,6 +139,11 @@ class Objective:
         """What `objectives.get` turns into the same value again."""
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(self.settings.items()))
         return f"{self.name}({settings})" if settings else self.name
+
+
+def _described(state: Any) -> str:
+    """A pytree's structure, dtypes and shapes."""
+    return str(jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", state)).replace("'", "")
 
 
 def resolve(text: str, settings: Mapping[str, Any], known: Mapping[str, Callable]) -> Objective:
@@ -107,8 +166,11 @@ def _build(name: str, function: Callable[..., jax.Array], given: Mapping[str, An
         raise UserError(f"objective {name}: its signature cannot be read: {error}") from error
     arguments, constants, names, values = [], [], [], []
     declared = {}
+    needs_context = False
     for parameter in parameters:
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if parameter.name == CONTEXT:
+            needs_context = True
+        elif parameter.kind is parameter.VAR_POSITIONAL:
             arguments.append(f"*{parameter.name}")
         elif parameter.kind is parameter.VAR_KEYWORD:
             raise UserError(f"objective {name}: **{parameter.name} is not allowed; name every setting")
@@ -132,9 +194,14 @@ def _build(name: str, function: Callable[..., jax.Array], given: Mapping[str, An
             values.append(value)
         else:
             constants.append((setting, value))
+    if hasattr(function, context_.STATE) and not needs_context:
+        raise UserError(f"objective {name}: has a state, but no argument `{CONTEXT}` to find it in")
     if not arguments:
         raise UserError(f"objective {name}: takes no logits; a parameter without a default stands for a model")
-    return Objective(name, function, tuple(arguments), tuple(constants), tuple(names), tuple(values))
+    return Objective(name, function, tuple(arguments), tuple(constants), tuple(names), tuple(values), needs_context)
+
+
+_KINDS = {bool: "True or False", str: "a text", tuple: "a tuple"}
 
 
 def _checked(where: str, value: Any, default: Any, hint: Any) -> tuple[Any, bool]:
@@ -158,9 +225,11 @@ def _checked(where: str, value: Any, default: Any, hint: Any) -> tuple[Any, bool
         if interval and float(value) not in interval:
             raise UserError(f"{where}: found {value!r}, expected {expected}")
         return kind(value), kind is float
-    if kind in (bool, str) and not isinstance(value, kind):
-        raise UserError(f"{where}: found {value!r}, expected {'True or False' if kind is bool else 'a text'}")
     value = _frozen(value)
+    if kind in _KINDS and not isinstance(value, kind):
+        raise UserError(f"{where}: found {value!r}, expected {_KINDS[kind]}")
+    for arrays in (extra for extra in extras if isinstance(extra, Arrays)):
+        arrays.load(value, where)
     try:
         hash(value)
     except TypeError:

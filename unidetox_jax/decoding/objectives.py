@@ -10,7 +10,8 @@ z: logits, l = log_softmax(z), p = softmax(z), and two plausible sets:
 A set is imposed after the logits are combined, never before: 0·(−inf) and −inf + inf are NaN.
 
 To write another objective, write another such function, here or anywhere: parameters without a default are
-models' logits, the others are settings. `get("my_package.my_module:my_objective(tau=0.5)")` finds it.
+models' logits, the others are settings; one that declares `context` sees more (`context`, examples in
+`context_objectives`). `get("my_package.my_module:my_objective(tau=0.5)")` finds it.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from unidetox_jax.decoding import order_statistics
+from unidetox_jax.decoding.context_objectives import CONTEXT_OBJECTIVES
 from unidetox_jax.decoding.objective import Objective, Range, resolve
+from unidetox_jax.decoding.plausible_sets import float32, log_softmax, nucleus, on, plausible
 
 Share = Annotated[float, Range("(0, 1]")]
 Weight = Annotated[float, Range("[0, inf)")]
@@ -40,21 +43,9 @@ def get(name: str, **settings) -> Objective:
     return resolve(name, settings, OBJECTIVES)
 
 
-def plausible(logits: jax.Array, alpha: jax.Array | float) -> jax.Array:
-    """APC(z, α): bool [..., V]."""
-    logits = _float32(logits)
-    return logits >= jnp.log(jnp.asarray(alpha, jnp.float32)) + logits.max(-1, keepdims=True)
-
-
-def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """TopP(z, q): bool [..., V]; tokens tied with the crossing one are in the set too."""
-    probabilities = jax.nn.softmax(_float32(logits), -1)
-    return probabilities >= order_statistics.nucleus_floor(probabilities, top_p)
-
-
 def base(base):
     """z_b: one model, as it is."""
-    return _float32(base)
+    return float32(base)
 
 
 def contrastive(base, toxic, alpha: Share = 0.1):
@@ -62,8 +53,8 @@ def contrastive(base, toxic, alpha: Share = 0.1):
 
     Lu, Isonuma, Mori, Sakata, "UniDetox" (ICLR 2025), eq. of Sec. 2.1: α 0.1.
     """
-    base, toxic = _float32(base), _float32(toxic)
-    return _on(plausible(base, alpha), base - toxic)
+    base, toxic = float32(base), float32(toxic)
+    return on(plausible(base, alpha), base - toxic)
 
 
 def contrastive_beta(base, toxic, alpha: Share = 0.1, beta: Weight = 0.5):
@@ -72,8 +63,8 @@ def contrastive_beta(base, toxic, alpha: Share = 0.1, beta: Weight = 0.5):
     O'Brien and Lewis, "Contrastive Decoding Improves Reasoning in Large Language Models" (2023), Sec. 2.1:
     α 0.1, β 0.5.
     """
-    base, toxic = _float32(base), _float32(toxic)
-    return _on(plausible(base, alpha), (1 + beta) * base - beta * toxic)
+    base, toxic = float32(base), float32(toxic)
+    return on(plausible(base, alpha), (1 + beta) * base - beta * toxic)
 
 
 def contrastive_amateur(
@@ -88,8 +79,8 @@ def contrastive_amateur(
     Li et al., "Contrastive Decoding: Open-ended Text Generation as Optimization" (ACL 2023), Sec. 3: α
     0.1, c 1, τ 0.5.
     """
-    expert, amateur = _float32(expert), _float32(amateur)
-    return _on(plausible(expert, alpha), jax.nn.log_softmax(expert, -1) - weight * (amateur / temperature))
+    expert, amateur = float32(expert), float32(amateur)
+    return on(plausible(expert, alpha), jax.nn.log_softmax(expert, -1) - weight * (amateur / temperature))
 
 
 def dexperts(base, expert, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9):
@@ -98,8 +89,8 @@ def dexperts(base, expert, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9)
     Liu et al., "DExperts: Decoding-Time Controlled Text Generation with Experts and Anti-Experts" (ACL
     2021), eq. 2: a 2, q 0.9.
     """
-    base, expert, anti_expert = _float32(base), _float32(expert), _float32(anti_expert)
-    return _on(nucleus(base, top_p), base + alpha * (expert - anti_expert))
+    base, expert, anti_expert = float32(base), float32(expert), float32(anti_expert)
+    return on(nucleus(base, top_p), base + alpha * (expert - anti_expert))
 
 
 def anti_expert(base, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9):
@@ -107,8 +98,8 @@ def anti_expert(base, anti_expert, alpha: Weight = 2.0, top_p: Share = 0.9):
 
     Liu et al. (ACL 2021), Sec. 3.1, "anti-only": a 2, q 0.9.
     """
-    base, anti_expert = _float32(base), _float32(anti_expert)
-    return _on(nucleus(base, top_p), (1 + alpha) * base - alpha * anti_expert)
+    base, anti_expert = float32(base), float32(anti_expert)
+    return on(nucleus(base, top_p), (1 + alpha) * base - alpha * anti_expert)
 
 
 def proxy_tuning(base, expert, anti_expert, alpha: Weight = 1.0):
@@ -117,8 +108,8 @@ def proxy_tuning(base, expert, anti_expert, alpha: Weight = 1.0):
 
     Liu et al., "Tuning Language Models by Proxy" (COLM 2024), eq. 1: a 1.
     """
-    base, expert, anti_expert = _float32(base), _float32(expert), _float32(anti_expert)
-    return _on(base > -jnp.inf, base + alpha * (expert - anti_expert))
+    base, expert, anti_expert = float32(base), float32(expert), float32(anti_expert)
+    return on(base > -jnp.inf, base + alpha * (expert - anti_expert))
 
 
 def classifier_free_guidance(conditional, unconditional, scale: Weight = 1.5):
@@ -126,8 +117,8 @@ def classifier_free_guidance(conditional, unconditional, scale: Weight = 1.5):
 
     Sanchez et al., "Stay on Topic with Classifier-Free Guidance" (ICML 2024), eq. 7: g 1.5.
     """
-    conditional, unconditional = _log_softmax(conditional), _log_softmax(unconditional)
-    return _on(conditional > -jnp.inf, unconditional + scale * (conditional - unconditional))
+    conditional, unconditional = log_softmax(conditional), log_softmax(unconditional)
+    return on(conditional > -jnp.inf, unconditional + scale * (conditional - unconditional))
 
 
 def context_aware(with_context, without_context, alpha: Weight = 0.5):
@@ -136,8 +127,8 @@ def context_aware(with_context, without_context, alpha: Weight = 0.5):
     Shi et al., "Trusting Your Evidence: Hallucinate Less with Context-aware Decoding" (NAACL 2024), Sec.
     2: a 0.5.
     """
-    with_context, without_context = _float32(with_context), _float32(without_context)
-    return _on(with_context > -jnp.inf, (1 + alpha) * with_context - alpha * without_context)
+    with_context, without_context = float32(with_context), float32(without_context)
+    return on(with_context > -jnp.inf, (1 + alpha) * with_context - alpha * without_context)
 
 
 def dola(final, premature, alpha: Share = 0.1):
@@ -146,8 +137,8 @@ def dola(final, premature, alpha: Share = 0.1):
 
     Chuang et al., "DoLa: Decoding by Contrasting Layers" (ICLR 2024), eq. 3 (DoLa-static): α 0.1.
     """
-    final = _float32(final)
-    return _on(plausible(final, alpha), jax.nn.log_softmax(final, -1) - _log_softmax(premature))
+    final = float32(final)
+    return on(plausible(final, alpha), jax.nn.log_softmax(final, -1) - log_softmax(premature))
 
 
 def detoxigen(base, toxic, alpha: Weight = 1.0, top_p: Share = 0.9):
@@ -158,12 +149,12 @@ def detoxigen(base, toxic, alpha: Weight = 1.0, top_p: Share = 0.9):
     Decoding" (2024), eq. 1 to 3; a and q are not
     settled there: a 1 is the plainest choice, q 0.9 is DExperts'.
     """
-    base, toxic = _float32(base), _float32(toxic)
+    base, toxic = float32(base), float32(toxic)
     base_mass, kept = jax.nn.softmax(base, -1), nucleus(base, top_p)
     mass = jnp.maximum(0.0, base_mass + alpha * (base_mass - jax.nn.softmax(toxic, -1)))
     scores = jnp.log(mass) - jnp.log(mass.sum(-1, keepdims=True))
     left = jnp.any(kept & (mass > 0), -1, keepdims=True)
-    return _on(kept, jnp.where(left, scores, jax.nn.log_softmax(base, -1)))
+    return on(kept, jnp.where(left, scores, jax.nn.log_softmax(base, -1)))
 
 
 def self_debiasing(base, *biased, decay: Weight = 50.0, epsilon: Annotated[float, Range("[0, 1]")] = 0.01):
@@ -172,8 +163,8 @@ def self_debiasing(base, *biased, decay: Weight = 50.0, epsilon: Annotated[float
     `biased`: the same model, its prompt preceded by each description of what is unwanted.
     Schick, Udupa, Schütze, "Self-Diagnosis and Self-Debiasing" (TACL 2021), eq. 2 and 3: λ 50, ε 0.01.
     """
-    log_base = _log_softmax(base)
-    most_biased = jnp.max(jnp.stack([jax.nn.softmax(_float32(logits), -1) for logits in biased]), 0)
+    log_base = log_softmax(base)
+    most_biased = jnp.max(jnp.stack([jax.nn.softmax(float32(logits), -1) for logits in biased]), 0)
     difference = jnp.exp(log_base) - most_biased
     # The weight's logarithm: w·p_b would lose what underflows.
     log_weight = jnp.maximum(jnp.log(jnp.asarray(epsilon, jnp.float32)), decay * jnp.minimum(difference, 0.0))
@@ -189,7 +180,7 @@ def soft_contrastive(base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 1
     stronger and wider it acts; min_k 10. As published, adding a constant to z_t changes the distribution; with l_t
     it does not.
     """
-    base, toxic = _float32(base), _float32(toxic)
+    base, toxic = float32(base), float32(toxic)
     log_base, log_toxic = jax.nn.log_softmax(base, -1), jax.nn.log_softmax(toxic, -1)
     distance = jnp.linalg.norm(jnp.exp(log_base) - jnp.exp(log_toxic), axis=-1, keepdims=True)
     strength = jnp.log1p(distance) / (1 + jnp.log1p(distance))
@@ -198,18 +189,6 @@ def soft_contrastive(base, toxic, min_k: Annotated[float, Range("[1, inf)")] = 1
     favoured = jnp.where(base > -jnp.inf, log_toxic - log_base, -jnp.inf)
     chosen = (favoured > 0) & (favoured >= order_statistics.kth_largest(favoured, k))
     return jnp.where(chosen, base - strength * (log_toxic if shift_invariant else toxic), base)
-
-
-def _float32(logits) -> jax.Array:
-    return jnp.asarray(logits).astype(jnp.float32)
-
-
-def _log_softmax(logits) -> jax.Array:
-    return jax.nn.log_softmax(_float32(logits), -1)
-
-
-def _on(kept: jax.Array, scores: jax.Array) -> jax.Array:
-    return jnp.where(kept, scores, -jnp.inf)
 
 
 OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
@@ -229,4 +208,4 @@ OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
         self_debiasing,
         soft_contrastive,
     )
-}
+} | CONTEXT_OBJECTIVES

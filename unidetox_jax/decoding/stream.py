@@ -64,7 +64,7 @@ def stream(
     plan = dataclasses.replace(request.plan, segments=request.plan.segments[-1:])  # one size of caches: one program
     in_order, batch = warpers_.in_order(warpers), request.batch
     with use(request.mesh):
-        keys, state = _begin(request.params, request.inputs, plan=plan)
+        keys, state = _begin(request.params, request.inputs, objective, plan=plan)
     sums = np.zeros((len(models), batch), np.float32)
     for index in range(max_new_tokens):
         live = ~np.asarray(state.ended)[:batch]

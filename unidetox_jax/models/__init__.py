@@ -1,17 +1,26 @@
 """Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
 
 from unidetox_jax.models import casting, lora, wide_heads
-from unidetox_jax.models.cache import Cache, branch_cache, cache_axes, grow_cache, init_cache, share_cache_masks
+from unidetox_jax.models.cache import (
+    Cache,
+    branch_cache,
+    cache_axes,
+    cache_of,
+    grow_cache,
+    init_cache,
+    share_cache_masks,
+)
 from unidetox_jax.models.config import ModelConfig, as_ids, default_dtype
 from unidetox_jax.models.decode_attention import applies as has_decode_kernel
 from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table, stored_in_out
+from unidetox_jax.models.states import decode_states, early_exit, look_ahead, prefill_states
 from unidetox_jax.models.transformer import (
     Model,
     abstract_params,
     decode_step,
-    early_exit,
     extend,
+    final,
     forward,
     head,
     hidden_states,
@@ -33,13 +42,16 @@ __all__ = [
     "as_ids",
     "branch_cache",
     "cache_axes",
+    "cache_of",
     "casting",
     "config_from_hf",
     "config_to_hf",
+    "decode_states",
     "decode_step",
     "default_dtype",
     "early_exit",
     "extend",
+    "final",
     "forward",
     "grow_cache",
     "has_decode_kernel",
@@ -51,9 +63,11 @@ __all__ = [
     "init_cache",
     "key_table",
     "logits",
+    "look_ahead",
     "lora",
     "num_params",
     "prefill",
+    "prefill_states",
     "prepare",
     "published_config",
     "share_cache_masks",

@@ -84,6 +84,16 @@ def share_cache_masks(cache: Cache) -> Cache:
     return cache._replace(mask=cache.mask[0], positions=cache.positions[0], slot=cache.slot[0], prefix=prefix)
 
 
+def cache_of(cache: Cache, model: int) -> Cache:
+    """One model's cache of those that `share_cache_masks` has stacked."""
+
+    def take(part):
+        keys, values = jax.tree.map(lambda x: x[model], (part.keys, part.values))
+        return part._replace(keys=keys, values=values)
+
+    return take(cache._replace(prefix=cache.prefix and take(cache.prefix)))
+
+
 def slots(cfg: ModelConfig, layer: int, length: int) -> int:
     """How many slots a layer has in a cache of `length`."""
     own = cfg.layer_loop == "unroll" or len(set(cfg.local)) == 1

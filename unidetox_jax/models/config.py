@@ -57,6 +57,7 @@ class ModelConfig:
     local_rotary: Rotary | None = None  # of local layers, where theirs is another
     attention_cap: float | None = None  # attention's scores become cap · tanh(scores / cap), before the mask
     logit_cap: float | None = None  # and the logits
+    bare_head: bool = False  # the head reads the last layer's states without the final norm (`early_exit`)
     alibi: bool = False
     position_table: bool = False  # learned absolute positions: nothing beyond max_position_embeddings
     generation_config: str = dataclasses.field(default="", compare=False)  # the checkpoint's file as it was

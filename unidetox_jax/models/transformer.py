@@ -6,7 +6,6 @@ is part of that. The same `Block` runs in all three; they differ in the `attend`
 Letters: B batch, T time, V vocabulary, L layers, N key-value heads, D head size.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,15 +120,6 @@ def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse
     return {**params, "head": head(params, cfg).T} if transpose_head else params
 
 
-def early_exit(model: Model, layer: int) -> Model:
-    """The model of the first `layer` layers with the same final norm and head (DoLa's premature layer)."""
-    params, cfg = model
-    if not 1 <= layer <= cfg.num_layers:
-        raise ValueError(f"layer {layer}: expected 1 to {cfg.num_layers}")
-    blocks = jax.tree.map(lambda leaf: leaf[:layer], params["blocks"])
-    return Model({**params, "blocks": blocks}, dataclasses.replace(cfg, num_layers=layer))
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "remat"))
 def forward(
     params: Params,
@@ -188,7 +178,7 @@ def hidden_states(
         return _apply_block(cfg, block, x, attend, rotary, index, dropout_key)[0], state
 
     x, _ = _layers(params["blocks"], x, (), body, cfg, layer, remat)
-    return _final(params, x, cfg) if layer is None else x
+    return final(params, x, cfg) if layer is None else x
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -196,6 +186,15 @@ def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """Reads prompts into an empty cache: logits float32 [B,V] at each row's last real token, and the cache."""
+    x, cache = read_prompt(params, tokens, cfg, cache, attention_mask, last=True)
+    return logits(params, final(params, x, cfg), cfg)[:, 0], cache
+
+
+def read_prompt(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None, last: bool
+) -> tuple[jax.Array, Cache]:
+    """Prompts into an empty cache: the last layer's states of every token, [B,T,hidden], or with `last` those of each
+    row's last real one, [B,1,hidden]; and the cache."""
     length = tokens.shape[1]
     cfg.check_length(length)
     if length > cache.length:
@@ -222,8 +221,9 @@ def prefill(
     x = _embed(params, tokens, positions, cfg, None)
     x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
     real = jnp.ones(tokens.shape, bool) if segments is None else segments > 0
-    last = length - 1 - jnp.argmax(jnp.flip(real, axis=1), axis=1)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    if last:
+        end = length - 1 - jnp.argmax(jnp.flip(real, axis=1), axis=1)
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)
     cache = Cache(
         keys=keys,
         values=values,
@@ -231,7 +231,7 @@ def prefill(
         positions=real.sum(axis=1, dtype=jnp.int32),
         slot=jnp.asarray(length, jnp.int32),
     )
-    return logits(params, _final(params, x, cfg), cfg)[:, 0], cache
+    return x, cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -245,6 +245,15 @@ def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache
 def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
     """Tokens int32 [B,T] more in every row: what meets the head, [B,T,width], and the cache. Padding may stand right,
     where causality hides it, if nothing is read after it."""
+    x, _, cache = read(params, tokens, cfg, cache)
+    return final(params, x, cfg), cache
+
+
+def read(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, keep: bool = False
+) -> tuple[jax.Array, Any, Cache]:
+    """`extend` before the final norm: the last layer's states [B,T,hidden], with `keep` the embeddings and every
+    layer's states [L+1,B,T,hidden], and the cache."""
     length = tokens.shape[1]
     mask = jax.lax.dynamic_update_slice(
         cache.mask, jnp.ones(tokens.shape, bool), (jnp.zeros_like(cache.slot), cache.slot)
@@ -287,10 +296,19 @@ def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) ->
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
 
+    def keeping(block, x, state, index):
+        x, caches = body(block, x, state[0], index)
+        return x, (caches, state[1].at[index + 1].set(x))
+
     x = _embed(params, tokens, positions, cfg, None)
-    x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
+    states = None
+    if keep:
+        states = jnp.zeros((cfg.num_layers + 1, *x.shape), x.dtype).at[0].set(x)
+        x, ((keys, values), states) = _layers(params["blocks"], x, ((cache.keys, cache.values), states), keeping, cfg)
+    else:
+        x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
     positions, slot = cache.positions + length, cache.slot + length
-    return _final(params, x, cfg), Cache(keys, values, mask, positions, slot, cache.prefix)
+    return x, states, Cache(keys, values, mask, positions, slot, cache.prefix)
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
@@ -323,7 +341,10 @@ def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
     return sharding.constrain_batch(x, None, None)
 
 
-def _final(params, x, cfg) -> jax.Array:
+def final(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The last layer's states [...,hidden] as they meet the head, [...,width]: normalised and projected."""
+    if cfg.bare_head:
+        return x
     return family(cfg).Final(cfg).apply({"params": params.get("final", {})}, x)
 
 

@@ -28,7 +28,7 @@ from unidetox_jax.stages.settings import DistillSettings, Run
 
 PARTS = "parts"
 TOKEN_BYTES = 20.0  # of a token on disk: its number, and its text twice
-_EARLY_EXIT = re.compile(r"(.+)@(\d+)")
+_EARLY_EXIT = re.compile(r"(.+)@(\d+)(\+norm)?")
 
 
 def tasks(run: Run) -> list[base.Task]:
@@ -186,7 +186,7 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
         model, match = whole[source], _EARLY_EXIT.fullmatch(name)
         if match:
             try:
-                model = models.early_exit(model, int(match[2]))
+                model = models.early_exit(model, int(match[2]), norm=bool(match[3]))
             except ValueError as error:
                 raise UserError(f"config.distill.models: {name!r}: {error}") from None
         loaded.append(method.LanguageModel(*model, tokenizers[source]))

@@ -85,7 +85,7 @@ class DistillSettings:
     """Text from the contrast between the base model and its toxic twin."""
 
     # "base" (config.base), "toxic" (WORKDIR/toxic) or paths, in the order of the objective's arguments; PATH@LAYER is
-    # the model of its first layers (DoLa)
+    # the model of its first layers (DoLa), PATH@LAYER+norm the same with the final norm before the head
     models: tuple[str, ...] = ("base", "toxic")
     objective: str = "contrastive(alpha=0.1)"  # a name of decoding.objectives or package.module:function(setting=…)
     num_texts: int = 640
