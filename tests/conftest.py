@@ -111,6 +111,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -slow[item.path])
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How far apart things were at most that tests compare, where they recorded it: for launch/proofs.sh families."""
+    if "UNIDETOX_EVERY_VARIANT" not in os.environ:
+        return
+    most: dict[str, float] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            most[name] = max(value, most.get(name, 0.0))
+    for name, value in sorted(most.items()):
+        terminalreporter.write_line(f"{name}: {value:.1e}")
+
+
 def pytest_sessionstart(session):
     session.config.stash[UNTRACKED] = untracked()
 
