@@ -71,10 +71,13 @@ def bucket():
         yield epath.Path("gs://bucket")
 
 
-@pytest.fixture(scope="module", autouse=True)
+EVERY = "UNIDETOX_EVERY_VARIANT" in os.environ
+
+
+@pytest.fixture(scope="function" if EVERY else "module", autouse=True)
 def forget_programs():
-    """A module's compiled programs go with it: all of them together take more memory maps than a process may have, and
-    XLA then dies in the middle of a compilation."""
+    """A module's compiled programs go with it, or a test's where a module has as many as all have otherwise: together
+    they take more memory maps than a process may have, and XLA then dies in the middle of a compilation."""
     yield
     jax.clear_caches()
 
@@ -113,7 +116,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """How far apart things were at most that tests compare, where they recorded it: for launch/proofs.sh families."""
-    if "UNIDETOX_EVERY_VARIANT" not in os.environ:
+    if not EVERY:
         return
     most: dict[str, float] = {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):

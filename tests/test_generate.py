@@ -86,7 +86,7 @@ GREEDILY = [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-
 @pytest.mark.parametrize("name, layer_loop", itertools.product(VARIANTS, ("scan", "unroll")) if EVERY else GREEDILY)
 def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
     reference, model = model_of(name)
-    tokens, mask = prompts_of(model.cfg)
+    tokens, mask = prompts_of(model.cfg, seed=1)  # on which no variant's two best tokens are as good as one another
     ours = generate([model], tokens, objective=BASE, warpers=GREEDY, max_new_tokens=12,
                     attention_mask=mask, layer_loop=layer_loop)  # fmt: skip
     padded, attention_mask = (torch.tensor(x, dtype=torch.long) for x in (tokens, mask))
