@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
-#   launch/proofs.sh [effect] [real] [kills] [speed] [plan] [meshes] [precision]     default: all but meshes; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
+#   launch/proofs.sh [effect] [real] [kills] [speed] [plan] [families] [meshes] [precision]     default: all but meshes; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
 #
 # effect: three seeds of the quickstart, every family with its control. real: real models, text, prompts and scorers; the
 # table after each seed. SIZE=cpu (one seed; the default without an NVIDIA GPU), SIZE= (the paper's, three) or SIZE=tiny
 # (stories260K); SEEDS="0 1"; MODELS=DIR, made there (OUT/models) by DATA/../models/real_models.py if they are not.
 # kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
+# families: every variant of every family against PyTorch, and on every axis of eight devices against one, where the tests
+# take a sample; ends with how far apart they lay at most.
 # meshes: every published layout of heads (of DATA/../hub) compiled for every mesh of up to 8 H100s and v5e; takes hours.
 # precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR adds that model's on real toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0; fi
 python=${VENV:-.venv}/bin/python
 data=${DATA:-../shared/data}
 out=${OUT:-runs/proofs}
@@ -52,6 +54,11 @@ speed() {
 
 plan() { unidetox plan --config=configs/unidetox_gpt2_xl.py --table; }
 
+families() {
+  UNIDETOX_EVERY_VARIANT=1 "$python" -m pytest -n 2 --dist loadfile -q tests/test_models.py tests/test_generate.py \
+    tests/test_checkpoint_hf.py tests/test_sharding.py tests/test_training_step.py
+}
+
 meshes() { "$python" -m unidetox_jax.benchmarks.meshes "$data/../hub"; }
 
 precision() {
@@ -64,11 +71,11 @@ precision() {
   fi
 }
 
-for proof in "${@:-effect real kills speed plan precision}"; do
+for proof in "${@:-effect real kills speed plan families precision}"; do
   for name in $proof; do
     case $name in
-      effect | real | kills | speed | plan | meshes | precision) echo "== $name" && "$name" ;;
-      *) echo "proofs.sh: no proof '$name' (effect, real, kills, speed, plan, meshes, precision)" >&2 && exit 2 ;;
+      effect | real | kills | speed | plan | families | meshes | precision) echo "== $name" && "$name" ;;
+      *) echo "proofs.sh: no proof '$name' (effect, real, kills, speed, plan, families, meshes, precision)" >&2 && exit 2 ;;
     esac
   done
 done

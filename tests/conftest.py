@@ -71,10 +71,13 @@ def bucket():
         yield epath.Path("gs://bucket")
 
 
-@pytest.fixture(scope="module", autouse=True)
+EVERY = "UNIDETOX_EVERY_VARIANT" in os.environ
+
+
+@pytest.fixture(scope="function" if EVERY else "module", autouse=True)
 def forget_programs():
-    """A module's compiled programs go with it: all of them together take more memory maps than a process may have, and
-    XLA then dies in the middle of a compilation."""
+    """A module's compiled programs go with it, or a test's where a module has as many as all have otherwise: together
+    they take more memory maps than a process may have, and XLA then dies in the middle of a compilation."""
     yield
     jax.clear_caches()
 
@@ -109,6 +112,18 @@ def pytest_collection_modifyitems(items):
     """Files with the most slow tests first: xdist's workers take whole files, and none should begin a long one last."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How far apart things were at most that tests compare, where they recorded it: for launch/proofs.sh families."""
+    if not EVERY:
+        return
+    most: dict[str, float] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            most[name] = max(value, most.get(name, 0.0))
+    for name, value in sorted(most.items()):
+        terminalreporter.write_line(f"{name}: {value:.1e}")
 
 
 def pytest_sessionstart(session):

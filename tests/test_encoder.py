@@ -96,7 +96,7 @@ def test_config_says_what_it_cannot_do(tmp_path):
         ({"position_embedding_type": "relative_key"}, "expected 'absolute'"),
         ({"is_decoder": True}, "is_decoder is True, expected False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"num_attention_heads": 5}, "no multiple of 5 heads"),
+        ({"num_attention_heads": 5}, "not a multiple of num_attention_heads 5"),
         ({"pad_token_id": 97}, "pad_token_id is 97, expected a token below vocab_size 97"),
         ({"problem_type": "ranking"}, "config.json: .*problem_type"),
     ]:

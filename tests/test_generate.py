@@ -4,13 +4,14 @@ what it refuses."""
 import copy
 import functools
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from variants import VARIANTS, params_from_torch, torch_model
+from variants import EVERY, VARIANTS, params_from_torch, torch_model
 
 from unidetox_jax import models, sharding
 from unidetox_jax.decoding import generate, loop, objectives, warpers
@@ -77,15 +78,15 @@ def assert_row(ours, row, told, log_probabilities=None):
         np.testing.assert_allclose(ours.log_probabilities[:, row], log_probabilities, atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "name, layer_loop",
-    [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-350m", "scan"), ("falcon-7b", "scan"),
-     ("falcon-rw-1b", "scan"), ("llama-3", "scan"), ("llama-3", "unroll"), ("gemma-3", "unroll"),
-     ("mistral-1", "scan")],
-)  # fmt: skip
+GREEDILY = [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-350m", "scan"), ("falcon-7b", "scan"),
+            ("falcon-rw-1b", "scan"), ("llama-3", "scan"), ("llama-3", "unroll"), ("gemma-3", "unroll"),
+            ("mistral-1", "scan")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, layer_loop", itertools.product(VARIANTS, ("scan", "unroll")) if EVERY else GREEDILY)
 def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
     reference, model = model_of(name)
-    tokens, mask = prompts_of(model.cfg)
+    tokens, mask = prompts_of(model.cfg, seed=1)  # on which no variant's two best tokens are as good as one another
     ours = generate([model], tokens, objective=BASE, warpers=GREEDY, max_new_tokens=12,
                     attention_mask=mask, layer_loop=layer_loop)  # fmt: skip
     padded, attention_mask = (torch.tensor(x, dtype=torch.long) for x in (tokens, mask))

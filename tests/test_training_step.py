@@ -1,12 +1,13 @@
 """The step as a program: the same on every mesh and in any number of parts; what it keeps, gives back and compiles."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import GPT2, LLAMA
+from variants import EVERY, GPT2, LLAMA, VARIANTS, chosen, doubled
 
 from unidetox_jax import models, sharding, training
 
@@ -14,7 +15,12 @@ GPT2_CONFIG = {**GPT2, "n_layer": 2, "n_embd": 32, "n_head": 8, "vocab_size": 12
 LLAMA_CONFIG = {
     **LLAMA, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
-FAMILIES = {"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}
+CONFIGS = {
+    **{name: doubled(VARIANTS[name]) for name in chosen("gemma-3-scaled")},
+    "gpt2": GPT2_CONFIG,
+    "llama": LLAMA_CONFIG,
+}
+AXES = ("data:8", "fsdp:8", "model:8")
 STEPS = 20
 OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
 PUBLISHED = training.Optimizer(learning_rate=5e-5, steps=STEPS)
@@ -60,13 +66,16 @@ def column(history, name):
 
 @pytest.fixture(scope="module")
 def one_device(request):
-    cfg = models.config_from_hf(FAMILIES[request.param])
+    cfg = models.config_from_hf(CONFIGS[request.param])
     return cfg, train(cfg, STEPS)[0]
 
 
 @pytest.mark.parametrize(
     ("one_device", "layout"),
-    [("gpt2", "data:8"), ("gpt2", "fsdp:8"), ("gpt2", "model:8"), *((f, "data:2,fsdp:2,model:2") for f in FAMILIES)],
+    [
+        *itertools.product(CONFIGS if EVERY else ["gpt2"], AXES),
+        *((name, "data:2,fsdp:2,model:2") for name in CONFIGS),
+    ],
     indirect=["one_device"],
 )
 def test_the_loss_curve_is_one_devices(one_device, layout):

@@ -1,6 +1,11 @@
-"""Every published variant of the four families, small: what the hub's configs say, at a size that a test can afford."""
+"""Every published variant of every family, small: what the hub's configs say, at a size that a test can afford."""
+
+import os
 
 import numpy as np
+
+EVERY = "UNIDETOX_EVERY_VARIANT" in os.environ  # launch/proofs.sh families sets it
+TOLERANCE = 2e-4
 
 SMALL = {"vocab_size": 131, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 GPT2 = {"model_type": "gpt2", **SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 640}
@@ -91,6 +96,25 @@ VARIANTS = {
                         "attention_bias": False},
     "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
+
+
+def chosen(*sample: str) -> tuple[str, ...]:
+    """The variants that a test takes: a sample of them, or all."""
+    return tuple(VARIANTS) if EVERY else sample
+
+
+def doubled(config: dict) -> dict:
+    """With twice as many heads, so that a mesh can split them, and a vocabulary that it can."""
+    width, heads = ("n_embd", "n_head") if "n_embd" in config else ("hidden_size", "num_attention_heads")
+    return {**config, width: 2 * config[width], heads: 2 * config[heads], "vocab_size": 128}
+
+
+def assert_near(ours, expected, record, what: str, cfg, tolerance: float = TOLERANCE):
+    """That no logit is further off than the tolerance; how far they are goes into the table of `launch/proofs.sh
+    families` by pytest's `record_property`."""
+    deviation = float(np.abs(ours - expected).max())
+    record(f"{what}, {cfg.family}", deviation)
+    assert deviation <= tolerance
 
 
 def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):

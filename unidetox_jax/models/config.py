@@ -169,6 +169,14 @@ def read_hf(
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
+def head_size(config: Any, where: str) -> int:
+    """Of a family whose heads share the width. Raises UserError where they cannot."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        raise UserError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return width // heads
+
+
 def token_ids(config: Any) -> dict[str, Any]:
     """The special tokens' fields, for a family's `from_hf`. A pad token that the vocabulary does not hold is none."""
     eos, pad = as_ids(config.eos_token_id), config.pad_token_id

@@ -14,7 +14,7 @@ import numpy as np
 
 from unidetox_jax import sharding
 from unidetox_jax.models.config import ModelConfig
-from unidetox_jax.models.transformer import abstract_params
+from unidetox_jax.models.parameters import abstract_params
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.attention import attention
-from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.config import ModelConfig, head_size
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
 from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
@@ -111,8 +111,6 @@ def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
     width, activation = (getattr(hf, option) for option in KINDS[name].intermediate)
     if activation not in ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not implemented{suggest(str(activation), ACTIVATIONS)}")
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(f"{where}: a width of {hf.hidden_size} is no multiple of {hf.num_attention_heads} heads")
     if hf.problem_type not in (None, SINGLE, MULTI, REGRESSION):
         raise UserError(f"{where}: problem_type is {hf.problem_type!r}, expected {SINGLE}, {MULTI} or {REGRESSION}")
     if not hf.problem_type and hf.num_labels > 2:
@@ -127,7 +125,7 @@ def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_attention_heads,
-        head_size=hf.hidden_size // hf.num_attention_heads,
+        head_size=head_size(hf, where),
         intermediate_size=width,
         max_position_embeddings=hf.max_position_embeddings,
         activation=activation,

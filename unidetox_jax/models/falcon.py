@@ -11,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ROPE, ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
 from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, heads_out, linear, norm, same
@@ -45,10 +45,6 @@ def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
     if config["model_type"] != "falcon":
         config = {**_released(config), **config}
     hf = read_hf(config, "falcon", where, (*READ, *ROPE), older=OLDER)
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     if hf.new_decoder_architecture and not hf.parallel_attn:
         raise UserError(f"{where}: new_decoder_architecture without parallel_attn is not implemented")
     norms = hf.num_ln_in_parallel_attn
@@ -60,14 +56,13 @@ def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
         kv_heads = hf.num_kv_heads
     else:
         kv_heads = 1 if hf.multi_query else hf.num_attention_heads
-    head_size = hf.hidden_size // hf.num_attention_heads
     return FalconConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=kv_heads,
-        head_size=head_size,
+        head_size=head_size(hf, where),
         intermediate_size=hf.ffn_hidden_size,
         max_position_embeddings=hf.max_position_embeddings,
         activation=hf.activation,

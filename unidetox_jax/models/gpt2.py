@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import numpy as np
 
-from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
 from unidetox_jax.models.weight_map import Key, norm, reshaped, same
 
@@ -37,15 +36,13 @@ class GPT2Config(ModelConfig):
 def from_hf(config: dict[str, Any], where: str) -> GPT2Config:
     """GPT2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "gpt2", where, READ, OFF)
-    if hf.n_embd % hf.n_head:
-        raise UserError(f"{where}: n_embd {hf.n_embd} is not a multiple of n_head {hf.n_head}")
     return GPT2Config(
         vocab_size=hf.vocab_size,
         hidden_size=hf.n_embd,
         num_layers=hf.n_layer,
         num_heads=hf.n_head,
         num_kv_heads=hf.n_head,
-        head_size=hf.n_embd // hf.n_head,
+        head_size=head_size(hf, where),
         intermediate_size=hf.n_inner or 4 * hf.n_embd,
         max_position_embeddings=hf.n_positions,
         activation=hf.activation_function,

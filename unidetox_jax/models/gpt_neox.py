@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ROPE, ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ROPE, ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.falcon import FUSED, fused
 from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
 from unidetox_jax.models.rotary import Rotary
@@ -36,17 +35,13 @@ class GPTNeoXConfig(ModelConfig):
 def from_hf(config: dict[str, Any], where: str) -> GPTNeoXConfig:
     """GPTNeoXConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "gpt_neox", where, (*READ, *FORMER, *ROPE))
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     return GPTNeoXConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_attention_heads,
-        head_size=hf.hidden_size // hf.num_attention_heads,
+        head_size=head_size(hf, where),
         intermediate_size=hf.intermediate_size,
         max_position_embeddings=hf.max_position_embeddings,
         activation=hf.hidden_act,

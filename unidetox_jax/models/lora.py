@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from unidetox_jax import sharding
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.parameters import Model, abstract_params
 from unidetox_jax.models.registry import key_table, stored_in_out
-from unidetox_jax.models.transformer import Model, abstract_params
 from unidetox_jax.models.weight_map import Key
 
 Adapter = dict[str, dict[str, Any]]

@@ -6,9 +6,8 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, read_hf
+from unidetox_jax.models.config import ROPE, head_size, read_hf
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm, rms_norm_of_heads
 from unidetox_jax.models.llama import PREFIX, Embed, Final
 from unidetox_jax.models.rotary import Rotary
@@ -37,14 +36,10 @@ def from_hf(config: dict[str, Any], where: str) -> Olmo2Config:
 
 def fields(hf: Any, where: str) -> dict[str, Any]:
     """The fields that the options of OLMo 2 and 3 give."""
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     return {
         **llama.fields(hf),
         "activation": hf.hidden_act,
-        "head_size": hf.hidden_size // hf.num_attention_heads,
+        "head_size": head_size(hf, where),
         "attention_bias": hf.attention_bias,
         "output_bias": hf.attention_bias,
     }

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ModelConfig, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
 from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
@@ -45,17 +44,13 @@ class OPTConfig(ModelConfig):
 def from_hf(config: dict[str, Any], where: str) -> OPTConfig:
     """OPTConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "opt", where, READ, OFF, OLDER)
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     return OPTConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_attention_heads,
-        head_size=hf.hidden_size // hf.num_attention_heads,
+        head_size=head_size(hf, where),
         intermediate_size=hf.ffn_dim,
         max_position_embeddings=hf.max_position_embeddings,
         activation=hf.activation_function,

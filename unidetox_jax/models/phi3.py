@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import numpy as np
 
-from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, read_hf, windows
+from unidetox_jax.models.config import LOCAL, ROPE, head_size, read_hf, windows
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm
 from unidetox_jax.models.llama import PREFIX, Embed, Final
 from unidetox_jax.models.rotary import Rotary
@@ -38,15 +37,11 @@ def from_hf(config: dict[str, Any], where: str) -> Phi3Config:
     if scaling and scaling.get("type") in OLDER_KINDS:
         config = {**config, "rope_scaling": {**scaling, "type": "longrope"}}
     hf = read_hf(config, "phi3", where, (*READ, *ROPE))
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     length, original = hf.max_position_embeddings, hf.original_max_position_embeddings
     return Phi3Config(
         **llama.fields(hf),
         activation=hf.hidden_act,
-        head_size=hf.hidden_size // hf.num_attention_heads,
+        head_size=head_size(hf, where),
         residual_dropout=hf.resid_pdrop,
         **windows([LOCAL] * hf.num_hidden_layers, hf.sliding_window, where),
         rotary=Rotary.from_hf(hf.rope_parameters, length, where, original=original, partial=True),

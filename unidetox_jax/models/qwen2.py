@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from unidetox_jax.errors import UserError
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, layer_types, read_hf, windows
+from unidetox_jax.models.config import LOCAL, ROPE, head_size, layer_types, read_hf, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
@@ -27,14 +26,10 @@ class Qwen2Config(llama.LlamaConfig):
 def from_hf(config: dict[str, Any], where: str) -> Qwen2Config:
     """Qwen2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "qwen2", where, (*READ, *ROPE))
-    if hf.hidden_size % hf.num_attention_heads:
-        raise UserError(
-            f"{where}: hidden_size {hf.hidden_size} is not a multiple of num_attention_heads {hf.num_attention_heads}"
-        )
     return Qwen2Config(
         **llama.fields(hf),
         activation=hf.hidden_act,
-        head_size=hf.hidden_size // hf.num_attention_heads,
+        head_size=head_size(hf, where),
         **windows(hf.layer_types, hf.sliding_window, where),
         rotary=Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where),
     )

@@ -15,7 +15,7 @@ from unidetox_jax.models import cache as kv
 from unidetox_jax.models import transformer
 from unidetox_jax.models.cache import Cache
 from unidetox_jax.models.config import ModelConfig
-from unidetox_jax.models.transformer import Model, Params
+from unidetox_jax.models.parameters import Model, Params
 
 
 class States(NamedTuple):
