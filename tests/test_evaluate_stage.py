@@ -547,6 +547,7 @@ def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
         ("x", Candidate(objective="dexperts"), "objective dexperts: found 1 models, expected 3"),
         ("x", Candidate(prefixes=("a", "b")), "candidates.x.prefixes: found 2, expected one for each of 1 models"),
         ("x", Candidate(targets=("nobody",)), "candidates.x.targets: no target 'nobody'"),
+        ("x", Candidate(objective="repetition_penalty"), "no likelihood under it; empty config.evaluate.mmlu"),
     ],
 )
 def test_a_wrong_candidate_is_told_before_anything_is_loaded(work, tmp_path, name, candidate, words):

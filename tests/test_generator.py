@@ -112,3 +112,14 @@ def test_a_generator_has_the_room_that_its_longest_prefix_leaves(trio):
     with pytest.raises(UserError, match=f"the model reads {96 - longest}"):
         likelihood.loglikelihood(subject, [[0]], [[2] * (97 - longest)])
     assert np.isfinite(likelihood.loglikelihood(subject, [[0]], [[2] * (96 - longest)]).sums).all()
+
+
+def test_an_objective_with_context_writes_and_judges_nothing(trio):
+    subject, tokenizer = make(trio[:1], "repetition_penalty(penalty=1000.0)"), make_tokenizer()
+    options = {"samples": 1, "max_new_tokens": 8, "warpers": [warpers.greedy()], "eos_id": ()}
+    (text,), (plain,) = (
+        generations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
+    )
+    assert text != plain
+    with pytest.raises(UserError, match="likelihood: given text has none under repetition_penalty"):
+        likelihood.loglikelihood(subject, [[0]], [[5]])

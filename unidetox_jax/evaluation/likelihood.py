@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import buckets, models, sharding
 from unidetox_jax.decoding.objective import Objective
+from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.generator import Generator, alone
 from unidetox_jax.evaluation.likelihood_batches import Batch, batches_of, families_of, rows_of
 from unidetox_jax.models import Model, ModelConfig
@@ -81,10 +82,12 @@ def loglikelihood(
       label: shows progress under this name.
 
     Raises:
-      UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, or a
-        token that is not in the model's vocabulary.
+      UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, a token
+        that is not in the model's vocabulary, or an objective that needs more than logits.
     """
     generator = alone(model)
+    if generator.objective.needs_context:
+        raise UserError(f"likelihood: given text has none under {generator.objective.name}, which needs a context")
     limit = max_length or generator.cfg.max_position_embeddings
     rows, truncated = rows_of(contexts, continuations, limit, generator.cfg.vocab_size)
     mesh = sharding.mesh_of(generator.params) or sharding.single_device_mesh()

@@ -16,7 +16,7 @@ from unidetox_jax.stages.settings import Run, model_name
 
 ORIGINAL, DETOXIFIED, CONTROL = FORMS = ("original", "detoxified", "control")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")  # of a file
-ALONE = ("mmlu", "harness", "text_file")  # what asks for the likelihood of given text
+LIKELIHOODS = ("mmlu", "harness", "text_file")  # settings that ask for those of given text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,12 @@ def _check(run: Run, where: str, name: str, candidate: Candidate) -> None:
         objective.check_models(len(candidate.models))
     except UserError as error:
         raise UserError(f"{where}.objective: {error}") from None
+    asking = [name for name in LIKELIHOODS if getattr(run.evaluate, name)]
+    if objective.needs_context and asking:
+        raise UserError(
+            f"{where}.objective: {objective.name} judges a text by what it sees while it is written, so given text has "
+            f"no likelihood under it; empty config.evaluate.{asking[0]}"
+        )
     if candidate.prefixes and len(candidate.prefixes) != len(candidate.models):
         found, expected = len(candidate.prefixes), len(candidate.models)
         raise UserError(f"{where}.prefixes: found {found}, expected one for each of {expected} models, or none")
