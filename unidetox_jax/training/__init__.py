@@ -10,6 +10,7 @@ totals = training.make_eval_step(cfg, mesh)(state.params, batch)        # {"tota
 step.lower(training.abstract_state(cfg, optimizer, mesh), abstract_batch).compile()   # without the devices
 """
 
+from unidetox_jax.training.criterion import LANGUAGE_MODELLING, Criterion
 from unidetox_jax.training.loop import CHECKPOINTS, Schedule, fit
 from unidetox_jax.training.loss import loss
 from unidetox_jax.training.optimizer import PRECISIONS, Optimizer, make_optimizer
@@ -17,7 +18,9 @@ from unidetox_jax.training.step import TrainState, abstract_state, init_state, m
 
 __all__ = [
     "CHECKPOINTS",
+    "LANGUAGE_MODELLING",
     "PRECISIONS",
+    "Criterion",
     "Optimizer",
     "Schedule",
     "TrainState",
