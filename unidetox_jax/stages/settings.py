@@ -122,6 +122,20 @@ class DetoxifySettings(TrainingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class BaselinesSettings(TrainingSettings):
+    """Rival methods. The recipe is that of the twins, and of methods that do not have their own."""
+
+    methods: tuple[str, ...] = ()  # names of `baselines`, or package.module:Class, with settings: 'npo(beta=0.1)'
+    targets: tuple[str, ...] = ()  # of which targets; empty: of all
+    data: str = ""  # toxic text; empty: config.toxify.data
+    clean_data: str = ""  # text that is not toxic, for the methods that need it
+    learning_rate: float = 1e-5
+    batch_size: int = 4
+    steps: int = 15_126
+    max_length: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateSettings(Protocol):
     """Toxicity, perplexity, diversity, knowledge, before and after: a protocol, and what is evaluated by it."""
 
@@ -213,6 +227,7 @@ STAGES = {
     "toxify": ToxifySettings,
     "distill": DistillSettings,
     "detoxify": DetoxifySettings,
+    "baselines": BaselinesSettings,
     "evaluate": EvaluateSettings,
     "analyze": AnalyzeSettings,
     "report": ReportSettings,
@@ -231,6 +246,7 @@ class Run:
     toxify: ToxifySettings
     distill: DistillSettings
     detoxify: DetoxifySettings
+    baselines: BaselinesSettings
     evaluate: EvaluateSettings
     analyze: AnalyzeSettings
     report: ReportSettings
@@ -339,7 +355,7 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, str):
             raise UserError(f"{where}: found the text {value!r}, expected a list written ('a','b')")
-        if any(isinstance(item, str) and "," in item for item in value):
+        if any(isinstance(item, str) and "," in item.partition("(")[0] for item in value):
             raise UserError(f"{where}: a comma inside an element of {tuple(value)!r}; write ('a','b')")
         return tuple(_checked(item, arguments[0], where) for item in value)
     if origin is collections.abc.Mapping:

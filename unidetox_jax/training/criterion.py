@@ -9,9 +9,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import models
 from unidetox_jax.models import ModelConfig, lora
-from unidetox_jax.training.loss import total_loss
-
-Batch = dict[str, jax.Array]
+from unidetox_jax.training.loss import Batch, total_loss
 
 
 @dataclasses.dataclass(frozen=True)
