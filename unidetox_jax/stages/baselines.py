@@ -77,7 +77,7 @@ def tasks(run: Run) -> list[base.Task]:
 
 def form(text: str) -> str:
     """A method's text as a file's name: 'dexperts(alpha=2.0, top_p=0.9)' → 'dexperts-alpha=2.0-top_p=0.9'."""
-    name = re.sub(r"[^\w.=]+", "-", text).strip("-")
+    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", text).strip("-")
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{base.digest(text)[:8]}"
 
 
