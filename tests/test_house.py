@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "decoding": {"models", "data"},
     "training": {"models", "data", "checkpoint"},
     "evaluation": {"decoding", "training", "checkpoint", "data", "models"},
+    "baselines": {"method", "evaluation", "decoding", "training", "data", "models"},
     "benchmarks": {
         "stages",
         "method",

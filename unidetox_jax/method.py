@@ -88,6 +88,7 @@ def finetune(
     directory: epath.PathLike | None = None,
     mesh: Mesh | None = None,
     label: str = "finetune",
+    criterion: training.Criterion = training.LANGUAGE_MODELLING,
     **changes: Any,
 ) -> LanguageModel:
     """Steps 1 and 3: fine-tunes on texts with the ordinary language-modelling loss; the given model stays as it is.
@@ -103,6 +104,7 @@ def finetune(
       directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
         nothing is kept.
       mesh: where the training happens; None: where the parameters are.
+      criterion: another loss, or other parameters to train.
 
     Raises:
       UserError: as `data.tokenize` and `training.fit`. Preempted: SIGTERM came, and the state is saved.
@@ -123,7 +125,7 @@ def finetune(
         row_multiple=sharding.batch_shards(mesh) * recipe.accumulation,
         max_shapes=loop.worthwhile_shapes(steps, most=8),
     )
-    initial, frozen = _beginning(model.params, cfg, recipe.seed, mesh)
+    initial, frozen = _beginning(model.params, cfg, criterion, recipe.seed, mesh)
     params, history = training.fit(
         directory,
         cfg,
@@ -132,6 +134,7 @@ def finetune(
         training.Schedule(steps, recipe.save_minutes, recipe.keep, recipe.evaluate_every, recipe.log_every),
         optimizer(recipe, steps),
         mesh,
+        criterion=criterion,
         base=frozen,
         validation=held_out,
         accumulation=recipe.accumulation,
@@ -140,8 +143,7 @@ def finetune(
         label=label,
     )
     history |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
-    if frozen is not None:
-        params = lora.attach(frozen if callable(model.params) else model.params, params, cfg)
+    params = criterion.model(frozen if callable(model.params) else model.params, params, cfg)
     return model._replace(params=params, cfg=cfg, history=history)
 
 
@@ -162,16 +164,19 @@ def check_adapter(cfg: models.ModelConfig, recipe: Recipe) -> None:
         raise UserError(f"precision: found {recipe.precision!r}, but an adapter (lora.rank) is trained in float32")
 
 
-def _beginning(weights: Any, cfg: models.ModelConfig, seed: int, mesh: Mesh) -> tuple[Callable[[], Any], Any]:
-    """(what makes the first parameters to train, those that stay as they are: None without an adapter).
+def _beginning(
+    weights: Any, cfg: models.ModelConfig, criterion: training.Criterion, seed: int, mesh: Mesh
+) -> tuple[Callable[[], Any], Any]:
+    """(what makes the first parameters to train, the weights that stay beside them: None without any).
 
     The latter are cast to the compute dtype once, so that no step does it.
     """
-    if not cfg.lora.rank:
-        return weights if callable(weights) else lambda: jax.tree.map(jnp.copy, weights), None
-    frozen = models.prepare(weights() if callable(weights) else weights, dataclasses.replace(cfg, layer_loop="scan"))
-    frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
-    return lambda: lora.init(cfg, jax.random.key(seed), mesh), frozen
+    give, frozen = weights if callable(weights) else lambda: jax.tree.map(jnp.copy, weights), None
+    if criterion.keeps_base(cfg):
+        frozen = weights() if callable(weights) else weights
+        frozen = models.prepare(frozen, dataclasses.replace(cfg, layer_loop="scan"))
+        frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
+    return lambda: criterion.initial(cfg, give, seed, mesh), frozen
 
 
 def _merged(model: LanguageModel) -> LanguageModel:
@@ -193,6 +198,7 @@ def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:
         learning_rate=recipe.learning_rate,
         steps=steps,
         warmup_steps=recipe.warmup_steps,
+        decay=recipe.decay,
         weight_decay=recipe.weight_decay,
         clip_norm=recipe.clip_norm,
         precision="release" if recipe.reproduce_release else recipe.precision,

@@ -34,6 +34,7 @@ class Recipe:
 
     learning_rate: float = 5e-5  # linear to 0 after the warm-up
     warmup_steps: int = 0
+    decay: bool = True  # off: it stays after the warm-up
     batch_size: int = 8  # texts a step, on all devices together
     steps: int = 0  # optimizer steps; 0: as `epochs` say
     epochs: float = 0.0

@@ -7,6 +7,7 @@ STAGES = {
     "toxify": ("unidetox_jax.stages.toxify", "the toxic twin: the base model fine-tuned on toxic text"),
     "distill": ("unidetox_jax.stages.distill", "text from the contrast between the base model and its twin"),
     "detoxify": ("unidetox_jax.stages.detoxify", "targets fine-tuned on the distilled text"),
+    "baselines": ("unidetox_jax.stages.baselines", "rival methods: twins and models of the targets"),
     "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge of every model"),
     "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
     "report": ("unidetox_jax.stages.report", "one page, one table, one csv that show it all"),

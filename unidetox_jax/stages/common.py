@@ -103,6 +103,11 @@ def control_directory(run: Run, name: str) -> epath.Path:
     return run.place(f"control/{name}")
 
 
+def baseline_directory(run: Run, method: str, name: str) -> epath.Path:
+    """A target's twin ("toxic", "clean") or a rival method's model of it; laid out as the toxic twin."""
+    return run.workdir / "baselines" / method / name
+
+
 def evaluation_directory(run: Run, name: str, form: str) -> epath.Path:
     """A model's figures: `NAME` as it is published, `NAME.detoxified`, `NAME.control`."""
     return run.place(f"evaluation/{name}" if form == "original" else f"evaluation/{name}.{form}")

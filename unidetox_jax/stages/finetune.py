@@ -57,7 +57,7 @@ def tasks(run: Run, jobs: Sequence[Job]) -> list[base.Task]:
 
     def inputs(job: Job) -> Mapping[str, str]:
         for other in jobs:
-            _check(other)
+            check(other)
             _check_adapter(other, checkpoint.load_config(run.path(other.model)))
         specs = {"data": job.data, **({"validation": job.validation} if job.validation else {})}
         prints = {name: data.fingerprint(run.path(spec), run.shared.data_dir) for name, spec in specs.items()}
@@ -167,7 +167,7 @@ def _check_adapter(job: Job, cfg: models.ModelConfig) -> None:
         raise UserError(f"{job.section}.{error}") from None
 
 
-def _check(job: Job) -> None:
+def check(job: Job) -> None:
     """UserError for what is missing, or a number that no training can have; the first one found."""
     settings, section = job.settings, job.section
     if job.after is not None and not base.is_complete(job.after):

@@ -1,6 +1,7 @@
 """What is evaluated: every target in each of its forms, and models of names of their own.
 
-original (as it is published), detoxified, control, and those that config.evaluate.candidates names.
+original (as it is published), detoxified, control, the rivals of config.baselines, and those that
+config.evaluate.candidates names.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from unidetox_jax import extensions
 from unidetox_jax.decoding import objectives
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.candidates import Candidate
-from unidetox_jax.stages import common
+from unidetox_jax.stages import baselines, common
 from unidetox_jax.stages.settings import Run, model_name
 
 ORIGINAL, DETOXIFIED, CONTROL = FORMS = ("original", "detoxified", "control")
@@ -51,9 +52,14 @@ def forms(run: Run) -> list[Form]:
     for form in run.evaluate.which:
         if form not in FORMS:
             raise UserError(f"config.evaluate.which: no form {form!r}{suggest(form, FORMS)}")
-    candidates = run.evaluate.candidates
+    candidates, rivals = run.evaluate.candidates, baselines.candidates(run)
+    for name in candidates.keys() & rivals.keys():
+        raise UserError(f"config.evaluate.candidates.{name}: config.baselines.methods has that name already")
     for name, candidate in candidates.items():
         _check(run, f"config.evaluate.candidates.{name}", name, candidate)
+    for name, candidate in rivals.items():
+        _check(run, f"config.baselines.methods: {name}", name, candidate)
+    candidates = {**rivals, **candidates}
     planned = [form for target in run.shared.targets for form in _of_target(run, target, candidates)]
     taken = [one.name if one.form == ORIGINAL else f"{one.name}.{one.form}" for one in planned]
     extra = extensions.named(run.evaluate.extra_models, "config.evaluate.extra_models", "PATH", taken)

@@ -53,7 +53,7 @@ def _checked(value: Any, expected: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, str):
             raise UserError(f"{where}: found the text {value!r}, expected a list written ('a','b')")
-        if any(isinstance(item, str) and "," in item for item in value):
+        if any(isinstance(item, str) and "," in item.partition("(")[0] for item in value):
             raise UserError(f"{where}: a comma inside an element of {tuple(value)!r}; write ('a','b')")
         return tuple(_checked(item, arguments[0], where) for item in value)
     if origin is collections.abc.Mapping:

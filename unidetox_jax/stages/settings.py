@@ -117,6 +117,20 @@ class DetoxifySettings(TrainingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
+class BaselinesSettings(TrainingSettings):
+    """Rival methods. The recipe is that of the twins, and of methods that do not have their own."""
+
+    methods: tuple[str, ...] = ()  # names of `baselines`, or package.module:Class, with settings: 'npo(beta=0.1)'
+    targets: tuple[str, ...] = ()  # of which targets; empty: of all
+    data: str = ""  # toxic text; empty: config.toxify.data
+    clean_data: str = ""  # text that is not toxic, for the methods that need it
+    learning_rate: float = 1e-5
+    batch_size: int = 4
+    steps: int = 15_126
+    max_length: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateSettings(Protocol):
     """Toxicity, perplexity, diversity, knowledge, before and after: a protocol, and what is evaluated by it."""
 
@@ -219,6 +233,7 @@ STAGES = {
     "toxify": ToxifySettings,
     "distill": DistillSettings,
     "detoxify": DetoxifySettings,
+    "baselines": BaselinesSettings,
     "evaluate": EvaluateSettings,
     "analyze": AnalyzeSettings,
     "report": ReportSettings,
@@ -238,6 +253,7 @@ class Run:
     toxify: ToxifySettings
     distill: DistillSettings
     detoxify: DetoxifySettings
+    baselines: BaselinesSettings
     evaluate: EvaluateSettings
     analyze: AnalyzeSettings
     report: ReportSettings

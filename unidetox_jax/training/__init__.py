@@ -10,14 +10,18 @@ totals = training.make_eval_step(cfg, mesh)(state.params, batch)        # {"tota
 step.lower(training.abstract_state(cfg, optimizer, mesh), abstract_batch).compile()   # without the devices
 """
 
+from unidetox_jax.training.criterion import LANGUAGE_MODELLING, Criterion
 from unidetox_jax.training.loop import CHECKPOINTS, Schedule, fit
-from unidetox_jax.training.loss import loss
+from unidetox_jax.training.loss import Batch, loss, target_losses, target_mask
 from unidetox_jax.training.optimizer import PRECISIONS, Optimizer, make_optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = [
     "CHECKPOINTS",
+    "LANGUAGE_MODELLING",
     "PRECISIONS",
+    "Batch",
+    "Criterion",
     "Optimizer",
     "Schedule",
     "TrainState",
@@ -28,4 +32,6 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_train_step",
+    "target_losses",
+    "target_mask",
 ]

@@ -24,6 +24,7 @@ from unidetox_jax.errors import Preempted, UserError
 from unidetox_jax.models import costs
 from unidetox_jax.progress import Progress
 from unidetox_jax.training import metrics, preemption
+from unidetox_jax.training.criterion import LANGUAGE_MODELLING, Criterion
 from unidetox_jax.training.optimizer import Optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
@@ -57,6 +58,7 @@ def fit(
     optimizer: Optimizer,
     mesh: Mesh,
     *,
+    criterion: Criterion = LANGUAGE_MODELLING,
     base: Any = None,
     validation: data.Tokens | None = None,
     accumulation: int = 1,
@@ -74,7 +76,8 @@ def fit(
       schedule: steps, and how often to save, evaluate and log.
       optimizer: of training.optimizer.
       mesh: where it all lives.
-      base: the frozen parameters that an adapter is for; None: there is no adapter.
+      criterion: what is trained, and by which loss.
+      base: the weights that stay as they are, of an adapter or another criterion that keeps them; None: there are none.
       validation: what the evaluation loss is computed on; None: none.
       accumulation, remat, dropout_seed: as in `make_train_step`. label: for messages and the progress bar.
 
@@ -87,12 +90,20 @@ def fit(
         checkpoints, or a directory that cannot be written.
     """
     train_step = make_train_step(
-        cfg, optimizer, mesh, accumulation=accumulation, remat=remat, dropout_seed=dropout_seed
+        cfg,
+        optimizer,
+        mesh,
+        accumulation=accumulation,
+        remat=remat,
+        dropout_seed=dropout_seed,
+        criterion=criterion,
     )
-    evaluate = None if validation is None else _evaluation(cfg, mesh, base, validation, batches.batch_size, schedule)
+    evaluate = None
+    if validation is not None:
+        evaluate = _evaluation(cfg, mesh, criterion, base, validation, batches.batch_size, schedule)
     placed, frozen = sharding.batch_sharding(mesh), () if base is None else (base,)
     with preemption.noted() as asked_to_stop, _checkpointer(directory, schedule.keep) as checkpoints:
-        start, state = _begin(checkpoints, cfg, initial, optimizer, mesh, schedule.steps, label)
+        start, state = _begin(checkpoints, cfg, criterion, initial, optimizer, mesh, schedule.steps, label)
         log, clock = metrics.Log(directory, start), _SaveClock(schedule.save_minutes, start)
         if evaluate and start == 0:
             log.validation(0, evaluate(state.params))
@@ -161,10 +172,18 @@ def _checkpointer(directory: epath.PathLike | None, keep: int):
 
 
 def _begin(
-    checkpoints: Checkpointer | None, cfg, initial, optimizer: Optimizer, mesh: Mesh, steps: int, label: str
+    checkpoints: Checkpointer | None,
+    cfg,
+    criterion: Criterion,
+    initial,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    steps: int,
+    label: str,
 ) -> tuple[int, TrainState]:
     """(finished steps, state) to go on from."""
-    if checkpoints is None or (restored := checkpoints.restore_latest(abstract_state(cfg, optimizer, mesh))) is None:
+    state = abstract_state(cfg, optimizer, mesh, criterion)
+    if checkpoints is None or (restored := checkpoints.restore_latest(state)) is None:
         return 0, init_state(initial(), optimizer)
     step, state = restored
     if step > steps:
@@ -179,9 +198,9 @@ def worthwhile_shapes(programs: int, most: int) -> int:
 
 
 def _evaluation(
-    cfg, mesh: Mesh, base: Any, tokens: data.Tokens, batch_size: int, schedule: Schedule
+    cfg, mesh: Mesh, criterion: Criterion, base: Any, tokens: data.Tokens, batch_size: int, schedule: Schedule
 ) -> Callable[[Any], float]:
-    """params → mean loss over all targets of `tokens`; base: what an adapter (`params`) is for, or None."""
+    """params → mean loss of the model that they are, or are of, over all targets of `tokens`."""
     passes = 2 + schedule.steps // schedule.evaluate_every
     shapes = worthwhile_shapes(passes * len(tokens) // batch_size, most=6)
     plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_shards(mesh), max_shapes=shapes)
@@ -189,7 +208,7 @@ def _evaluation(
     step = make_eval_step(cfg, mesh)
 
     def evaluate(params: Any) -> float:
-        params = params if base is None else models.lora.attach(base, params, cfg)
+        params = criterion.model(base, params, cfg)
         with data.ahead(lambda i: sharding.put(data.fill(tokens, *plans[i]), placed), 0, len(plans)) as made:
             sums = [step(params, batch) for batch in made]
         sums = jax.device_get(sums)

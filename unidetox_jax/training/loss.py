@@ -57,6 +57,33 @@ def total_loss(
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over targets and their number, float32; the arguments are those of `loss`."""
+    hidden, matrix, targets, mask = _before_head(params, batch, cfg, dropout_key, remat)
+    total = _head_loss(hidden, matrix, targets, mask, precision(cfg.dtype), cfg.logit_cap)
+    return total, mask.sum(dtype=jnp.float32)
+
+
+def target_losses(
+    params: Any,
+    batch: Batch,
+    cfg: ModelConfig,
+    *,
+    dropout_key: jax.Array | None = None,
+    remat: str = "none",
+) -> jax.Array:
+    """Each target's loss, float32 [B,T] at the position before it, 0 elsewhere; the arguments are those of `loss`. Its
+    derivative makes the logits once more, a piece at a time."""
+    hidden, matrix, targets, mask = _before_head(params, batch, cfg, dropout_key, remat)
+
+    @jax.checkpoint
+    def losses(hidden, targets, mask):
+        return _losses(*_log_softmax(hidden, matrix, targets, precision(cfg.dtype), cfg.logit_cap), mask)
+
+    arrays = (hidden, targets, mask)
+    return _over_pieces(lambda carry, piece: (carry, losses(*piece)), None, arrays, matrix.shape[0])[1]
+
+
+def _before_head(params, batch: Batch, cfg: ModelConfig, dropout_key, remat: str):
+    """What meets the head [B,T,D], the head [V,D], the targets int32 [B,T] and which of them count, bool [B,T]."""
     params = {**params, "embed": jax.tree_util.tree_map_with_path(_gather, params["embed"])}
     hidden = models.hidden_states(
         params,
@@ -68,9 +95,7 @@ def total_loss(
     )
     matrix = sharding.constrain(models.head(params, cfg).astype(cfg.dtype), "model", None)
     targets = jnp.roll(batch["tokens"], -1, axis=1)
-    mask = target_mask(batch)
-    total = _head_loss(hidden, matrix, targets, mask, precision(cfg.dtype), cfg.logit_cap)
-    return total, mask.sum(dtype=jnp.float32)
+    return hidden, matrix, targets, target_mask(batch)
 
 
 def target_mask(batch: Batch) -> jax.Array:
@@ -138,9 +163,13 @@ def _log_softmax(hidden, matrix, targets, precision, cap) -> tuple[jax.Array, ja
     return logits, jax.nn.logsumexp(logits, axis=-1), jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
 
 
-def _sum_losses(logits, normalizer, chosen, mask) -> jax.Array:
+def _losses(logits, normalizer, chosen, mask) -> jax.Array:
     values = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    return jnp.sum(jnp.where(mask, normalizer - values, 0.0))
+    return jnp.where(mask, normalizer - values, 0.0)
+
+
+def _sum_losses(logits, normalizer, chosen, mask) -> jax.Array:
+    return jnp.sum(_losses(logits, normalizer, chosen, mask))
 
 
 def _over_pieces(add, carry, arrays, vocabulary: int):

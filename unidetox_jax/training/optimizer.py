@@ -23,13 +23,14 @@ PRECISIONS = ("float32", "bfloat16", "release")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["learning_rate", "steps", "warmup_steps"],
-    meta_fields=["weight_decay", "clip_norm", "b1", "b2", "epsilon", "precision", "seed"],
+    meta_fields=["decay", "weight_decay", "clip_norm", "b1", "b2", "epsilon", "precision", "seed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """AdamW's settings; as a pytree, its leaves are the schedule's numbers, which a program takes as arguments.
 
-    learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`.
+    learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`, or
+      without `decay` staying.
     weight_decay: on matrices and embeddings, not on biases and norms.
     clip_norm: of the global gradient norm; 0 switches clipping off.
     precision: one of PRECISIONS. seed: of the stochastic rounding.
@@ -38,6 +39,7 @@ class Optimizer:
     learning_rate: float
     steps: int
     warmup_steps: int = 0
+    decay: bool = True
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     b1: float = 0.9
@@ -72,7 +74,8 @@ class Optimizer:
         step = jnp.asarray(step, jnp.float32)
         rising = step / jnp.maximum(1, self.warmup_steps)
         falling = (self.steps - step) / jnp.maximum(1, self.steps - self.warmup_steps)
-        return self.learning_rate * jnp.where(step < self.warmup_steps, rising, jnp.maximum(falling, 0.0))
+        warms_up = step < self.warmup_steps
+        return self.learning_rate * jnp.where(warms_up, rising, jnp.maximum(falling, 0.0) if self.decay else 1.0)
 
 
 def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:

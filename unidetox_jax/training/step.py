@@ -18,7 +18,8 @@ import optax
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
-from unidetox_jax.models import ModelConfig, casting, lora
+from unidetox_jax.models import ModelConfig, casting
+from unidetox_jax.training.criterion import LANGUAGE_MODELLING, Criterion
 from unidetox_jax.training.loss import target_mask, total_loss
 from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimizer
 
@@ -55,10 +56,12 @@ def _init_optimizer(params: Any, optimizer: Optimizer, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(state, sharding.param_shardings(state, mesh))
 
 
-def abstract_state(cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
+def abstract_state(
+    cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None, criterion: Criterion = LANGUAGE_MODELLING
+) -> TrainState:
     """The state's shapes, dtypes and shardings, without any memory; None: the first device."""
     mesh = mesh or sharding.single_device_mesh()
-    params = lora.abstract(cfg) if cfg.lora.rank else models.abstract_params(cfg, optimizer.param_dtype)
+    params = criterion.abstract(cfg, optimizer.param_dtype)
     opt_state = jax.eval_shape(make_optimizer(optimizer).init, params)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     shardings = TrainState(
@@ -94,12 +97,13 @@ def make_train_step(
     accumulation: int = 1,
     remat: str = "none",
     dropout_seed: int | None = None,
+    criterion: Criterion = LANGUAGE_MODELLING,
 ) -> TrainStep:
     """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
     Steps that differ in the learning rate, its schedule or the dropout's seed share one program.
 
     With `cfg.lora` the state's parameters are the adapter (`models.lora`), and a third argument is the model's own,
-    which stay as they are.
+    which stay as they are; so it is with any criterion that keeps them.
 
     Args:
       cfg: its dtype is the compute dtype (bfloat16 in precision "release").
@@ -108,22 +112,26 @@ def make_train_step(
         targets of all. Rows must be a multiple of it times the mesh's batch axes.
       remat: what the backward pass computes again: "none", "dots", "full".
       dropout_seed: the noise of a step depends on it and on the step's number alone; None: no dropout.
+      criterion: what is trained, and by which loss.
 
     The batch is as `loss` wants it, its rows over the mesh's batch axes. Metrics are float32 scalars: "loss" (nats a
-    target), "grad_norm" (before clipping), "learning_rate", "targets".
+    target, if the criterion is the language model's), "grad_norm" (before clipping), "learning_rate", "targets".
     """
     cfg = dataclasses.replace(cfg, layer_loop="scan", dtype=optimizer.compute_dtype or cfg.dtype)
-    program = _program(cfg, optimizer.form, mesh or sharding.single_device_mesh(), accumulation, remat)
+    mesh = mesh or sharding.single_device_mesh()
+    program = _program(cfg, optimizer.form, mesh, accumulation, remat, criterion)
     seed = None if dropout_seed is None else np.asarray(dropout_seed).astype(np.int32)[()]
     return TrainStep(program, dataclasses.replace(optimizer, seed=optimizer.form.seed), seed)
 
 
 @functools.cache
-def _program(cfg: ModelConfig, form: Optimizer, mesh: Mesh, accumulation: int, remat: str) -> jax.stages.Wrapped:
+def _program(
+    cfg: ModelConfig, form: Optimizer, mesh: Mesh, accumulation: int, remat: str, criterion: Criterion
+) -> jax.stages.Wrapped:
     """What optimizers of one form share: a jitted step(optimizer, dropout_seed, state, batch[, base])."""
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, form, mesh))
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, form, mesh, criterion))
     numbers = sharding.replicated(mesh)
-    frozen = (None,) if cfg.lora.rank else ()  # where they are
+    frozen = (None,) if criterion.keeps_base(cfg) else ()  # where they are
 
     @functools.partial(
         jax.jit,
@@ -139,7 +147,7 @@ def _program(cfg: ModelConfig, form: Optimizer, mesh: Mesh, accumulation: int, r
             key = None
             if dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-            loss, targets, gradients = _gradients(state.params, base, batch, cfg, accumulation, key, remat)
+            loss, targets, gradients = _gradients(criterion, state.params, base, batch, cfg, accumulation, key, remat)
             gradients = jax.tree.map(lambda leaf: leaf.astype(optimizer.gradient_dtype), gradients)
             gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
             with jax.numpy_dtype_promotion("standard"):  # which optax needs, whatever the user's code is held to
@@ -175,18 +183,17 @@ def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any,
     return step
 
 
-def _gradients(params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
-    """The mean loss over the batch's targets, their number, and the gradients in the compute dtype, or in float32
-    where they are sums over several parts; base: what an adapter (`params`) is attached to, or None."""
+def _gradients(criterion: Criterion, params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
+    """The mean loss over the batch, the number of its targets, and the gradients in the compute dtype, or in float32
+    where they are sums over several parts; base: the weights beside `params` that stay as they are, or None."""
     targets = target_mask(batch).sum(dtype=jnp.float32)
+    count = criterion.count(batch, targets)
     variables = casting.variables(params, cfg)
     frozen = None if base is None else models.prepare(base, cfg)
 
     def mean(variables, part, key):
-        whole = casting.late(params, variables)
-        whole = whole if frozen is None else lora.attach(frozen, whole, cfg)
-        total, _ = total_loss(whole, part, cfg, dropout_key=key, remat=remat)
-        return total / jnp.maximum(targets, 1.0)
+        total = criterion.total(casting.late(params, variables), frozen, part, cfg, dropout_key=key, remat=remat)
+        return total / jnp.maximum(count, 1.0)
 
     if accumulation == 1:
         loss, gradients = jax.value_and_grad(mean)(variables, batch, key)

@@ -1,0 +1,114 @@
+"""ProFS: the subspace in which toxic and other text differ, projected out of what MLPs write."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unidetox_jax import models
+from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
+from unidetox_jax.data.tokens import encode
+from unidetox_jax.errors import UserError
+from unidetox_jax.method import LanguageModel
+from unidetox_jax.recipe import Recipe
+
+BATCH = 16  # texts read at once
+DOWN = ("mlp", "down", "kernel")  # every family's output matrix of an MLP, [L, inner, hidden]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProFS(Baseline):
+    """Projection filter for subspaces. Uppaal et al., "Model Editing as a Robust and Denoised Variant of DPO: A Case
+    Study on Toxicity" (ICLR 2025), section 4.
+
+    A row of a layer's X⁺ (toxic texts) or X⁻ (others) is the mean over a text's tokens of what the layer gives.
+    T = (X⁺ − X⁻)(I − μμᵀ/‖μ‖²), μ being the mean of X⁻; v_1 … v_k are T's first right singular vectors; and the MLP's
+    output matrix W of every layer from `first_layer` on becomes W (I − Σ v_i v_iᵀ).
+
+    rank: k, in their code 2 for GPT-2 medium and 10 for larger models. first_layer: a share of the depth, theirs of
+    GPT-2 medium. pairs: of texts. Theirs continue the same prompt; here a toxic text stands beside any other.
+    """
+
+    needs: ClassVar[str] = "Text that is not toxic beside the toxic text, and its own edit of every target's matrices."
+    texts: ClassVar[tuple[str, ...]] = (TOXIC, CLEAN)
+
+    rank: int = 2
+    first_layer: float = 10 / 24
+    pairs: int = 500
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "pairs", "max_length"):
+            self.check(name, getattr(self, name) >= 1, "at least 1")
+        self.check("first_layer", 0 <= self.first_layer < 1, "at least 0 and less than 1")
+
+    def make(
+        self,
+        target: LanguageModel,
+        twins: Mapping[str, LanguageModel],
+        texts: Mapping[str, Sequence[str]],
+        recipe: Recipe,
+        **where: Any,
+    ) -> LanguageModel:
+        rng = np.random.default_rng(recipe.seed)
+        first = int(self.first_layer * target.cfg.num_layers)
+        count = min(self.pairs, *(len(texts[kind]) for kind in (TOXIC, CLEAN)))
+        drawn = {kind: [texts[kind][i] for i in rng.permutation(len(texts[kind]))[:count]] for kind in (TOXIC, CLEAN)}
+        if self.rank > min(count, target.cfg.hidden_size):
+            most = f"at most {min(count, target.cfg.hidden_size)}, from {count} pairs of texts"
+            raise UserError(f"baseline profs: rank: found {self.rank}, expected {most}")
+        toxic, clean = (layer_means(target, drawn[kind], first, self.max_length) for kind in (TOXIC, CLEAN))
+        subspaces = np.stack([subspace(*pair, self.rank) for pair in zip(toxic, clean, strict=True)])
+        return target._replace(params=projected(target.params, subspaces, first))
+
+
+def subspace(toxic: np.ndarray, clean: np.ndarray, rank: int) -> np.ndarray:
+    """The first right singular vectors [rank, D] of the centred differences of embeddings [N, D], in float64."""
+    toxic, clean = toxic.astype(np.float64), clean.astype(np.float64)
+    mean = clean.mean(axis=0)
+    difference = toxic - clean
+    difference -= np.outer(difference @ mean, mean) / (mean @ mean)
+    return np.linalg.svd(difference, full_matrices=False)[2][:rank]
+
+
+def projected(params: Any, subspaces: np.ndarray, first: int) -> Any:
+    """W (I − Σ v vᵀ) in float32, of the layers from `first` on; subspaces: [layers, rank, hidden]."""
+    blocks = params["blocks"]
+    kernel = blocks[DOWN[0]][DOWN[1]][DOWN[2]]
+
+    @functools.partial(jax.jit, out_shardings=kernel.sharding)
+    def project(kernel, vectors):
+        own = kernel[first:].astype(jnp.float32)
+        along = jnp.einsum("lio,lko->lik", own, vectors, precision="highest")
+        own -= jnp.einsum("lik,lko->lio", along, vectors, precision="highest")
+        return kernel.at[first:].set(own.astype(kernel.dtype))
+
+    down = {**blocks["mlp"]["down"], "kernel": project(kernel, jnp.asarray(subspaces, jnp.float32))}
+    return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "down": down}}}
+
+
+def layer_means(model: LanguageModel, texts: Sequence[str], first: int, max_length: int) -> np.ndarray:
+    """The mean over each text's tokens of what every layer from `first` on gives: float32 [layers, N, hidden]."""
+    cfg = model.cfg
+    rows = [tokens[:max_length] for tokens in encode(model.tokenizer, texts)]
+    length = max(map(len, rows))
+    found = []
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH]
+        tokens, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
+        for row, own in enumerate(some):
+            tokens[row, : len(own)], mask[row, : len(own)] = own, True
+        means = [_mean(model.params, tokens, mask, cfg, layer + 1) for layer in range(first, cfg.num_layers)]
+        found.append(np.stack(jax.device_get(means))[:, : len(some)])
+    return np.concatenate(found, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
+def _mean(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig, layer: int) -> jax.Array:
+    states = models.hidden_states(params, tokens, cfg, mask, layer=layer).astype(jnp.float32)
+    return jnp.sum(states * mask[..., None], axis=1) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
