@@ -44,7 +44,7 @@ def choose(figures: Iterable[Figures], most: float) -> dict[str, Choice]:
         methods.setdefault(one.method, []).append(one)
     chosen = {}
     for method, variants in methods.items():
-        allowed = [one for one in variants if one.rise <= most]
+        allowed = [one for one in variants if one.perplexity <= (1 + most) * one.original]
         if allowed:
             chosen[method] = Choice(min(allowed, key=lambda one: (_last(one.tp), one.rise)), True)
         else:

@@ -10,14 +10,14 @@ import dataclasses
 import importlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.stages import STAGES, base, grid
-from unidetox_jax.stages.settings import WITHIN, Run, room_of
+from unidetox_jax.stages.settings import Run, within
 
 MADE = tuple(name for name in STAGES if name not in ("analyze", "report"))  # what is made for a cell
 EVALUATION = "evaluation"
@@ -49,14 +49,15 @@ def place(run: Run, asked: grid.Grid, evaluations: str = EVALUATION) -> list[Cel
       UserError: as the stages' `tasks`; a field that changes nothing of what is made.
     """
     settings = grid.cells(asked)
-    runs = [grid.applied(run, one) for one in settings]
+    own_values = [{key: value for key, value in settings[0].items() if key != field} for field in asked]
+    runs = [grid.applied(run, one) for one in settings + own_values]  # the latter are no cells, but beside them
     planned = [{inside(task.directory, run): task for task in _tasks(one)} for one in runs]
-    changed = _changed(settings, planned, tuple(asked))
-    for field in asked:
-        if not any(field in fields for fields in changed.values()):
+    changed = _changed(settings + own_values, planned, tuple(asked))
+    for field, values in asked.items():
+        if len(values) > 1 and not any(field in fields for fields in changed.values()):
             raise UserError(f"{grid.WHERE}: {field} changes nothing that the sweep makes")
     cells = []
-    for own, one, tasks in zip(settings, runs, planned, strict=True):
+    for own, one, tasks in zip(settings, runs, planned, strict=False):
         fields = {room: changed[room] for room in tasks}
         rooms = {}
         for room in tasks:
@@ -76,6 +77,14 @@ def _tasks(run: Run) -> list[base.Task]:
     return [task for stage in MADE for task in importlib.import_module(STAGES[stage][0]).tasks(run)]
 
 
+def once(tasks: Iterable[base.Task]) -> list[base.Task]:
+    """Of the tasks that share a directory the first: what it needs was made before it."""
+    found: dict[epath.Path, base.Task] = {}
+    for task in tasks:
+        found.setdefault(task.directory, task)
+    return list(found.values())
+
+
 def inside(directory: epath.Path, run: Run) -> str:
     return str(directory.relative_to(run.workdir))
 
@@ -86,17 +95,17 @@ def _changed(
     """Directory → the fields that its task depends on: by its own settings, or through what it reads."""
     changed = {room: set[str]() for tasks in planned for room in tasks}
     for field, (one, other) in itertools.product(fields, itertools.combinations(range(len(settings)), 2)):
-        if all((settings[one][key] == settings[other][key]) == (key != field) for key in fields):
+        if all((settings[one].get(key) == settings[other].get(key)) == (key != field) for key in fields):
             for room in changed:
                 sides = [tasks[room].settings if room in tasks else None for tasks in (planned[one], planned[other])]
                 if sides[0] != sides[1]:
                     changed[room].add(field)
     for tasks in planned:  # in the order of the work, so that what is read was done before
+        named = within(tasks)
         for room, task in tasks.items():
             for text in (*_texts(task.settings), *task.reads):
-                for inside in WITHIN.findall(text):
-                    if read := room_of(inside, tasks):
-                        changed[room] |= changed[read]
+                for read in named.findall(text):
+                    changed[room] |= changed[read]
     return {room: frozenset(found) for room, found in changed.items()}
 
 

@@ -265,24 +265,22 @@ class Run:
 
     def place(self, inside: str) -> epath.Path:
         """Where a path within the working directory lies."""
-        room = room_of(inside, self.rooms)
-        return epath.Path(f"{self.rooms[room]}{inside.removeprefix(room)}") if room else self.workdir / inside
+        return epath.Path(self._placed(f"{{workdir}}/{inside}"))
 
     def path(self, text: str) -> str:
         """A path, data set or scorer of the configuration, with `{workdir}`, `{data_dir}` and a first `~` filled in."""
+        return os.path.expanduser(self._placed(text).replace("{data_dir}", self.shared.data_dir))
+
+    def _placed(self, text: str) -> str:
         if self.rooms:
-            text = WITHIN.sub(lambda match: str(self.place(match[1])), text)
-        return os.path.expanduser(
-            text.replace("{workdir}", str(self.workdir)).replace("{data_dir}", self.shared.data_dir)
-        )
+            text = within(self.rooms).sub(lambda match: str(self.rooms[match[1]]), text)
+        return text.replace("{workdir}", str(self.workdir))
 
 
-WITHIN = re.compile(r"\{workdir\}/([^?#&|+]+)")  # a path of the configuration that is in the working directory
-
-
-def room_of(inside: str, rooms: Iterable[str]) -> str:
-    """The longest of the directories in which a path lies, or which it is; empty: none."""
-    return max((room for room in rooms if f"{inside}/".startswith(f"{room}/")), key=len, default="")
+def within(rooms: Iterable[str]) -> re.Pattern[str]:
+    """What finds `{workdir}/ROOM` in a text of a configuration; the longest room that it may be."""
+    names = "|".join(map(re.escape, sorted(rooms, key=len, reverse=True)))
+    return re.compile(rf"\{{workdir\}}/({names})(?![\w.=-])")
 
 
 def parse_run(config: ml_collections.ConfigDict, workdir: epath.PathLike = "") -> Run:

@@ -29,7 +29,7 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import categories, choice
 from unidetox_jax.progress import aligned
 from unidetox_jax.stages import base, evaluation_files, grid
-from unidetox_jax.stages.cells import EVALUATION, Cell, inside, place
+from unidetox_jax.stages.cells import EVALUATION, Cell, inside, once, place
 from unidetox_jax.stages.run import estimate, readable
 from unidetox_jax.stages.settings import Run
 
@@ -56,10 +56,10 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     asked = grid.of(run, options.grid)
     _check(run)
     cells = place(_evaluating(run, run.sweep.validation_prompts, CHOSEN_BY), asked, VALIDATION)
-    tasks = {task.directory: task for cell in cells for _, task in cell.tasks()}
+    tasks = once(task for cell in cells for _, task in cell.tasks())
     if distributed.first_process():
-        print(_outline(run, cells, list(tasks.values())), flush=True)
-    base.run_tasks(list(tasks.values()), options.force, options.dry_run)
+        print(_outline(run, cells, tasks), flush=True)
+    base.run_tasks(tasks, options.force, options.dry_run)
     if options.dry_run:
         return 0
     lines = _figures(cells)
@@ -149,7 +149,7 @@ def _test(run: Run, asked: grid.Grid, chosen: Sequence[Mapping[str, Any]], force
     for line in chosen:
         tasks = cells[line["cell"]]
         pairs.append((tasks[f"{EVALUATION}/{line['target']}"], tasks[line["room"]]))
-    base.run_tasks(list({task.directory: task for pair in pairs for task in pair}.values()), force)
+    base.run_tasks(once(task for pair in pairs for task in pair), force)
     found = []
     for line, pair in zip(chosen, pairs, strict=True):
         original, metrics = (storage.read_json(task.directory / evaluation_files.METRICS) for task in pair)
