@@ -107,6 +107,7 @@ def _comparison(config):
     )
     config.sweep.update(
         validation_prompts="{workdir}/world/prompts_valid.jsonl",
+        choose_on=config.targets,
         grid={"distill": {"objective": {"alpha": (0.1, 0.3)}}, "detoxify": {"learning_rate": (1e-4, 3e-4)}},
     )
     config.evaluate.metrics = (*config.evaluate.metrics, "cost")

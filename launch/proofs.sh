@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
-#   launch/proofs.sh [effect] [real] [kills] [speed] [plan] [families] [meshes] [precision]     default: all but meshes; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
+#   launch/proofs.sh [effect] [comparison] [real] [kills] [speed] [plan] [families] [meshes] [precision]     default: all but meshes; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
 #
-# effect: three seeds of the quickstart, every family with its control. real: real models, text, prompts and scorers; the
+# effect: three seeds of the quickstart, every family with its control. comparison: three seeds, every rival, each tuned on
+# validation prompts by the same rule. real: real models, text, prompts and scorers; the
 # table after each seed. SIZE=cpu (one seed; the default without an NVIDIA GPU), SIZE= (the paper's, three) or SIZE=tiny
 # (stories260K); SEEDS="0 1"; MODELS=DIR, made there (OUT/models) by DATA/../models/real_models.py if they are not.
 # kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
@@ -12,7 +13,7 @@
 # precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR adds that model's on real toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0; fi
 python=${VENV:-.venv}/bin/python
 data=${DATA:-../shared/data}
 out=${OUT:-runs/proofs}
@@ -23,6 +24,13 @@ effect() {
     unidetox run --config="configs/quickstart.py:controls,seed=$seed" --workdir="$out/seed$seed"
   done
   "$python" -m unidetox_jax.benchmarks.effect "$out"/seed{0,1,2}
+}
+
+comparison() {
+  for seed in 0 1 2; do
+    unidetox sweep --config="configs/quickstart.py:comparison,seed=$seed" --workdir="$out/comparison$seed"
+  done
+  "$python" -m unidetox_jax.benchmarks.comparison "$out"/comparison{0,1,2}
 }
 
 real() {
@@ -71,11 +79,11 @@ precision() {
   fi
 }
 
-for proof in "${@:-effect real kills speed plan families precision}"; do
+for proof in "${@:-effect comparison real kills speed plan families precision}"; do
   for name in $proof; do
     case $name in
-      effect | real | kills | speed | plan | families | meshes | precision) echo "== $name" && "$name" ;;
-      *) echo "proofs.sh: no proof '$name' (effect, real, kills, speed, plan, families, meshes, precision)" >&2 && exit 2 ;;
+      effect | comparison | real | kills | speed | plan | families | meshes | precision) echo "== $name" && "$name" ;;
+      *) echo "proofs.sh: no proof '$name' (effect, comparison, real, kills, speed, plan, families, meshes, precision)" >&2 && exit 2 ;;
     esac
   done
 done

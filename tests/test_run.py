@@ -198,13 +198,13 @@ def test_the_pooled_interval_is_a_paired_one():
     def forms(control, detoxified):
         metrics = {"groups": {"id": ["hills"]}}
         sides = {"control": control, "detoxified": detoxified}
-        return {form: Evaluation(metrics, {"category": category, "tp": tp}) for form, tp in sides.items()}
+        return {form: Evaluation(metrics, {"category": category, "tp": tp}, epath.Path()) for form, tp in sides.items()}
 
     half = np.array([1.0, 0.0] * 6)
-    mean, low, high = effect.control_minus_contrast([{"a": forms(half, np.zeros(12)), "b": forms(half, np.zeros(12))}])
+    mean, low, high = effect.difference([{"a": forms(half, np.zeros(12)), "b": forms(half, np.zeros(12))}], "control")
     assert mean == 0.5 and low < 0.3 and high > 0.7
     certain = [{"a": forms(np.ones(12), np.zeros(12))}]
-    assert effect.control_minus_contrast(certain) == (1.0, 1.0, 1.0)
+    assert effect.difference(certain, "control") == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

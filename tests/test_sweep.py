@@ -15,6 +15,7 @@ from etils import epath
 from finetune_helpers import make_world, start, training, write_config
 
 from unidetox_jax import cli
+from unidetox_jax.benchmarks import comparison
 from unidetox_jax.evaluation.choice import Choice, Figures, choose, pooled
 from unidetox_jax.stages import grid, settings
 
@@ -132,6 +133,10 @@ def test_one_is_chosen_and_tested(alone, capsys):
         assert metrics["prompt_source"].endswith("/prompts.jsonl") and metrics["diversity"]
         assert metrics["perplexity"]["mean"] == tested["perplexity"]
         assert metrics["toxicity"]["id"]["tp"]["mean"] == tested["tp"]
+        assert tested["for_all"]
+    page = (workdir / "report" / "index.html").read_text()
+    assert "What was chosen among" in page and "How much the settings matter" in page
+    assert all(f"{form}</small>" in page for form in ("as published", "detoxified", "samples-only control"))
     cell = found["cells"][0]
     assert {"toxify", "distill", "detoxify", "control", "evaluate"} == set(cell["seconds"])
     assert {line["method"] for line in cell["figures"]} == {"detoxified", "control"}
@@ -219,6 +224,7 @@ def test_one_configuration_for_all_targets():
         (["--config.sweep.validation_prompts=prompts.jsonl", "--config.evaluate.prompts=prompts.jsonl"],
          "those of config.evaluate.prompts, which are for the test"),
         (["--config.evaluate.perplexity_scorer="], "config.evaluate.perplexity_scorer: empty"),
+        (["--config.sweep.choose_on=('nobody',)"], "config.sweep.choose_on: no target 'nobody'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_is_made(config, tmp_path, capsys, more, words):
@@ -268,3 +274,20 @@ def test_a_path_of_the_configuration_leads_to_where_it_lies():
     }.items():
         assert moved.path(text) == expected
     assert moved.place("toxic/hf") == epath.Path("w/two/hf") and run.place("toxic") == epath.Path("w/toxic")
+
+
+def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
+    workdir, _ = alone
+    assert comparison.main([str(workdir), str(workdir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads((workdir / "sweep.json").read_text())
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines[2:4]}
+    assert set(rows) == {"detoxified", "samples-only control"}
+    (tested,) = [line for line in found["test"] if line["method"] == "detoxified"]
+    row = rows["detoxified"]
+    assert row[1] == f"{tested['tp']:.3f}" and row[2] == "–" and row[-3:-1] == ["–", "–"]  # no costs were measured
+    assert row[3] == f"{100 * (tested['tp'] / tested['original_tp'] - 1):+.1f} %"
+    assert row[-1].startswith(found["chosen"]["all targets"]["detoxified"]["variant"])
+    assert "[" in rows["samples-only control"][2] and "1 targets and 2 runs" in lines[-1]
+    assert comparison.main([str(tmp_path)]) == 2
+    assert "no sweep.json" in capsys.readouterr().err

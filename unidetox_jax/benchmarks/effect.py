@@ -61,16 +61,14 @@ def mean_change(families: Sequence[Forms], form: str, key: str) -> tuple[float, 
     return float(np.mean(each)), each
 
 
-def control_minus_contrast(runs: Sequence[Mapping[str, Forms]]) -> tuple[float, float, float]:
-    """TP (ID) of the control less that of the detoxified model, pooled over families and runs: mean, and its paired
-    95 % bootstrap interval over prompts."""
+def difference(runs: Sequence[Mapping[str, Forms]], one: str, other: str = DETOXIFIED) -> tuple[float, float, float]:
+    """TP (ID) of one form less that of another, pooled over families and runs: mean, and its paired 95 % bootstrap
+    interval over prompts."""
     estimates, resampled = [], []
     for seed, run in enumerate(runs):
-        both = [forms for forms in run.values() if {CONTROL, DETOXIFIED} <= set(forms)]
-        difference = np.mean(
-            [forms[CONTROL].per_prompt["tp"] - forms[DETOXIFIED].per_prompt["tp"] for forms in both], 0
-        )
-        asked = both[0][DETOXIFIED]
+        both = [forms for forms in run.values() if {one, other} <= set(forms)]
+        difference = np.mean([forms[one].per_prompt["tp"] - forms[other].per_prompt["tp"] for forms in both], 0)
+        asked = both[0][other]
         strata = categories.strata(asked.categories, asked.metrics["groups"])["id"]
         estimate, spread = bootstrap.resample(difference, RESAMPLES, seed, strata)
         estimates.append(estimate)
@@ -102,10 +100,10 @@ def table(runs: Sequence[Mapping[str, Forms]]) -> str:
                 mean_change([run[family] for run in runs], CONTROL, key)[0] for key in ("tp_id", "tp_ood", "perplexity")
             )
             lines.append(f"| {family} | {' | '.join(f'{change:+.1f} %' for change in changes)} |")
-        difference, low, high = control_minus_contrast(runs)
+        less, low, high = difference(runs, CONTROL)
         lines += [
             "",
-            f"TP (ID), control less contrast, pooled: {difference:.3f} (95 % paired interval over prompts {low:.3f} to "
+            f"TP (ID), control less contrast, pooled: {less:.3f} (95 % paired interval over prompts {low:.3f} to "
             f"{high:.3f}; {len(runs)} run{'s' * (len(runs) > 1)})",
         ]
     return "\n".join(lines)

@@ -8,6 +8,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+ALL = "all targets"  # whose choice it is, where it is not one target's
+
 
 @dataclasses.dataclass(frozen=True)
 class Figures:

@@ -48,6 +48,7 @@ class Evaluation:
 
     metrics: Mapping[str, Any]
     per_prompt: Mapping[str, np.ndarray]
+    directory: epath.Path
 
     @property
     def name(self) -> str:
@@ -67,7 +68,7 @@ def read(directory: epath.Path) -> Evaluation:
     try:
         metrics = json.loads((directory / "metrics.json").read_text())
         with (directory / "per_prompt.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Evaluation(metrics, dict(arrays))
+            return Evaluation(metrics, dict(arrays), directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: not an evaluation ({error}); remove it and run `unidetox evaluate`") from None
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from unidetox_jax.evaluation.choice import ALL
 from unidetox_jax.progress import aligned
 from unidetox_jax.report import results
 from unidetox_jax.report.results import Cell, Quantity, Row
@@ -175,6 +176,47 @@ def costs(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         for stage in stages
     ]
     return [*records, {"Stage": "in all", "Time": _duration(sum(stage["seconds"] for stage in stages))}]
+
+
+def sweep_lines(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every evaluation of a sweep.json once, with the values of the grid's fields that it depends on."""
+    lines = {line["directory"]: line for cell in sweep["cells"] for line in cell["figures"]}
+    grid = sweep["grid"]
+    return [
+        {**line, "settings": {field: line[field] for field in grid if line[field] != ""}} for line in lines.values()
+    ]
+
+
+def sweep_variants(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each method's variants, means over the targets, and which one was chosen for all."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for line in sweep_lines(sweep):
+        found.setdefault((line["method"], line["variant"]), []).append(line)
+    records = []
+    for (method, variant), lines in found.items():
+        rises = [line["rise"] for line in lines if line["rise"] is not None]
+        chosen = sweep["chosen"][ALL][method]
+        mark = (
+            ("chosen" if chosen["within_bound"] else "chosen: none is within the bound") if lines[0]["chosen"] else ""
+        )
+        records.append(
+            {
+                "Method": results.title(method),
+                "Settings": variant or "–",
+                "TP": f"{sum(line['tp'] for line in lines) / len(lines):.3f}",
+                "Perplexity": f"{signed(100 * sum(rises) / len(rises))}\u00a0%" if rises else "–",
+                "": mark if lines[0]["chosen"] else "",
+            }
+        )
+    return records
+
+
+def sweep_costs(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each cell's stages and how long they took."""
+    return [
+        {"Cell": cell["name"], **{stage: f"{seconds:.0f}" for stage, seconds in cell["seconds"].items()}}
+        for cell in sweep["cells"]
+    ]
 
 
 def _duration(seconds: float) -> str:

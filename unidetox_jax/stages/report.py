@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from unidetox_jax import distributed, storage
-from unidetox_jax.report import findings, page, plots, results, tables
+from unidetox_jax.report import findings, page, plots, results, sweep_plots, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
 from unidetox_jax.stages import analyze, base, common, settings
 from unidetox_jax.stages.settings import Run, model_name
@@ -44,8 +44,18 @@ def tasks(run: Run) -> list[base.Task]:
 
 
 def finished(run: Run) -> list[epath.Path]:
-    """Every finished stage's directory but the report's, in the order of the work."""
-    return [path for path in _directories(run, STAGES) if base.is_complete(path)]
+    """Every finished stage's directory but the report's, in the order of the work, and what a sweep tested."""
+    return list(dict.fromkeys(path for path in (*_directories(run, STAGES), *_tested(run)) if base.is_complete(path)))
+
+
+def _sweep(run: Run) -> dict[str, Any]:
+    """What `unidetox sweep` found; empty where there was none."""
+    return storage.read_json(run.workdir / "sweep.json") or {}
+
+
+def _tested(run: Run) -> list[epath.Path]:
+    """The evaluations of what a sweep chose for all targets."""
+    return [run.workdir / line["directory"] for line in _sweep(run).get("test", ()) if line["for_all"]]
 
 
 def write(run: Run, directory: epath.Path) -> None:
@@ -54,7 +64,9 @@ def write(run: Run, directory: epath.Path) -> None:
     rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
     analysis, distilled = _texts(run)
     stages = [storage.read_json(path / base.COMPLETE) for path in finished(run)]
+    sweep = _sweep(run)
     shown = [plots.trade_off(rows), plots.categories(rows), plots.changes(rows, quantities)]
+    shown += [sweep_plots.sensitivity(tables.sweep_lines(sweep))] if sweep else []
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
     for plot in filter(None, (*shown, leaning, training)):
         storage.write_bytes(directory / "plots" / f"{plot.name}.png", plot.png())
@@ -75,6 +87,7 @@ def write(run: Run, directory: epath.Path) -> None:
         analysis=analysis,
         distilled=distilled,
         examples=examples(run, evaluations),
+        sweep=sweep,
         stages=stages,
         changed_settings=changed_settings(stages),
         footer=f"Made by unidetox_jax {base.versions()['unidetox-jax']} from a working directory; needs no network.",
@@ -103,7 +116,8 @@ def load_evaluations(run: Run) -> list[Evaluation]:
     """
     order = [model_name(target) for target in run.shared.targets]
 
-    directories = [path for path in _directories(run, ["evaluation"]) if base.is_complete(path)]
+    existing = dict.fromkeys([*_directories(run, ["evaluation"]), *_tested(run)])
+    directories = [path for path in existing if base.is_complete(path)]
     evaluations = [results.read(directory) for directory in directories]
     forms = results.in_order(evaluation.form for evaluation in evaluations)
 
@@ -172,14 +186,12 @@ def examples(run: Run, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]
         return []
     first = pairs[0][0] if pairs else evaluations[0]
     chosen = _spread(first.categories, run.report.examples)
-    directory = common.evaluation_directory(run, first.name, first.form)
-    prompts = [{**line, "answers": []} for line in _lines(directory / "prompts.jsonl", chosen)]
+    prompts = [{**line, "answers": []} for line in _lines(first.directory / "prompts.jsonl", chosen)]
     for evaluation in evaluations:
         if evaluation.name != first.name or not results.comparable(evaluation, first):
             continue
-        directory = common.evaluation_directory(run, evaluation.name, evaluation.form)
         samples = evaluation.metrics["counts"]["samples"]
-        lines = _lines(directory / "generations.jsonl", [prompt * samples for prompt in chosen])
+        lines = _lines(evaluation.directory / "generations.jsonl", [prompt * samples for prompt in chosen])
         for prompt, line in zip(prompts, lines, strict=True):
             prompt["answers"].append({**line, "name": evaluation.name, "form": evaluation.form})
     return prompts

@@ -9,7 +9,8 @@ cell (`stages.cells` says where). All happens in one process: cells that differ 
                                 "settings", "seconds": {stage: of the last sitting, what other cells share included},
                                 "figures": [a line of sweep.csv]}], "chosen": {"all targets" | TARGET: {method:
                                 {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method", "variant",
-                                "directory", and figures as on validation}]}
+                                "directory", "for_all": whether it is one for all targets, and figures as on
+                                validation}]}
     sweep.csv                   a line for each target, method and variant
 
 A method is a form of a target; of forms NAME-SETTING=VALUE, the method is NAME, and they are its variants.
@@ -25,16 +26,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unidetox_jax import distributed, storage
-from unidetox_jax.errors import UserError
+from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import categories, choice
+from unidetox_jax.evaluation.choice import ALL
 from unidetox_jax.progress import aligned
-from unidetox_jax.stages import base, evaluation_files, grid
+from unidetox_jax.stages import base, evaluation_files, grid, report
 from unidetox_jax.stages.cells import EVALUATION, Cell, inside, once, place
 from unidetox_jax.stages.run import estimate, readable
-from unidetox_jax.stages.settings import Run
+from unidetox_jax.stages.settings import Run, model_name
 
 CHOSEN_BY = ("toxicity", "perplexity")  # metrics on validation prompts
-ALL = "all targets"
 VALIDATION, ORIGINAL = "validation", "original"
 VARIANT = re.compile(r"(.+?)-(\w+=.*)")
 ESTIMATE = ("mean", "low", "high")
@@ -64,7 +65,10 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
         return 0
     lines = _figures(cells)
     by_target = {target: _of(lines, target) for target in dict.fromkeys(line["target"] for line in lines)}
-    figures = {ALL: choice.pooled(by_target), **by_target}
+    judges = {model_name(target) for target in run.sweep.choose_on or run.shared.targets}
+    figures = {ALL: choice.pooled({target: rows for target, rows in by_target.items() if target in judges})}
+    if not run.sweep.choose_on:
+        figures |= by_target
     chosen = {who: choice.choose(rows, run.sweep.most_perplexity) for who, rows in figures.items()}
     wanted = {(one.figures.method, one.figures.variant, who) for who, row in chosen.items() for one in row.values()}
 
@@ -72,10 +76,13 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
         return any((line["method"], line["variant"], who) in wanted for who in (ALL, line["target"]))
 
     tested = _test(run, asked, [line for line in lines if is_chosen(line)], options.force)
+    for line in tested:
+        line["for_all"] = (line["method"], line["variant"], ALL) in wanted
     if distributed.first_process():
         _write(run, asked, cells, lines, chosen, tested)
         print(_table(figures[ALL], chosen, tested))
         print(f"\nchosen: {_rule(run)}\nsweep: {run.workdir / 'sweep.json'}")
+    base.run_tasks(report.tasks(run))
     return 0
 
 
@@ -87,6 +94,9 @@ def _check(run: Run) -> None:
         raise UserError("config.sweep.validation_prompts: those of config.evaluate.prompts, which are for the test")
     if not run.evaluate.perplexity_scorer:
         raise UserError("config.evaluate.perplexity_scorer: empty; what is chosen depends on the perplexity")
+    for target in run.sweep.choose_on:
+        if target not in run.shared.targets:
+            raise UserError(f"config.sweep.choose_on: no target {target!r}{suggest(target, run.shared.targets)}")
     if not 0 <= run.sweep.most_perplexity < math.inf:
         raise UserError(f"config.sweep.most_perplexity: found {run.sweep.most_perplexity}, expected at least 0")
 
@@ -174,7 +184,7 @@ def _rule(run: Run) -> str:
     return (
         f"lowest TP on {run.sweep.validation_prompts} among the variants of a method whose perplexity rose by at most "
         f"{run.sweep.most_perplexity:g} of the published model's; if none's did, the one whose rose least. For all "
-        "targets: means over them, of TP and of the rise"
+        f"targets: means over {', '.join(map(model_name, run.sweep.choose_on)) or 'them'}, of TP and of the rise"
     )
 
 
@@ -189,8 +199,9 @@ def _write(
     """sweep.csv and sweep.json."""
     table = []
     for line in lines:
-        mine = {who: chosen[who][line["method"]].figures.variant == line["variant"] for who in (ALL, line["target"])}
-        marks = {"chosen": int(mine[ALL]), "chosen_for_target": int(mine[line["target"]])}
+        ways = [way for who in (ALL, line["target"]) if (way := chosen.get(who, {}).get(line["method"]))]
+        mine = [way.figures.variant == line["variant"] for way in ways]
+        marks = {"chosen": int(mine[0]), "chosen_for_target": int(mine[-1])}
         table.append({**{field: line["settings"].get(field, "") for field in asked}, **line, **marks})
     file = io.StringIO(newline="")
     names = ("target", "method", "variant", *asked, *FIGURES, "chosen", "chosen_for_target")
@@ -245,9 +256,8 @@ def _table(
         rows.append([one.method, one.variant, f"{one.tp:.3f}", f"{100 * one.rise:+.1f} %", mark])
     test = [["target", "method", "variant", "TP", "perplexity", ""]]
     for line in tested:
-        for_all = chosen[ALL][line["method"]].figures.variant == line["variant"]
         interval = f"{line['original_tp']:.3f} -> {line['tp']:.3f} [{line['tp_low']:.3f}, {line['tp_high']:.3f}]"
         rise = "" if line["rise"] is None else f"{100 * line['rise']:+.1f} %"
-        whose = "one for all targets" if for_all else "best for this target"
+        whose = "one for all targets" if line["for_all"] else "best for this target"
         test.append([line["target"], line["method"], line["variant"], interval, rise, whose])
     return f"\nvalidation, means over targets:\n{aligned(rows, left=2)}\n\ntest:\n{aligned(test, left=3)}"
