@@ -3,7 +3,7 @@
     python -m unidetox_jax.benchmarks.comparison runs/comparison0 runs/comparison1 runs/comparison2
 
 Prints Markdown: of each method what was chosen for all targets on validation prompts, and what it came to on the test
-prompts, means over targets and runs. Time and memory are those of the method's own model or models, as shares of the target's.
+prompts, means over targets and runs. Time and memory are those of the method's models, as multiples of the target's.
 """
 
 import argparse
