@@ -14,6 +14,7 @@ from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
+from unidetox_jax.models.transformer import read
 from unidetox_jax.recipe import Recipe
 
 BATCH = 16  # texts read at once
@@ -103,12 +104,14 @@ def layer_means(model: LanguageModel, texts: Sequence[str], first: int, max_leng
         tokens, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
         for row, own in enumerate(some):
             tokens[row, : len(own)], mask[row, : len(own)] = own, True
-        means = [_mean(model.params, tokens, mask, cfg, layer + 1) for layer in range(first, cfg.num_layers)]
-        found.append(np.stack(jax.device_get(means))[:, : len(some)])
+        found.append(jax.device_get(_means(model.params, tokens, mask, cfg))[first:, : len(some)])
     return np.concatenate(found, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layer"))
-def _mean(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig, layer: int) -> jax.Array:
-    states = models.hidden_states(params, tokens, cfg, mask, layer=layer).astype(jnp.float32)
-    return jnp.sum(states * mask[..., None], axis=1) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
+@functools.partial(jax.jit, static_argnames="cfg")
+def _means(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig) -> jax.Array:
+    """[L, B, hidden] of tokens and mask [B, T], padded on the right."""
+    rows, length = tokens.shape
+    _, states, _ = read(params, tokens, cfg, models.init_cache(cfg, rows, length), keep=True)
+    states = states[1:].astype(jnp.float32)  # without the embeddings
+    return jnp.sum(states * mask[..., None], axis=2) / jnp.maximum(mask.sum(axis=1), 1)[:, None]
