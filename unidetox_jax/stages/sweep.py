@@ -5,7 +5,8 @@ cell (`stages.cells` says where). All happens in one process: cells that differ 
 
     validation/NAME.FORM        an evaluation on config.sweep.validation_prompts, in WORKDIR or WORKDIR/cells/CELL
     evaluation/NAME.FORM        of what was chosen, on config.evaluate.prompts
-    sweep.json                  {"rule", "tp_of": the group of prompts whose TP counts, "grid", "cells": [{"name",
+    sweep.json                  {"rule", "needs": {method: what it needs that UniDetox does not}, "tp_of": the group of
+                                prompts whose TP counts, "grid", "cells": [{"name",
                                 "settings", "seconds": {stage: of the last sitting, what other cells share included},
                                 "figures": [a line of sweep.csv]}], "chosen": {"all targets" | TARGET: {method:
                                 {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method", "variant",
@@ -30,7 +31,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import categories, choice
 from unidetox_jax.evaluation.choice import ALL
 from unidetox_jax.progress import aligned
-from unidetox_jax.stages import base, evaluation_files, grid, report
+from unidetox_jax.stages import base, baselines, evaluation_files, grid, report
 from unidetox_jax.stages.cells import EVALUATION, Cell, inside, once, place
 from unidetox_jax.stages.run import estimate, readable
 from unidetox_jax.stages.settings import Run, model_name
@@ -119,13 +120,19 @@ def _figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             if form == ORIGINAL or found[room] in seen:
                 continue
             seen.add(found[room])
-            method, own = match.groups() if (match := VARIANT.fullmatch(form)) else (form, "")
+            method, own = _method(form)
             variant = ",".join(filter(None, (own, cell.variant(room))))
             values = {field: value for field, value in cell.settings.items() if field in cell.fields[room]}
             known = {"target": target, "method": method, "variant": variant, "settings": values}
             where = {"cell": cell.name, "room": room, "directory": inside(found[room], cell.run)}
             lines.append({**known, **_measured(one, originals[target]), **where})
     return lines
+
+
+def _method(form: str) -> tuple[str, str]:
+    """A form's method and variant."""
+    match = VARIANT.fullmatch(form)
+    return (match[1], match[2]) if match else (form, "")
 
 
 def _measured(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +221,8 @@ def _write(
         for cell in cells
     ]
     found = {who: {method: _said(one) for method, one in row.items()} for who, row in chosen.items()}
-    said = {"rule": _rule(run), "tp_of": sorted({line["tp_of"] for line in lines}), "grid": asked}
+    needs = {_method(form)[0]: one.needs for form, one in baselines.methods(run).items()}
+    said = {"rule": _rule(run), "needs": needs, "tp_of": sorted({line["tp_of"] for line in lines}), "grid": asked}
     storage.write_json(run.workdir / "sweep.json", {**said, "cells": shown, "chosen": found, "test": tested})
 
 
