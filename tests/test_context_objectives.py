@@ -34,10 +34,10 @@ def rows_of(name, objective, tokens=None, mask=None, **settings):
     return ours, [real(tokens, mask, row) for row in range(len(tokens))], reference
 
 
-def told_by(score, prompt, steps=NEW):
+def told_by(score, prompt, steps=NEW, end=EOS):
     """The best token of score(ids) [V], the text read anew at each step."""
     told = []
-    while len(told) < steps and EOS not in told:
+    while len(told) < steps and end not in told:
         told.append(int(np.argmax(score([*prompt, *told]))))
     return told
 
@@ -68,12 +68,12 @@ def test_repetition_penalty_is_transformers(name):
         assert_row(ours, row, told[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama-3"])
+@pytest.mark.parametrize("name, norm", [("gpt2", False), ("llama-3", False), ("llama-3", True)])
 def test_dynamic_dola_contrasts_the_farthest_layer_of_each_row(name, norm, alpha=0.05):
-    layers = (0, 1, 2)
+    layers = (1, 2)
     objective = objectives.get("dola_dynamic", layers=layers, norm=norm, alpha=alpha)
-    ours, prompts, reference = rows_of(name, objective, layer_loop="unroll" if norm else "scan")
+    layer_loop = "unroll" if norm else "scan"
+    ours, prompts, reference = rows_of(name, objective, layer_loop=layer_loop, eos_id=())
     head = reference.get_output_embeddings().weight.detach().double().numpy()
     last_norm = reference.transformer.ln_f if name == "gpt2" else reference.model.norm
     chosen = set()
@@ -90,8 +90,8 @@ def test_dynamic_dola_contrasts_the_farthest_layer_of_each_row(name, norm, alpha
         return np.where(law >= alpha * law.max(), np.log(law) - np.log(laws[divergence.argmax()]), -np.inf)
 
     for row, prompt in enumerate(prompts):
-        assert_row(ours, row, told_by(score, prompt))
-    assert norm or len(chosen) > 1  # rows and steps differ in the layer
+        assert ours.tokens[row].tolist() == told_by(score, prompt, end=None)
+    assert len(chosen) > 1  # rows and steps differ in the layer
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,10 @@ def contrastive_score(reference, ids, k, alpha):
 )  # 70: several segments; mistral's window is 5
 def test_contrastive_search_looks_one_token_ahead(name, layer_loop, steps):
     objective = objectives.get("contrastive_search", k=4, alpha=0.6)
-    ours, prompts, reference = rows_of(name, objective, max_new_tokens=steps, layer_loop=layer_loop)
-    assert max(ours.lengths) == steps
+    ours, prompts, reference = rows_of(name, objective, max_new_tokens=steps, layer_loop=layer_loop, eos_id=())
     for row, prompt in enumerate(prompts):
         score = functools.partial(contrastive_score, reference, k=4, alpha=0.6)
-        assert_row(ours, row, told_by(score, prompt, steps))
+        assert ours.tokens[row].tolist() == told_by(score, prompt, steps, end=None)
 
 
 def test_sasa_adds_the_margin_of_what_the_text_becomes(tmp_path, top_p=0.95, k=6, beta=3.0):

@@ -246,7 +246,7 @@ def _context(params: tuple[Any, ...], seen, caches, state: State, inputs: Inputs
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def look_ahead(tokens: jax.Array, model: int = 0) -> jax.Array:
-        cache = models.cache_of(caches[0], model) if together else caches[min(model, len(caches) - 1)]
+        cache = models.cache_of(caches[0], model) if together else caches[0 if plan.official_cache else model]
         return models.look_ahead(tree(model), tokens, plan.configs[model], cache)
 
     prompt, prompt_mask = _first_prompt(inputs, plan)
