@@ -238,8 +238,7 @@ def distill(
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
       chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if there is one; the conversation is
         no part of them, but counts for max_length.
-      reject: texts → why each is left out, empty for one that is kept.
-      keep: see `decoding.texts.sample_texts`, as for all else.
+      reject: texts → why each is left out, empty for one that is kept. All else: see `decoding.texts.sample_texts`.
 
     Raises:
       UserError: models of different tokenizers, settings out of range, a context that is too short.

@@ -59,17 +59,15 @@ def generate(
     """Continues prompts by tokens sampled from an objective over one or several models.
 
     Args:
-      models: `Model`s of one vocabulary (see vocab_size), in the order of the objective's arguments; all on one mesh,
-        or on none. For many calls, what `preparation.prepare` makes of them.
+      models: in the order of the objective's arguments, of one vocabulary (see vocab_size), all on one mesh or on none.
+        For many calls, what `preparation.prepare` makes of them.
       prompts: int [B,T], or a list with one such array for each model (their T may differ).
       objective, warpers: of `decoding.objectives` and `decoding.warpers`.
       seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
       attention_mask: 1 for real prompt tokens, in the form of `prompts`; None: all are. Padding on the left or right.
       eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
-      samples: continuations of every prompt, one after another in the result's rows (B becomes B·samples); each prompt
-        is read once.
-      prompt_slots: room for prompts of at least so many tokens but their last: calls that ask for the same room share
-        a compiled program.
+      samples: continuations of every prompt, which is read once; one after another in the result's B·samples rows.
+      prompt_slots: room for so many tokens of a prompt but its last: calls that ask for the same share a program.
       row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
       cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.

@@ -4,6 +4,7 @@ A text depends on the seed and on its own number alone. Every batch has the same
 whoever keeps finished batches (`keep`) goes on after a kill with the first one missing, to the same bytes.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,6 @@ from unidetox_jax.data.tokens import decode
 from unidetox_jax.decoding.generate import generate
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.preparation import Prepared, mesh_of, prepare
-from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
@@ -39,19 +39,17 @@ def sample_texts(
     prompt: Sequence[int],
     *,
     objective: Objective,
-    warpers: Sequence[Warper] = (),
+    seed: int,
     num_texts: int,
     max_length: int,
     batch_size: int,
-    seed: int,
-    cache: str = "own",
     names: Sequence[str] = (),
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
     keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
     begin: Sequence[int] | None = None,
-    vocab_size: int | None = None,
     label: str | None = None,
+    **options: Any,
 ) -> Texts:
     """`num_texts` continuations of one prompt. Every process calls it and gets all texts.
 
@@ -59,7 +57,7 @@ def sample_texts(
     over its new tokens, untruncated) and "tokens" (the prompt's first, the end token last).
 
     Args:
-      models, objective, warpers, cache, vocab_size: as in `generate`.
+      models, objective, seed, options (warpers, cache, vocab_size): as in `generate`.
       prompt: token ids that every text begins with.
       max_length: tokens of a text at most, the prompt's included.
       names: the models' names in "log_probabilities"; empty: the objective's own names for them.
@@ -76,46 +74,34 @@ def sample_texts(
     if len(prompt) >= max_length:
         raise UserError(f"max_length: found {max_length}, but the prompt alone has {len(prompt)} tokens with BOS")
     names = distinct_names(names or objective.arguments)
-    size = min(batch_size, num_texts)
-    hardware = _hardware(models)
+    size, hardware = min(batch_size, num_texts), _hardware(models)
     if not isinstance(models[0].params, Prepared):
-        models = prepare(models, side_by_side=cache == "own")
+        models = prepare(models, side_by_side=options.get("cache", "own") == "own")
+    options |= {"objective": objective, "seed": seed, "max_new_tokens": max_length - len(prompt)}
+    limit = num_texts if reject is None else int(most * num_texts)
     made_on: set[str] = set()
     kept: list[dict[str, Any]] = []
-    limit = num_texts if reject is None else int(most * num_texts)
+
+    def make(first: int) -> Batch:
+        started = time.monotonic()
+        row_ids = np.arange(first, first + size, dtype=np.int32)  # the last batch is as large as the others
+        prompts = np.tile(np.asarray(prompt, np.int32), (size, 1))
+        result = generate(models, prompts, row_ids=row_ids, log_probabilities=True, **options)
+        wanted = range(min(size, limit - first))
+        before = prompt if begin is None else begin
+        rows = [_row(result, i, int(row_ids[i]), before, tokenizer, seed, names) for i in wanted]
+        rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
+        bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
+        return {"made_on": hardware, "rows": rows}
+
     with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
         for first in range(0, limit, size):
-            if len(kept) >= num_texts:
-                break
-
-            def make(first=first) -> Batch:
-                started = time.monotonic()
-                # The last batch is as large as the others, and what is not wanted of it is dropped.
-                row_ids = np.arange(first, first + size, dtype=np.int32)
-                result = generate(
-                    models,
-                    np.tile(np.asarray(prompt, np.int32), (size, 1)),
-                    objective=objective,
-                    warpers=warpers,
-                    max_new_tokens=max_length - len(prompt),
-                    seed=seed,
-                    row_ids=row_ids,
-                    cache=cache,
-                    log_probabilities=True,
-                    vocab_size=vocab_size,
-                )
-                wanted = range(min(size, limit - first))
-                first_tokens = prompt if begin is None else begin
-                rows = [_row(result, i, int(row_ids[i]), first_tokens, tokenizer, seed, names) for i in wanted]
-                rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
-                bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
-                return {"made_on": hardware, "rows": rows}
-
-            batch = keep(f"{first // size:06d}", make)
-            made_on.add(batch["made_on"])
-            reasons = reject([row["text"] for row in batch["rows"]]) if reject else [""] * len(batch["rows"])
-            kept += [row for row, why in zip(batch["rows"], reasons, strict=True) if not why]
-            bar.update(min(len(kept), num_texts) - bar.n)
+            if len(kept) < num_texts:
+                batch = keep(f"{first // size:06d}", functools.partial(make, first))
+                made_on.add(batch["made_on"])
+                reasons = reject([row["text"] for row in batch["rows"]]) if reject else [""] * len(batch["rows"])
+                kept += [row for row, why in zip(batch["rows"], reasons, strict=True) if not why]
+                bar.update(min(len(kept), num_texts) - bar.n)
     if len(kept) < num_texts:
         raise UserError(
             f"reject: left {len(kept)} of {limit} texts, expected {num_texts}; reject less, or raise reject.most"

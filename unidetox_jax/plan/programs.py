@@ -103,10 +103,8 @@ def decoding_program(
     """One compiled generation.
 
     Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
-    minutes instead of an hour. On a GPU it is one loop, of which that is not so.
-
-    stored: beside the weights that the loop reads stand those of the checkpoint, in float32
-    as training leaves them.
+    minutes instead of an hour. On a GPU it is one loop, of which that is not so. stored: beside the weights that the
+    loop reads stand those of the checkpoint, in float32 as training leaves them.
     """
     options: dict[str, Any] = {"cache": cache, "samples": samples}
 
@@ -144,7 +142,6 @@ def decoding_program(
                 yield f"--config.{name.split()[0]}.batch_size={fewer}", again
 
     loops = len(make(configs, new_tokens).segments)  # only one of them runs in any step
-    layers = max(cfg.num_layers for cfg in configs)
     return Program(
         name,
         resident,
@@ -154,7 +151,7 @@ def decoding_program(
             make(configs, new_tokens), rows, prompt, sizes, work.LANES if platform == "tpu" else 1, stored
         ),
         utilisation=DECODING_UTILISATION,
-        rounds=(0, 1 / loops, layers / loops),
+        rounds=(0, 1 / loops, max(cfg.num_layers for cfg in configs) / loops),
         leaner=leaner,
         shallow=shallow,
         layers=sum(cfg.num_layers for cfg in configs) / len(configs),

@@ -61,10 +61,8 @@ def fit(
     criterion: Criterion = LANGUAGE_MODELLING,
     base: Any = None,
     validation: data.Tokens | None = None,
-    accumulation: int = 1,
-    remat: str = "none",
-    dropout_seed: int | None = None,
     label: str = "training",
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains to `schedule.steps`, from the newest checkpoint in `directory` or from `initial()`.
 
@@ -79,7 +77,7 @@ def fit(
       criterion: what is trained, and by which loss.
       base: the weights that stay as they are, of an adapter or another criterion that keeps them; None: there are none.
       validation: what the evaluation loss is computed on; None: none.
-      accumulation, remat, dropout_seed: as in `make_train_step`. label: for messages and the progress bar.
+      label: for messages and the progress bar. options: accumulation, remat, dropout_seed, as in `make_train_step`.
 
     Returns:
       (params, figures): the trained parameters (of an adapter, the adapter's), and `metrics.summary`.
@@ -89,15 +87,7 @@ def fit(
       UserError: a loss or gradient that is not finite (the checkpoints are those before it), another model's
         checkpoints, or a directory that cannot be written.
     """
-    train_step = make_train_step(
-        cfg,
-        optimizer,
-        mesh,
-        accumulation=accumulation,
-        remat=remat,
-        dropout_seed=dropout_seed,
-        criterion=criterion,
-    )
+    train_step = make_train_step(cfg, optimizer, mesh, criterion=criterion, **options)
     evaluate = None
     if validation is not None:
         evaluate = _evaluation(cfg, mesh, criterion, base, validation, batches.batch_size, schedule)
