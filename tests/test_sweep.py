@@ -12,12 +12,12 @@ import time
 import pytest
 from conftest import HANGS
 from etils import epath
-from finetune_helpers import make_world, start, training, write_config
+from finetune_helpers import ROOT, make_world, start, training, write_config
 
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import comparison
 from unidetox_jax.evaluation.choice import Choice, Figures, choose, pooled
-from unidetox_jax.stages import grid, settings
+from unidetox_jax.stages import cells, grid, settings
 
 PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"
 ALPHAS, RATES = (0.1, 0.6, 0.8), (1e-4, 3e-4, 1e-3, 3e-3)
@@ -84,15 +84,15 @@ def finished(workdir):
 def test_what_no_field_changes_is_made_once(alone):
     workdir, _ = alone
     name = "gpt2"
-    cells = {f"alpha={a}": [f"learning_rate={r},alpha={a}" for r in RATES] for a in ALPHAS}
+    by_alpha = {f"alpha={a}": [f"learning_rate={r},alpha={a}" for r in RATES] for a in ALPHAS}
     rates = [f"cells/learning_rate={rate}" for rate in RATES]
     made = finished(workdir)
     shared = {"toxic", "samples", f"validation/{name}", f"evaluation/{name}"}
-    expected = shared | {f"cells/{alpha}/distilled" for alpha in cells}
+    expected = shared | {f"cells/{alpha}/distilled" for alpha in by_alpha}
     expected |= {f"{cell}/{room}" for cell in rates for room in (f"control/{name}", f"validation/{name}.control")}
     expected |= {
         f"cells/{cell}/{room}"
-        for alpha in cells.values()
+        for alpha in by_alpha.values()
         for cell in alpha
         for room in (f"detoxified/{name}", f"validation/{name}.detoxified")
     }
@@ -291,3 +291,20 @@ def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
     assert "[" in rows["samples-only control"][2] and "1 targets and 2 runs" in lines[-1]
     assert comparison.main([str(tmp_path)]) == 2
     assert "no sweep.json" in capsys.readouterr().err
+
+
+def test_one_target_chooses_for_all(tmp_path, capsys):
+    """Nothing of the other targets is trained or evaluated before a cell is chosen; then whatever that cell needs."""
+    chosen = "--config.sweep.choose_on=('{workdir}/pretrained/gpt2',)"
+    quickstart = [f"--config={ROOT}/configs/quickstart.py:comparison", f"--workdir={tmp_path / 'none'}", chosen]
+    assert cli.main(["sweep", *quickstart, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "validation/gpt2.detoxified" in printed and "baselines/toxic/gpt2" in printed
+    assert not any(f"{room}/opt" in printed for room in ("detoxified", "control", "validation", "toxic", "clean"))
+    run = settings.parse_run(cli.load_config(f"{ROOT}/configs/quickstart.py"), tmp_path)
+    (cell,) = cells.place(run, {"detoxify.learning_rate": (1e-4,)})
+    found = [str(task.directory.relative_to(tmp_path)) for task in cell.needed(["evaluation/opt.detoxified"])]
+    assert found == [
+        "world", "pretrained/gpt2", "pretrained/opt", "pretrained/scorer", "toxic", "distilled",
+        "cells/learning_rate=0.0001/detoxified/opt", "cells/learning_rate=0.0001/evaluation/opt.detoxified",
+    ]  # fmt: skip

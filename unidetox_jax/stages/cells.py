@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -25,21 +25,30 @@ EVALUATION = "evaluation"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A combination of settings: its run, which knows where everything lies, and the fields that change each task."""
+    """A combination of settings: its run, which knows where everything lies, and its tasks by their directories within
+    the working directory, in the order of the work."""
 
     name: str
     settings: Mapping[str, Any]
     run: Run
-    fields: Mapping[str, frozenset[str]]  # directory within the working directory → fields
+    tasks: Mapping[str, base.Task]
+    fields: Mapping[str, frozenset[str]]  # directory → the grid's fields that change its task
     fields_of_all: tuple[str, ...]
 
-    def tasks(self) -> Iterator[tuple[str, base.Task]]:
-        """Each with its directory within the working directory, in the order of the work."""
-        return zip(self.fields, _tasks(self.run), strict=True)
+    def own(self, room: str) -> dict[str, Any]:
+        """The values of the fields that change what is in a directory."""
+        return {field: value for field, value in self.settings.items() if field in self.fields[room]}
 
     def variant(self, room: str) -> str:
-        """What is its own in a directory: the values of the fields that change it."""
-        return _name(self.settings, self.fields[room], self.fields_of_all)
+        """They as a name."""
+        return grid.name(self.own(room), self.fields_of_all)
+
+    def needed(self, rooms: Collection[str]) -> list[base.Task]:
+        """The tasks of some directories, and those of which they are made."""
+        wanted, reads = set(rooms), _reads(self.tasks)
+        for room in reversed(list(self.tasks)):
+            wanted |= reads[room] if room in wanted else set()
+        return [task for room, task in self.tasks.items() if room in wanted]
 
 
 def place(run: Run, asked: grid.Grid, evaluations: str = EVALUATION) -> list[Cell]:
@@ -56,21 +65,28 @@ def place(run: Run, asked: grid.Grid, evaluations: str = EVALUATION) -> list[Cel
     for field, values in asked.items():
         if len(values) > 1 and not any(field in fields for fields in changed.values()):
             raise UserError(f"{grid.WHERE}: {field} changes nothing that the sweep makes")
-    cells = []
-    for own, one, tasks in zip(settings, runs, planned, strict=False):
-        fields = {room: changed[room] for room in tasks}
-        rooms = {}
-        for room in tasks:
-            part = _name(own, fields[room], tuple(asked))
-            root = run.workdir / "cells" / part if part else run.workdir
-            rooms[room] = root / re.sub(f"^{EVALUATION}/", f"{evaluations}/", room)
-        there = dataclasses.replace(one, rooms=rooms)
-        cells.append(Cell(grid.name(own, tuple(asked)), own, there, fields, tuple(asked)))
-    return cells
+    return [
+        _cell(own, one, tasks, changed, tuple(asked), evaluations)
+        for own, one, tasks in zip(settings, runs, planned, strict=False)
+    ]
 
 
-def _name(settings: Mapping[str, Any], fields: frozenset[str], of_all: Sequence[str]) -> str:
-    return grid.name({field: value for field, value in settings.items() if field in fields}, of_all)
+def _cell(
+    settings: Mapping[str, Any],
+    run: Run,
+    planned: Mapping[str, base.Task],
+    changed: Mapping[str, frozenset[str]],
+    fields_of_all: tuple[str, ...],
+    evaluations: str,
+) -> Cell:
+    cell = Cell(grid.name(settings, fields_of_all), settings, run, planned, changed, fields_of_all)
+    rooms = {}
+    for room in planned:
+        part = cell.variant(room)
+        root = run.workdir / "cells" / part if part else run.workdir
+        rooms[room] = root / re.sub(f"^{EVALUATION}/", f"{evaluations}/", room)
+    there = dataclasses.replace(run, rooms=rooms)
+    return dataclasses.replace(cell, run=there, tasks=dict(zip(planned, _tasks(there), strict=True)))
 
 
 def _tasks(run: Run) -> list[base.Task]:
@@ -100,13 +116,19 @@ def _changed(
                 sides = [tasks[room].settings if room in tasks else None for tasks in (planned[one], planned[other])]
                 if sides[0] != sides[1]:
                     changed[room].add(field)
-    for tasks in planned:  # in the order of the work, so that what is read was done before
-        named = within(tasks)
-        for room, task in tasks.items():
-            for text in (*_texts(task.settings), *task.reads):
-                for read in named.findall(text):
-                    changed[room] |= changed[read]
+    for tasks in planned:
+        for room, read in _reads(tasks).items():  # in the order of the work: what is read is known by now
+            changed[room] |= {field for other in read for field in changed[other]}
     return {room: frozenset(found) for room, found in changed.items()}
+
+
+def _reads(tasks: Mapping[str, base.Task]) -> dict[str, set[str]]:
+    """Directory → those of which its task is made."""
+    named = within(tasks)
+    return {
+        room: {read for text in (*_texts(task.settings), *task.reads) for read in named.findall(text)}
+        for room, task in tasks.items()
+    }
 
 
 def _texts(value: Any) -> Iterator[str]:

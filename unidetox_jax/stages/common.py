@@ -105,7 +105,7 @@ def control_directory(run: Run, name: str) -> epath.Path:
 
 def baseline_directory(run: Run, method: str, name: str) -> epath.Path:
     """A target's twin ("toxic", "clean") or a rival method's model of it; laid out as the toxic twin."""
-    return run.workdir / "baselines" / method / name
+    return run.place(f"baselines/{method}/{name}")
 
 
 def evaluation_directory(run: Run, name: str, form: str) -> epath.Path:

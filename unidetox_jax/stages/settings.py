@@ -225,7 +225,8 @@ class SweepSettings:
     # its settings are fields: {"distill": {"objective": {"alpha": (0.05, 0.1)}}}
     grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     validation_prompts: str = ""  # what the choice is made on, as config.evaluate.prompts, which are for the test
-    # Targets by which one configuration is chosen for all of them; empty: all, and each target's own best beside it
+    # Targets by which one configuration is chosen for all, of which the others then get that one alone; empty: all, and
+    # each target's own best beside it
     choose_on: tuple[str, ...] = ()
     most_perplexity: float = 0.1  # perplexity may rise by this part of the published model's
 

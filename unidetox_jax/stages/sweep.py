@@ -8,10 +8,10 @@ cell (`stages.cells` says where). All happens in one process: cells that differ 
     sweep.json                  {"rule", "needs": {method: what it needs that UniDetox does not}, "tp_of": the group of
                                 prompts whose TP counts, "grid", "cells": [{"name",
                                 "settings", "seconds": {stage: of the last sitting, what other cells share included},
-                                "figures": [a line of sweep.csv]}], "chosen": {"all targets" | TARGET: {method:
-                                {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method", "variant",
-                                "directory", "for_all": whether it is one for all targets, and figures as on
-                                validation}]}
+                                "figures": [a line of sweep.csv, and "directory"]}], "chosen": {"all targets" | TARGET:
+                                {method: {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method",
+                                "variant", "directory", "for_all": whether it is one for all targets, and figures as
+                                on validation}]}
     sweep.csv                   a line for each target, method and variant
 
 A method is a form of a target; of forms NAME-SETTING=VALUE, the method is NAME, and they are its variants.
@@ -23,7 +23,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unidetox_jax import distributed, storage
@@ -57,28 +57,22 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     """Makes what is missing of every cell, chooses, tests what was chosen; returns 0."""
     asked = grid.of(run, options.grid)
     _check(run)
-    cells = place(_evaluating(run, run.sweep.validation_prompts, CHOSEN_BY), asked, VALIDATION)
-    tasks = once(task for cell in cells for _, task in cell.tasks())
+    cells = place(_chosen_on(_evaluating(run, run.sweep.validation_prompts, CHOSEN_BY)), asked, VALIDATION)
+    metrics = tuple(dict.fromkeys([*run.evaluate.metrics, *CHOSEN_BY]))
+    for_test = place(_evaluating(run, run.evaluate.prompts, metrics), asked)
+    tasks = once(task for cell in cells for task in cell.tasks.values())
     if distributed.first_process():
         print(_outline(run, cells, tasks), flush=True)
     base.run_tasks(tasks, options.force, options.dry_run)
     if options.dry_run:
         return 0
-    lines = _figures(cells)
+    lines = [_line(one) for one in _variants(cells)]
     by_target = {target: _of(lines, target) for target in dict.fromkeys(line["target"] for line in lines)}
-    judges = {model_name(target) for target in run.sweep.choose_on or run.shared.targets}
-    figures = {ALL: choice.pooled({target: rows for target, rows in by_target.items() if target in judges})}
+    figures = {ALL: choice.pooled(by_target)}
     if not run.sweep.choose_on:
         figures |= by_target
     chosen = {who: choice.choose(rows, run.sweep.most_perplexity) for who, rows in figures.items()}
-    wanted = {(one.figures.method, one.figures.variant, who) for who, row in chosen.items() for one in row.values()}
-
-    def is_chosen(line: Mapping[str, Any]) -> bool:
-        return any((line["method"], line["variant"], who) in wanted for who in (ALL, line["target"]))
-
-    tested = _test(run, asked, [line for line in lines if is_chosen(line)], options.force)
-    for line in tested:
-        line["for_all"] = (line["method"], line["variant"], ALL) in wanted
+    tested = _test(for_test, chosen, options.force)
     if distributed.first_process():
         _write(run, asked, cells, lines, chosen, tested)
         print(_table(figures[ALL], chosen, tested))
@@ -108,25 +102,65 @@ def _evaluating(run: Run, prompts: str, metrics: tuple[str, ...]) -> Run:
     return dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, **changes))
 
 
-def _figures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Each evaluation once, as a line of sweep.csv: figures beside those of its target as published."""
-    lines, seen = [], set()
+def _chosen_on(run: Run) -> Run:
+    """The run with no other targets than those on which the choice is made."""
+    if not (chosen := run.sweep.choose_on):
+        return run
+
+    def kept(targets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(target for target in targets if target in chosen)
+
+    forms = {name: dataclasses.replace(one, targets=kept(one.targets)) for name, one in run.evaluate.candidates.items()}
+    forms = {name: one for name, one in forms.items() if one.targets or not run.evaluate.candidates[name].targets}
+    rivals = dataclasses.replace(run.baselines, targets=kept(run.baselines.targets))
+    if run.baselines.targets and not rivals.targets:
+        rivals = dataclasses.replace(rivals, methods=())
+    return dataclasses.replace(
+        run,
+        shared=dataclasses.replace(run.shared, targets=chosen, control_targets=kept(run.shared.control_targets)),
+        baselines=rivals,
+        evaluate=dataclasses.replace(run.evaluate, candidates=forms),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An evaluation of a target in a form that was made of it, in the first cell that has it."""
+
+    cell: Cell
+    room: str
+    target: str
+    method: str
+    variant: str
+
+    @property
+    def original(self) -> str:
+        return f"{EVALUATION}/{self.target}"
+
+    def metrics(self, room: str) -> Mapping[str, Any]:
+        return storage.read_json(self.cell.tasks[room].directory / evaluation_files.METRICS)
+
+
+def _variants(cells: Sequence[Cell]) -> Iterator[Variant]:
+    """Each evaluation once, but for those of targets as published."""
+    seen = set()
     for cell in cells:
-        found = {room: task.directory for room, task in cell.tasks() if room.startswith(f"{EVALUATION}/")}
-        metrics = {room: storage.read_json(path / evaluation_files.METRICS) for room, path in found.items()}
-        originals = {one["model"]["name"]: one for one in metrics.values() if one["model"]["form"] == ORIGINAL}
-        for room, one in metrics.items():
-            target, form = one["model"]["name"], one["model"]["form"]
-            if form == ORIGINAL or found[room] in seen:
+        names = sorted(map(model_name, cell.run.shared.targets), key=len, reverse=True)
+        for room, task in cell.tasks.items():
+            target = next((name for name in names if room.startswith(f"{EVALUATION}/{name}.")), None)
+            if target is None or task.directory in seen:
                 continue
-            seen.add(found[room])
+            seen.add(task.directory)
+            form = room.removeprefix(f"{EVALUATION}/{target}.")
             method, own = _method(form)
-            variant = ",".join(filter(None, (own, cell.variant(room))))
-            values = {field: value for field, value in cell.settings.items() if field in cell.fields[room]}
-            known = {"target": target, "method": method, "variant": variant, "settings": values}
-            where = {"cell": cell.name, "room": room, "directory": inside(found[room], cell.run)}
-            lines.append({**known, **_measured(one, originals[target]), **where})
-    return lines
+            yield Variant(cell, room, target, method, ",".join(filter(None, (own, cell.variant(room)))))
+
+
+def _line(one: Variant) -> dict[str, Any]:
+    """What is known of a variant once it was evaluated: a line of sweep.csv, and more."""
+    where = {"directory": inside(one.cell.tasks[one.room].directory, one.cell.run)}
+    known = {"target": one.target, "method": one.method, "variant": one.variant, "settings": one.cell.own(one.room)}
+    return {**known, **_measured(one.metrics(one.room), one.metrics(one.original)), **where}
 
 
 def _method(form: str) -> tuple[str, str]:
@@ -158,22 +192,19 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _test(run: Run, asked: grid.Grid, chosen: Sequence[Mapping[str, Any]], force: bool) -> list[dict[str, Any]]:
-    """Evaluates what was chosen, and its target as published, on the test prompts; its figures there."""
-    asked_for = tuple(dict.fromkeys([*run.evaluate.metrics, *CHOSEN_BY]))
-    cells = {cell.name: dict(cell.tasks()) for cell in place(_evaluating(run, run.evaluate.prompts, asked_for), asked)}
-    pairs = []
-    for line in chosen:
-        tasks = cells[line["cell"]]
-        pairs.append((tasks[f"{EVALUATION}/{line['target']}"], tasks[line["room"]]))
-    base.run_tasks(once(task for pair in pairs for task in pair), force)
-    found = []
-    for line, pair in zip(chosen, pairs, strict=True):
-        original, metrics = (storage.read_json(task.directory / evaluation_files.METRICS) for task in pair)
-        known = {key: line[key] for key in ("target", "method", "variant")}
-        where = {"directory": inside(pair[1].directory, run)}
-        found.append({**known, **where, **_measured(metrics, original)})
-    return found
+def _test(
+    cells: Sequence[Cell], chosen: Mapping[str, Mapping[str, choice.Choice]], force: bool
+) -> list[dict[str, Any]]:
+    """Evaluates what was chosen on the test prompts: for all targets every target, and what was chosen for it alone."""
+
+    def is_chosen(one: Variant, who: str) -> bool:
+        choices = chosen.get(who, {})
+        return one.method in choices and choices[one.method].figures.variant == one.variant
+
+    tested = [one for one in _variants(cells) if is_chosen(one, ALL) or is_chosen(one, one.target)]
+    base.run_tasks(once(task for one in tested for task in one.cell.needed([one.original, one.room])), force)
+    lines = [{**_line(one), "for_all": is_chosen(one, ALL)} for one in tested]
+    return [{name: value for name, value in line.items() if name != "settings"} for line in lines]
 
 
 # ---------------------------------------------------------------------------------------- what is said of it
@@ -209,7 +240,8 @@ def _write(
         ways = [way for who in (ALL, line["target"]) if (way := chosen.get(who, {}).get(line["method"]))]
         mine = [way.figures.variant == line["variant"] for way in ways]
         marks = {"chosen": int(mine[0]), "chosen_for_target": int(mine[-1])}
-        table.append({**{field: line["settings"].get(field, "") for field in asked}, **line, **marks})
+        known = {name: value for name, value in line.items() if name != "settings"}
+        table.append({**{field: line["settings"].get(field, "") for field in asked}, **known, **marks})
     file = io.StringIO(newline="")
     names = ("target", "method", "variant", *asked, *FIGURES, "chosen", "chosen_for_target")
     writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
@@ -232,20 +264,16 @@ def _said(one: choice.Choice) -> dict[str, Any]:
     return {"variant": one.figures.variant, "within_bound": one.within, **finite}
 
 
-def _own(cell: Cell, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _own(cell: Cell, table: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The lines of a cell, those that it shares with others too."""
-    there = {inside(task.directory, cell.run) for _, task in cell.tasks()}
-    return [
-        {key: line[key] for key in line if key not in ("settings", "cell", "room")}
-        for line in table
-        if line["directory"] in there
-    ]
+    there = {inside(task.directory, cell.run) for task in cell.tasks.values()}
+    return [line for line in table if line["directory"] in there]
 
 
 def _seconds(cell: Cell) -> dict[str, float]:
     """Of each stage, in its last sitting; what is shared counts whole."""
     total: dict[str, float] = {}
-    for _, task in cell.tasks():
+    for task in cell.tasks.values():
         stage = task.name.partition(" ")[0]
         total[stage] = round(total.get(stage, 0.0) + storage.read_json(task.directory / base.COMPLETE)["seconds"], 3)
     return total
