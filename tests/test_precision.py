@@ -140,7 +140,7 @@ def test_what_no_training_can_have_is_one_line(cfg):
         method.optimizer(Recipe(precision="bf16"), 1)
     assert method.optimizer(Recipe(reproduce_release=True), 1).precision == "release"
     with pytest.raises(UserError, match="^precision: found 'bfloat16', but an adapter"):
-        method.check_adapter(cfg, Recipe(precision="bfloat16", lora=Lora(rank=1)))
+        models.lora.check(cfg, Recipe(precision="bfloat16", lora=Lora(rank=1)))
     assert method.optimizer(Recipe(), 1) == training.Optimizer(5e-5, steps=1, seed=123)
 
 

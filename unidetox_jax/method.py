@@ -112,7 +112,7 @@ def finetune(
     recipe = dataclasses.replace(recipe or Recipe(steps=3_000), **changes)
     model = _merged(model)
     cfg = dataclasses.replace(model.cfg, lora=recipe.lora)
-    check_adapter(cfg, recipe)
+    lora.check(cfg, recipe)
     mesh = mesh or sharding.mesh_of(model.params) or sharding.single_device_mesh()
     tokens = _tokenize(model, texts, recipe, release=recipe.reproduce_release)
     held_out = _tokenize(model, validation, recipe) if len(validation) else None
@@ -145,23 +145,6 @@ def finetune(
     history |= {"texts": len(tokens), "text_tokens": len(tokens.ids), "truncated": tokens.truncated}
     params = criterion.model(frozen if callable(model.params) else model.params, params, cfg)
     return model._replace(params=params, cfg=cfg, history=history)
-
-
-def check_adapter(cfg: models.ModelConfig, recipe: Recipe) -> None:
-    """Raises UserError for an adapter that the model cannot have, or a recipe that cannot train one."""
-    if not recipe.lora.rank:
-        return
-    lora.abstract(dataclasses.replace(cfg, lora=recipe.lora))
-    if not 0 < recipe.lora.alpha < math.inf:
-        raise UserError(f"lora.alpha: found {recipe.lora.alpha}, expected a number above 0")
-    if not 0 <= recipe.lora.dropout < 1:
-        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, expected at least 0 and less than 1")
-    if recipe.lora.dropout and not recipe.dropout:
-        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, but dropout is off; one of the two must change")
-    if recipe.reproduce_release:
-        raise UserError("lora.rank: reproduce_release trains all weights, in bfloat16; switch one of the two off")
-    if recipe.precision != "float32":
-        raise UserError(f"precision: found {recipe.precision!r}, but an adapter (lora.rank) is trained in float32")
 
 
 def _beginning(

@@ -24,6 +24,7 @@ from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.parameters import Model, abstract_params
 from unidetox_jax.models.registry import key_table, stored_in_out
 from unidetox_jax.models.weight_map import Key
+from unidetox_jax.recipe import Recipe
 
 Adapter = dict[str, dict[str, Any]]
 WEIGHT = ".weight"
@@ -151,6 +152,23 @@ def detach(params: Any, cfg: ModelConfig, fetch: Callable[[jax.Array], np.ndarra
             a, b = _collect(key, stored_in_out(cfg), pairs)
         adapter[name] = {"A": a, "B": b}
     return adapter
+
+
+def check(cfg: ModelConfig, recipe: Recipe) -> None:
+    """Raises UserError for an adapter that the model cannot have, or a recipe that cannot train one."""
+    if not recipe.lora.rank:
+        return
+    abstract(dataclasses.replace(cfg, lora=recipe.lora))
+    if not 0 < recipe.lora.alpha < math.inf:
+        raise UserError(f"lora.alpha: found {recipe.lora.alpha}, expected a number above 0")
+    if not 0 <= recipe.lora.dropout < 1:
+        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, expected at least 0 and less than 1")
+    if recipe.lora.dropout and not recipe.dropout:
+        raise UserError(f"lora.dropout: found {recipe.lora.dropout}, but dropout is off; one of the two must change")
+    if recipe.reproduce_release:
+        raise UserError("lora.rank: reproduce_release trains all weights, in bfloat16; switch one of the two off")
+    if recipe.precision != "float32":
+        raise UserError(f"precision: found {recipe.precision!r}, but an adapter (lora.rank) is trained in float32")
 
 
 def merge(model: Model) -> Model:

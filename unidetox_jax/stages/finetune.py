@@ -162,7 +162,7 @@ def _check_adapter(job: Job, cfg: models.ModelConfig) -> None:
     if job.scratch and job.settings.lora.rank:
         raise UserError(f"{job.section}.lora.rank: found {job.settings.lora.rank}, but random weights need no adapter")
     try:
-        method.check_adapter(cfg, job.settings)
+        models.lora.check(cfg, job.settings)
     except UserError as error:  # these lines begin with the setting's name
         raise UserError(f"{job.section}.{error}") from None
 
