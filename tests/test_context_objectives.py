@@ -14,7 +14,7 @@ from test_generate import EOS, GREEDY, assert_row, model_of, prompts_of, real
 
 from unidetox_jax import cli, models
 from unidetox_jax.decoding import generate, loop, objectives, preparation, warpers
-from unidetox_jax.decoding.context import with_state
+from unidetox_jax.decoding.context import Context, with_state
 from unidetox_jax.decoding.context_objectives import fit_subspace
 from unidetox_jax.decoding.generate import make_request
 from unidetox_jax.decoding.stream import stream
@@ -68,30 +68,41 @@ def test_repetition_penalty_is_transformers(name):
         assert_row(ours, row, told[0, len(prompt) :].tolist())
 
 
+def dola_score(logits, states, head, alpha):
+    """(scores [V], the chosen of the states [C,D]) of logits [V], in float64."""
+    law, laws = softmax(logits), softmax(states @ head.T)
+    mean = (law + laws) / 2
+    farthest = int(((law * np.log(law / mean) + laws * np.log(laws / mean)).sum(-1) / 2).argmax())
+    return np.where(law >= alpha * law.max(), np.log(law) - np.log(laws[farthest]), -np.inf), farthest
+
+
 @pytest.mark.parametrize("name, norm", [("gpt2", False), ("llama-3", False), ("llama-3", True)])
-def test_dynamic_dola_contrasts_the_farthest_layer_of_each_row(name, norm, alpha=0.05):
-    layers = (1, 2)
+def test_dynamic_dola_contrasts_states_of_layers(name, norm, alpha=0.05):
+    layers = (0, 1, 2)
     objective = objectives.get("dola_dynamic", layers=layers, norm=norm, alpha=alpha)
-    layer_loop = "unroll" if norm else "scan"
-    ours, prompts, reference = rows_of(name, objective, layer_loop=layer_loop, eos_id=())
+    ours, prompts, reference = rows_of(name, objective, layer_loop="unroll" if norm else "scan", eos_id=())
     head = reference.get_output_embeddings().weight.detach().double().numpy()
-    last_norm = reference.transformer.ln_f if name == "gpt2" else reference.model.norm
-    chosen = set()
 
     def score(ids):
         logits, states, _ = read(reference, ids)
         if norm:
             with torch.no_grad():
-                states = last_norm(torch.tensor(states, dtype=torch.float32)).double().numpy()
-        law, laws = softmax(logits), softmax(states[list(layers)] @ head.T)
-        mean = (law + laws) / 2
-        divergence = (law * np.log(law / mean) + laws * np.log(laws / mean)).sum(-1) / 2
-        chosen.add(int(divergence.argmax()))
-        return np.where(law >= alpha * law.max(), np.log(law) - np.log(laws[divergence.argmax()]), -np.inf)
+                states = reference.model.norm(torch.tensor(states, dtype=torch.float32)).double().numpy()
+        return dola_score(logits, states[list(layers)], head, alpha)[0]
 
     for row, prompt in enumerate(prompts):
         assert ours.tokens[row].tolist() == told_by(score, prompt, end=None)
-    assert len(chosen) > 1  # rows and steps differ in the layer
+
+
+def test_dynamic_dola_chooses_the_farthest_layer_of_each_row():
+    rng = np.random.default_rng(1)
+    states, head, final = rng.normal(size=(9, 4, 8)), rng.normal(size=(30, 8)), rng.normal(size=(9, 30))
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Context))
+    context = Context(**{**nothing, "layers": (jnp.asarray(states),), "head": lambda x, norm: x @ head.T})
+    found = objectives.get("dola_dynamic", layers=(0, 1, 2))(final, context=context)[0]
+    expected, chosen = zip(*(dola_score(z, x[:3], head, 0.1) for z, x in zip(final, states, strict=True)), strict=True)
+    assert len(set(chosen)) == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
