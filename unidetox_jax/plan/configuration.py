@@ -87,9 +87,10 @@ def distillation(run: Run, settings: DistillSettings, dtype: str = "") -> Progra
     """The generation of a batch of texts from BOS by all models of the objective."""
     configs = []
     for source in settings.models:
-        path, _, layer = source.partition("@")
+        path, _, first_layers = source.partition("@")
+        layer, _, norm = first_layers.partition("+")
         cfg = common.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
-        configs.append(dataclasses.replace(cfg, num_layers=int(layer)) if layer else cfg)
+        configs.append(dataclasses.replace(cfg, num_layers=int(layer), bare_head=not norm) if layer else cfg)
     return decoding_program(
         f"distill ({', '.join(settings.models)})",
         configs,
