@@ -69,7 +69,7 @@ def table(sweeps: Sequence[Sweep]) -> str:
     for method in methods:
         if method == ORIGINAL or any(method not in forms for forms in every):
             continue
-        changes = [f"{effect.mean_change(every, method, key)[0]:+.1f} %" for key in CHANGES]
+        changes = [_percent(effect.mean_change(every, method, key)[0]) for key in CHANGES]
         less = "–"
         if method != DETOXIFIED:
             less = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*effect.difference(runs, method))
@@ -86,6 +86,10 @@ def table(sweeps: Sequence[Sweep]) -> str:
         f"{len(runs)} run{'s' * (len(runs) > 1)}; intervals: 95 %, paired over prompts."
     )
     return "\n".join([*head, *(line for _, line in sorted(lines)), "", said])
+
+
+def _percent(change: float) -> str:
+    return f"{change:+.1f} %" if np.isfinite(change) else "–"
 
 
 def _share(every: Sequence[Mapping[str, Evaluation]], method: str, key: str) -> str:
