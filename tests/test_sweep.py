@@ -9,6 +9,7 @@ import math
 import string
 import time
 
+import processes
 import pytest
 from conftest import HANGS
 from etils import epath
@@ -310,3 +311,25 @@ def test_one_target_chooses_for_all(tmp_path, capsys):
         "world", "pretrained/gpt2", "pretrained/opt", "pretrained/scorer", "toxic", "distilled",
         "cells/learning_rate=0.0001/detoxified/opt", "cells/learning_rate=0.0001/evaluation/opt.detoxified",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
+    """The same cells, the same texts and the same choice; figures differ by rounding at most."""
+
+    def sweep(workdir, count):
+        address = f"127.0.0.1:{processes.free_port()}"
+        more = ["--grid", "distill.objective.alpha=0.6", "--grid", "detoxify.learning_rate=1e-3,3e-3"]
+        several = [processes.joined(address, count, index) if count > 1 else [] for index in range(count)]
+        commands = [processes.command([*command(config, workdir), *more, *one]) for one in several]
+        ended = processes.wait(processes.start(commands, devices=4 // count))
+        assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-2000:] for one in ended)
+        texts = (workdir / "cells/alpha=0.6/distilled/texts.jsonl").read_bytes()
+        return json.loads((workdir / "sweep.json").read_text()), texts
+
+    (one, texts), (two, same) = sweep(tmp_path / "one", 1), sweep(bucket / "sweep", 2)
+    assert texts == same
+    assert one["chosen"].keys() == two["chosen"].keys()
+    for ours, theirs in zip(one["test"], two["test"], strict=True):
+        assert ours["directory"] == theirs["directory"]
+        assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
