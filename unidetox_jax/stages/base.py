@@ -21,6 +21,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, devices, distributed, storage
 from unidetox_jax.errors import UserError
+from unidetox_jax.progress import aligned
 from unidetox_jax.recipe import Recipe
 from unidetox_jax.stages.parsing import RENAMED
 from unidetox_jax.training import preemption
@@ -64,8 +65,8 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
     dry_run: says what would be done, and does nothing.
     """
     if dry_run:
-        for task in tasks if distributed.first_process() else ():
-            print(f"{task.name:<28} {state(task):<10} {task.directory}")
+        if distributed.first_process():
+            print(aligned([[task.name, state(task), str(task.directory)] for task in tasks], left=3))
         return []
     with preemption.ends_at_once():
         return [run_task(task, force) for task in tasks]

@@ -65,10 +65,10 @@ def outline(run: Run, tasks: list[base.Task]) -> str:
     """What will be done, what is done, how long it may take: a line a task."""
     states = [base.state(task) for task in tasks]
     seconds = [0.0 if state == "done" else estimate(task) for task, state in zip(tasks, states, strict=True)]
-    lines = [f"{run.shared.name} in {run.workdir}:"]
+    lines, width = [f"{run.shared.name} in {run.workdir}:"], max(len(task.name) for task in tasks)
     for task, state, time_left in zip(tasks, states, seconds, strict=True):
         about = "" if state == "done" else f"about {readable(time_left)}"
-        lines.append(f"  {task.name:<28} {state:<6} {about}".rstrip())
+        lines.append(f"  {task.name:<{width}}  {state:<6} {about}".rstrip())
     done = states.count("done")
     lines.append(f"  {done} of {len(tasks)} done; the rest may take {readable(sum(seconds))} on this machine")
     return "\n".join(lines)
