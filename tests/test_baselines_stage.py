@@ -122,10 +122,10 @@ def test_more_methods_and_targets_find_the_twins(finished, run, world):
 
 def test_dry_run_lists_the_work(run, tmp_path, capsys, world):
     assert run(tmp_path / "work", "--dry_run", baselines__methods=("lm_steer", "dexperts")) == 0
-    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    lines = [re.split("  | to do", line)[0] for line in capsys.readouterr().out.splitlines()]
     twins = [f"baselines {kind} {name}" for kind in ("toxic", "clean") for name in ("gpt2", "llama")]
     own = [f"baselines {method} {name}" for method in ("lm_steer-steer=1.0", "lm_steer") for name in ("gpt2", "llama")]
-    assert [line.strip() for line in lines] == [*twins, *own]
+    assert lines == [*twins, *own]
     assert not (tmp_path / "work").exists()
 
 
