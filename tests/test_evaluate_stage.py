@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -553,3 +554,15 @@ def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
 def test_a_wrong_candidate_is_told_before_anything_is_loaded(work, tmp_path, name, candidate, words):
     with pytest.raises(UserError, match=re.escape(words)):
         evaluate.tasks(make_run(work, tmp_path, candidates={name: candidate}))
+
+
+def test_models_of_different_tokenizers_are_told_before_any_is_loaded(work, tmp_path):
+    other = work / "models" / "other"
+    shutil.copytree(work / "models" / "judge", other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"mat"', '"mut"'))
+    candidate = Candidate(("{target}", str(other)), "contrastive")
+    run = make_run(work, tmp_path, candidates={"x": candidate})
+    (_, task) = evaluate.tasks(run)
+    with pytest.raises(UserError, match="have different tokenizers"):
+        base.run_task(task)

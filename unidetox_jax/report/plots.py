@@ -100,7 +100,7 @@ def trade_off(rows: Sequence[Row]) -> Plot | None:
         return None
     figure, (axes,) = subplots(1, 3.4)
     at = {(row.name, row.form): (row.cells["perplexity"].mean, row.cells[key].mean) for row in rows}
-    looks = _looks(row.form for row in rows)
+    looks = looks_of(row.form for row in rows)
     for row in rows:
         x, y = row.cells["perplexity"], row.cells[key]
         _errorbar(axes, looks[row.form], x.mean, y.mean, xerr=_reach(x), yerr=_reach(y))
@@ -118,7 +118,7 @@ def trade_off(rows: Sequence[Row]) -> Plot | None:
     axes.margins(0.2)
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, low), min(1.05, high))
-    _form_legend(figure, looks)
+    form_legend(figure, looks)
     caption = (
         "Toxicity against perplexity, an arrow for each model from before to after; down and to the left is better. "
         "Thin lines: 95 % intervals over prompts."
@@ -226,7 +226,7 @@ def _intervals(
     """Panels by title, in each a row for each label, in it a point for each form; `lines`: a vertical one by title."""
     labels = list(dict.fromkeys(point.label for points in panels.values() for point in points))
     forms = results.in_order(point.form for points in panels.values() for point in points)
-    looks = _looks(forms)
+    looks = looks_of(forms)
     if not labels:
         return None
     figure, axes_of = subplots(len(panels), (0.13 * len(forms) + 0.15) * len(labels) + 0.45, columns, **shared)
@@ -243,7 +243,7 @@ def _intervals(
         axes.set_title(title)
     figure.supxlabel(xlabel)
     if len(forms) > 1:
-        _form_legend(figure, looks)
+        form_legend(figure, looks)
     return figure
 
 
@@ -257,7 +257,7 @@ def subplots(count: int, height: float, columns: int = 1, **shared) -> tuple[Fig
     return figure, axes[:count]
 
 
-def _looks(forms: Iterable[str]) -> dict[str, dict[str, Any]]:
+def looks_of(forms: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Form → its marker and colour, in their order; the settings of one method share them."""
     forms = results.in_order(forms)
     others = list(dict.fromkeys(results.method(form) for form in forms if form not in FORMS))
@@ -281,7 +281,7 @@ def _reach(number) -> list[list[float]] | None:
     return [[max(0.0, number.mean - number.low)], [max(0.0, number.high - number.mean)]]
 
 
-def _form_legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+def form_legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """The forms that are there, above the plot; one entry for the settings of a method."""
     shown = {form if form in FORMS else results.method(form): look for form, look in looks.items()}
     handles = [Line2D([], [], **look, ls="", label=results.title(form)) for form, look in shown.items()]

@@ -46,6 +46,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, distributed, storage
+from unidetox_jax.decoding.texts import common_vocabulary
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
 from unidetox_jax.evaluation.generator import Generator
@@ -134,6 +135,8 @@ def _inputs(run: Run, form: Form) -> dict[str, str]:
             maker = "detoxify" if form.form in FORMS else "baselines"
             raise UserError(f"{place}: no finished model there; `unidetox {maker}` makes it")
         checkpoint.load_config(source)  # a mistake in a path is found before anything is written
+    if len(sources) > 1:
+        common_vocabulary([checkpoint.load_tokenizer(source) for source in sources], form.candidate.models)
     prints = [base.fingerprint(source) for source in sources]
     return {
         "model": prints[0] if len(prints) == 1 else base.digest(prints),

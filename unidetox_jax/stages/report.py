@@ -66,7 +66,8 @@ def write(run: Run, directory: epath.Path) -> None:
     stages = [storage.read_json(path / base.COMPLETE) for path in finished(run)]
     sweep = _sweep(run)
     shown = [plots.trade_off(rows), plots.categories(rows), plots.changes(rows, quantities)]
-    shown += [sweep_plots.sensitivity(tables.sweep_lines(sweep))] if sweep else []
+    tried = tables.sweep_lines(sweep) if sweep else []
+    shown += [sweep_plots.frontier(tried), sweep_plots.sensitivity(tried)]
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
     for plot in filter(None, (*shown, leaning, training)):
         storage.write_bytes(directory / "plots" / f"{plot.name}.png", plot.png())
