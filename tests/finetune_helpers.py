@@ -90,6 +90,11 @@ def start(*arguments, file_kib: int | None = None, capture: bool = False, **surr
     return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
+def chance(texts) -> np.ndarray:
+    """A toxicity scorer that finds about half of any texts toxic: by a hash of each."""
+    return np.array([zlib.crc32(text.encode()) / 2**32 for text in texts])
+
+
 def lines_of(directory: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what the clock decides."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

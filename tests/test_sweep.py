@@ -34,7 +34,8 @@ def world(tmp_path_factory):
 def config(world):
     model = f"{world}/weights/gpt2"
     evaluate = {
-        "scorer": "lexicon", "perplexity_scorer": f"{world}/weights/llama", "prompts": f"{world}/prompts.jsonl",
+        "scorer": "tests.finetune_helpers:chance", "perplexity_scorer": f"{world}/weights/llama",
+        "prompts": f"{world}/prompts.jsonl",
         "mmlu": (), "runs": 1, "samples": 3, "max_new_tokens": 8, "id_categories": ("hills", "rivers", "plains"),
         "ood_categories": ("islands",),
     }  # fmt: skip
@@ -118,6 +119,7 @@ def test_one_is_chosen_and_tested(alone, capsys):
     with (workdir / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(found["cells"]) == 12 and len(rows) == 12 + 4  # the control knows no alpha
+    assert len({row["tp"] for row in rows}) > 1
     assert found["tp_of"] == ["id"] and "rose by at most 0.5" in found["rule"]
     figures = [
         Figures(row["method"], row["variant"], *(float(row[k]) for k in ("tp", "perplexity", "original_perplexity")))
