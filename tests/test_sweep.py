@@ -18,7 +18,7 @@ from finetune_helpers import ROOT, make_world, start, training, write_config
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import comparison
 from unidetox_jax.evaluation.choice import Choice, Figures, choose, pooled
-from unidetox_jax.stages import cells, grid, settings
+from unidetox_jax.stages import base, cells, grid, settings, sweep
 
 PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"
 ALPHAS, RATES = (0.1, 0.6, 0.8), (1e-4, 3e-4, 1e-3, 3e-3)
@@ -336,3 +336,14 @@ def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
     for ours, theirs in zip(one["test"], two["test"], strict=True):
         assert ours["directory"] == theirs["directory"]
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
+
+
+def test_what_is_made_for_the_choice_is_not_made_anew_for_the_test(alone, config, monkeypatch):
+    workdir, _ = alone
+    forced = []
+    monkeypatch.setattr(base, "run_task", lambda task, force=False: forced.append((str(task.directory), force)))
+    monkeypatch.setattr(sweep, "_write", lambda *arguments: None)
+    assert cli.main(command(config, workdir, "--force")) == 0
+    made = [directory for directory, force in forced if force]
+    assert len(made) == len(set(made)) and any("/validation/" in directory for directory in made)
+    assert any("/evaluation/" in directory for directory in made)

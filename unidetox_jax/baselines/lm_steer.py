@@ -1,6 +1,7 @@
 """LM-Steer: a linear map of what meets the head, trained on toxic text and applied the other way round."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -83,7 +84,8 @@ class LMSteer(Baseline):
     ) -> LanguageModel:
         target = untied(target)
         for steered in twins.values():
-            return target._replace(params=moved(target.params, steered.params, self.steer))
+            own, other = (models.head(one.params, one.cfg) for one in (target, steered))
+            return target._replace(params=with_head(target.params, moved(own, other, self.steer)))
         width = target.cfg.embedding_size
         if self.rank > width:
             logging.info(
@@ -126,7 +128,8 @@ class Steer(training.Criterion):
     def model(self, base: Any, params: Any, cfg: ModelConfig) -> Any:
         matrix, steer = models.head(base, cfg), params["steer"]
         steer = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), steer)
-        change = jnp.matmul(matrix.astype(jnp.float32) @ steer["B"], steer["A"], precision="highest")
+        product = functools.partial(jnp.matmul, precision="highest")
+        change = product(product(matrix.astype(jnp.float32), steer["B"]), steer["A"])
         return with_head(base, (matrix.astype(jnp.float32) + self.epsilon * change).astype(matrix.dtype))
 
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from unidetox_jax import models
+from unidetox_jax import models, sharding
 from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
@@ -79,7 +80,7 @@ def subspace(toxic: np.ndarray, clean: np.ndarray, rank: int) -> np.ndarray:
 
 def projected(params: Any, subspaces: np.ndarray, first: int) -> Any:
     """W (I − Σ v vᵀ) in float32, of the layers from `first` on; subspaces: [layers, rank, hidden]."""
-    blocks = params["blocks"]
+    blocks, mesh = params["blocks"], sharding.mesh_of(params) or sharding.single_device_mesh()
     kernel = blocks[DOWN[0]][DOWN[1]][DOWN[2]]
 
     @functools.partial(jax.jit, out_shardings=kernel.sharding)
@@ -89,13 +90,14 @@ def projected(params: Any, subspaces: np.ndarray, first: int) -> Any:
         own -= jnp.einsum("lik,lko->lio", along, vectors, precision="highest")
         return kernel.at[first:].set(own.astype(kernel.dtype))
 
-    down = {**blocks["mlp"]["down"], "kernel": project(kernel, jnp.asarray(subspaces, jnp.float32))}
+    vectors = sharding.put(subspaces.astype(np.float32), sharding.replicated(mesh))
+    down = {**blocks["mlp"]["down"], "kernel": project(kernel, vectors)}
     return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "down": down}}}
 
 
 def layer_means(model: LanguageModel, texts: Sequence[str], first: int, max_length: int) -> np.ndarray:
     """The mean over each text's tokens of what every layer from `first` on gives: float32 [layers, N, hidden]."""
-    cfg = model.cfg
+    mesh = sharding.mesh_of(model.params) or sharding.single_device_mesh()
     rows = [tokens[:max_length] for tokens in encode(model.tokenizer, texts)]
     length = max(map(len, rows))
     found = []
@@ -104,11 +106,18 @@ def layer_means(model: LanguageModel, texts: Sequence[str], first: int, max_leng
         tokens, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
         for row, own in enumerate(some):
             tokens[row, : len(own)], mask[row, : len(own)] = own, True
-        found.append(jax.device_get(_means(model.params, tokens, mask, cfg))[first:, : len(some)])
+        with jax.set_mesh(mesh):
+            means = _program(mesh)(model.params, *sharding.put([tokens, mask], sharding.replicated(mesh)), model.cfg)
+        found.append(np.asarray(means)[first:, : len(some)])
     return np.concatenate(found, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@functools.cache
+def _program(mesh: Mesh):
+    """`_means`, whole on every host."""
+    return jax.jit(_means, static_argnames="cfg", out_shardings=sharding.replicated(mesh))
+
+
 def _means(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig) -> jax.Array:
     """[L, B, hidden] of tokens and mask [B, T], padded on the right."""
     rows, length = tokens.shape

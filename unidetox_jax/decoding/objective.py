@@ -10,6 +10,7 @@ import inspect
 import math
 import numbers
 import typing
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class Arrays:
                 return [np.asarray(arrays[name], np.float32) for name in self.names]
         except FileNotFoundError:
             raise UserError(f"{where}: no file {path!r}, expected {expected}") from None
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{where}: {path!r}: {error}; expected {expected}") from None
 
 
@@ -84,6 +85,13 @@ class Objective:
     @property
     def settings(self) -> dict[str, Any]:
         return {**dict(self.constants), **dict(zip(self.number_names, self.number_values, strict=True))}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Setting → file that it names, of which the result depends as well."""
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        named = {name for name, hint in hints.items() if any(isinstance(x, Arrays) for x in typing.get_args(hint)[1:])}
+        return {name: value for name, value in self.settings.items() if name in named}
 
     @property
     def num_models(self) -> int:

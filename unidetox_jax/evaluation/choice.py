@@ -6,9 +6,17 @@ perplexity rose by at most a given part of the published model's; where none is 
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 ALL = "all targets"  # whose choice it is, where it is not one target's
+VARIANT = re.compile(r"(.+?)-(\w+=.*)")
+
+
+def method(form: str) -> tuple[str, str]:
+    """A form's method and variant: ("dexperts", "alpha=2.0") of "dexperts-alpha=2.0"."""
+    match = VARIANT.fullmatch(form)
+    return (match[1], match[2]) if match else (form, "")
 
 
 @dataclasses.dataclass(frozen=True)

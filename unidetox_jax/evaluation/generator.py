@@ -71,5 +71,5 @@ def make(
         chosen,
         tuple(encoded) or ((),) * len(models),
         tuple(data_tokens.prefix(tokenizers[0])),
-        common_vocabulary(tokenizers, names),
+        common_vocabulary(tokenizers, names) if len(models) > 1 else None,
     )

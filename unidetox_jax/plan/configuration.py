@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from unidetox_jax import checkpoint
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.likelihood_batches import FULL_BATCH_LENGTH
@@ -30,6 +31,8 @@ def programs(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
     yield "distill", [distillation(run, run.distill, dtype)]
     for name, cfg in targets:
         yield "detoxify", [training_program(f"detoxify {name}", cfg, run.detoxify)]
+    for name, cfg in targets if run.baselines.methods else ():
+        yield "baselines", [training_program(f"baselines {name}", cfg, run.baselines)]
     for target in run.shared.targets:  # its other forms of one model have the same shape
         yield "evaluate", evaluation(run, Form(model_name(target), ORIGINAL, Candidate((target,))), dtype)
     for form in forms(run):
@@ -48,7 +51,7 @@ def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
         decoding_program(
             f"evaluate {name}: generation",
             configs,
-            objectives.get(form.candidate.objective),
+            objectives.get(run.path(form.candidate.objective)),
             warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
             rows=settings.batch_size,
             prompt=PROMPT_TOKENS,
@@ -68,7 +71,9 @@ def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
 def _config(run: Run, form: Form, source: str, dtype: str) -> ModelConfig:
     """A model's shape; of one that is yet to be made, its target's."""
     target = next((target for target in run.shared.targets if model_name(target) == form.name), source)
-    to_come = source.startswith("{workdir}") and not epath.Path(run.path(source)).exists()
+    to_come = (
+        "{workdir}" in source and not epath.Path(checkpoint.split(run.path(source))[1] or run.path(source)).exists()
+    )
     return common.load_config(run, target if to_come else source, dtype)
 
 
@@ -94,7 +99,7 @@ def distillation(run: Run, settings: DistillSettings, dtype: str = "") -> Progra
     return decoding_program(
         f"distill ({', '.join(settings.models)})",
         configs,
-        objectives.get(settings.objective),
+        objectives.get(run.path(settings.objective)),
         warpers.choose(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         ),

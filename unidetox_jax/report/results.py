@@ -28,11 +28,6 @@ def title(form: str) -> str:
     return FORMS.get(form, form.replace("_", " "))
 
 
-def method(form: str) -> str:
-    """What a form's settings are settings of: "dexperts" of "dexperts-alpha=2.0"."""
-    return form.partition("-")[0]
-
-
 def in_order(forms: Iterable[str]) -> list[str]:
     """Each form once: those that every configuration has first, then the others as they come."""
     forms = list(dict.fromkeys(forms))

@@ -16,7 +16,7 @@ WIDE = 8  # times the smallest value: from there on an axis is logarithmic
 def sensitivity(lines: Sequence[Mapping[str, Any]]) -> Plot | None:
     """TP and the change of perplexity over each swept number, means over targets; None where nothing numeric changed.
 
-    lines: of a sweep, each with "method", "settings" (field → value), "tp" and "rise". What differs in one field alone
+    lines: of a sweep, each with "form", "settings" (field → value), "tp" and "rise". What differs in one field alone
     is joined.
     """
     fields = list(dict.fromkeys(field for line in lines for field in line["settings"]))
@@ -78,5 +78,5 @@ def _curves(lines: Sequence[Mapping[str, Any]], field: str) -> list[dict[float, 
         value = line["settings"].get(field)
         if isinstance(value, int | float) and not isinstance(value, bool) and line["rise"] is not None:
             others = {key: other for key, other in line["settings"].items() if key != field}
-            found.setdefault(f"{line['method']} {others}", {}).setdefault(value, []).append(line)
+            found.setdefault(f"{line['form']} {others}", {}).setdefault(value, []).append(line)
     return [points for points in found.values() if len(points) > 1]

@@ -90,6 +90,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     name, directory = task.name, task.directory
     wanted = _plain({"stage": name, "settings": dict(task.settings), "inputs": dict(task.inputs())})
     first = distributed.first_process()
+    wanted = json.loads(distributed.as_first_says(json.dumps(wanted)))  # all decide alike, whatever a file system shows
 
     # what is there already
     record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)

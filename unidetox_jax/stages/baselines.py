@@ -67,11 +67,14 @@ def candidates(run: Run) -> dict[str, Candidate]:
 
 def tasks(run: Run) -> list[base.Task]:
     """The twins that the methods need, then the methods' own models. Raises UserError as `methods`."""
-    every = _with_twins(methods(run))
+    named = methods(run)
+    every = _with_twins(named)
     targets = run.baselines.targets or run.shared.targets
     needed = {kind for one in every.values() for kind in one.twins()}
     jobs = [_twin(run, kind, target) for kind in (TOXIC, CLEAN) if kind in needed for target in targets]
-    made = [_task(run, name, one, target) for name, one in every.items() if one.makes for target in targets]
+    dtypes = {name: run.baselines.export_dtype if name in named else "" for name in every}  # others are made from it
+    makers = [(name, one) for name, one in every.items() if one.makes]
+    made = [_task(run, name, one, target, dtypes[name]) for name, one in makers for target in targets]
     return [*finetune.tasks(run, jobs), *made]
 
 
@@ -116,12 +119,12 @@ def _twin(run: Run, kind: str, target: str) -> finetune.Job:
         model=target,
         data=_data(run, kind),
         validation=run.baselines.validation if kind == TOXIC else "",
-        settings=run.baselines,
+        settings=dataclasses.replace(run.baselines, export_dtype=""),  # others are made from it
     )
 
 
-def _task(run: Run, name: str, one: Baseline, target: str) -> base.Task:
-    """The making of a method's own model of a target."""
+def _task(run: Run, name: str, one: Baseline, target: str, dtype: str) -> base.Task:
+    """The making of a method's own model of a target. dtype: of its weights as they are written; empty: as made."""
     recipe = one.recipe(run.baselines)
     paths = {
         kind: path.replace("{target}", target).replace("{name}", model_name(target))
@@ -132,9 +135,11 @@ def _task(run: Run, name: str, one: Baseline, target: str) -> base.Task:
     texts = {kind: _data(run, kind) for kind in one.texts}
     settings: dict[str, Any] = {"method": type(one).__name__, **dataclasses.asdict(one), "texts": texts}
     settings |= {"model": target, "twins": paths, "dtype": run.shared.dtype, "seed": run.baselines.seed}
+    if dtype:
+        settings["export_dtype"] = dtype
     if recipe is not None:
         job = dataclasses.replace(job, settings=recipe)
-        settings["recipe"] = {name: value for name, value in finetune.recorded(run, job).items() if name != "data"}
+        settings["recipe"] = {key: value for key, value in finetune.recorded(run, job).items() if key != "data"}
 
     def inputs() -> Mapping[str, str]:
         if recipe is not None:
@@ -152,7 +157,7 @@ def _task(run: Run, name: str, one: Baseline, target: str) -> base.Task:
         job.directory,
         settings,
         inputs,
-        functools.partial(_make, run, job, one, paths, texts),
+        functools.partial(_make, run, job, one, paths, texts, dtype),
         functools.partial(finetune.operations, run, job) if recipe is not None else None,
         training.CHECKPOINTS,
         disk,
@@ -165,6 +170,7 @@ def _make(
     one: Baseline,
     paths: Mapping[str, str],
     texts: Mapping[str, str],
+    dtype: str,
     directory: epath.Path,
 ) -> dict[str, Any]:
     """Makes a method's own model and exports it; returns the figures of `stage.json`."""
@@ -185,6 +191,6 @@ def _make(
         mesh=mesh,
         label=job.name,
     )
-    method.save(made, directory / finetune.EXPORT, run.baselines.export_dtype or None)
+    method.save(made, directory / finetune.EXPORT, dtype or None)
     logging.info("%s: made%s", job.name, "" if recipe is None else f"; {finetune.describe(made.history)}")
     return dict(made.history)

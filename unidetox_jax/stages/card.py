@@ -46,7 +46,7 @@ def render(
     run: Run, settings: DistillSettings, texts: Texts, figures: Mapping[str, Any], sources: Mapping[str, Any]
 ) -> str:
     """The card as Markdown. sources: each model's name → where it came from and its fingerprint."""
-    objective = objectives.get(settings.objective)
+    objective = objectives.get(run.path(settings.objective))
     alone = len(settings.models) == 1
     return TEMPLATE.format(
         name=run.shared.name,

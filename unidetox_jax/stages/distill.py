@@ -47,7 +47,7 @@ def tasks(run: Run) -> list[base.Task]:
 
 
 def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings) -> base.Task:
-    check(settings)
+    check(run, settings)
 
     def inputs() -> dict[str, str]:
         fingerprints = {f"models.{name}": base.fingerprint(_source(run, name)) for name in settings.models}
@@ -57,6 +57,8 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
                 fingerprints[name] = base.fingerprint(path)
         if settings.reject.copied_words:
             fingerprints["reject.copied"] = data.fingerprint(run.path(run.toxify.data), run.shared.data_dir)
+        for setting, file in objectives.get(run.path(settings.objective)).files.items():
+            fingerprints[f"objective.{setting}"] = base.fingerprint(file)
         return fingerprints
 
     def body(directory: epath.Path) -> dict[str, Any]:
@@ -82,14 +84,14 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
     return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: disk, reads=twin)
 
 
-def check(settings: DistillSettings) -> None:
+def check(run: Run, settings: DistillSettings) -> None:
     """Raises UserError for settings that are wrong whatever the models are; the line names the field."""
     for field in ("num_texts", "batch_size"):
         if getattr(settings, field) < 1:
             raise UserError(f"config.distill.{field}: found {getattr(settings, field)}, expected at least 1")
     rejection.check(settings.reject)
     try:
-        objectives.get(settings.objective).check_models(len(settings.models))
+        objectives.get(run.path(settings.objective)).check_models(len(settings.models))
         warpers.choose(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         )
@@ -111,7 +113,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     try:
         texts = method.distill(
             *language_models,
-            objective=settings.objective,
+            objective=run.path(settings.objective),
             num_texts=settings.num_texts,
             max_length=settings.max_length,
             prompt=settings.prompt,

@@ -46,6 +46,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, distributed, storage
+from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.texts import common_vocabulary
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
@@ -131,15 +132,18 @@ def _inputs(run: Run, form: Form) -> dict[str, str]:
     sources = [run.path(source) for source in form.candidate.models]
     for source in sources:
         place = checkpoint.split(source)[1] or source
-        if form.form != ORIGINAL and place.startswith(str(run.workdir)) and not base.is_complete(place):
+        within = epath.Path(place).is_relative_to(run.workdir) and not epath.Path(place, "config.json").exists()
+        if form.form != ORIGINAL and within and not base.is_complete(place):
             maker = "detoxify" if form.form in FORMS else "baselines"
             raise UserError(f"{place}: no finished model there; `unidetox {maker}` makes it")
         checkpoint.load_config(source)  # a mistake in a path is found before anything is written
     if len(sources) > 1:
         common_vocabulary([checkpoint.load_tokenizer(source) for source in sources], form.candidate.models)
     prints = [base.fingerprint(source) for source in sources]
+    files = objectives.get(run.path(form.candidate.objective)).files
     return {
         "model": prints[0] if len(prints) == 1 else base.digest(prints),
+        **{f"objective.{name}": base.fingerprint(file) for name, file in files.items()},
         "prompts": _prompts(run).fingerprint,
         **{name: _fingerprint(run, name, source) for name, source in _reads(run).items()},
     }
@@ -186,7 +190,7 @@ def _load(run: Run, form: Form, source: str) -> tuple[Model | Generator, Any]:
     loaded = common.load_models(run, candidate.models, _mesh(run, form, source))
     models = [loaded[name] for name in candidate.models]
     tokenizers = [checkpoint.load_tokenizer(run.path(name)) for name in candidate.models]
-    made = generator.make(models, tokenizers, candidate.models, candidate.objective, candidate.prefixes)
+    made = generator.make(models, tokenizers, candidate.models, run.path(candidate.objective), candidate.prefixes)
     return made, tokenizers[0]
 
 

@@ -17,7 +17,8 @@ from unidetox_jax.stages.settings import Run, model_name
 
 ORIGINAL, DETOXIFIED, CONTROL = FORMS = ("original", "detoxified", "control")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")  # of a file
-LIKELIHOODS = ("mmlu", "harness", "text_file")  # settings that ask for those of given text
+# Metric → its setting, of those that ask for the likelihood of given text
+LIKELIHOODS = {"mmlu": "mmlu", "harness": "harness", "text_perplexity": "text_file"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,13 @@ def _check(run: Run, where: str, name: str, candidate: Candidate) -> None:
     if not NAME.fullmatch(name) or name in FORMS:
         raise UserError(f"{where}: {name!r} cannot be a form's name; use letters, digits and any of _ . = + -")
     try:
-        objective = objectives.get(candidate.objective)
+        objective = objectives.get(run.path(candidate.objective))
         objective.check_models(len(candidate.models))
     except UserError as error:
         raise UserError(f"{where}.objective: {error}") from None
-    asking = [name for name in LIKELIHOODS if getattr(run.evaluate, name)]
+    asking = [
+        name for metric, name in LIKELIHOODS.items() if metric in run.evaluate.metrics and getattr(run.evaluate, name)
+    ]
     if objective.needs_context and asking:
         raise UserError(
             f"{where}.objective: {objective.name} judges a text by what it sees while it is written, so given text has "

@@ -24,14 +24,19 @@ from unidetox_jax.stages import analyze, base, common, settings
 from unidetox_jax.stages.settings import Run, model_name
 
 TRAINED = ("pretrained", "toxic", "detoxified", "control")  # directories with metrics.jsonl, in it or one below
-STAGES = ("pretrained", "scorer", "toxic", "distilled", "samples", "detoxified", "control", "evaluation", "analysis")
+STAGES = (
+    "pretrained", "scorer", "toxic", "distilled", "samples", "detoxified", "control", "baselines/*", "evaluation",
+    "analysis",
+)  # fmt: skip
 
 
 def tasks(run: Run) -> list[base.Task]:
     """The report on what there is when its turn comes."""
 
     def inputs() -> dict[str, str]:
-        return {str(path.relative_to(run.workdir)): base.fingerprint(path / base.COMPLETE) for path in finished(run)}
+        files = [path / base.COMPLETE for path in finished(run)]
+        files += [_sweep_file(run)] if _sweep_file(run).exists() else []
+        return {_inside(run, file): base.fingerprint(file) for file in files}
 
     def body(directory: epath.Path) -> dict[str, Any]:
         if distributed.first_process():
@@ -50,7 +55,16 @@ def finished(run: Run) -> list[epath.Path]:
 
 def _sweep(run: Run) -> dict[str, Any]:
     """What `unidetox sweep` found; empty where there was none."""
-    return storage.read_json(run.workdir / "sweep.json") or {}
+    return storage.read_json(_sweep_file(run)) or {}
+
+
+def _sweep_file(run: Run) -> epath.Path:
+    return run.workdir / "sweep.json"
+
+
+def _inside(run: Run, file: epath.Path) -> str:
+    """A file's name among the report's inputs: a stage's is its directory's."""
+    return str((file.parent if file.name == base.COMPLETE else file).relative_to(run.workdir))
 
 
 def _tested(run: Run) -> list[epath.Path]:
@@ -90,7 +104,7 @@ def write(run: Run, directory: epath.Path) -> None:
         examples=examples(run, evaluations),
         sweep=sweep,
         stages=stages,
-        changed_settings=changed_settings(stages),
+        changed_settings=changed_settings([stage for stage in stages if "method" not in stage["settings"]]),
         footer=f"Made by unidetox_jax {base.versions()['unidetox-jax']} from a working directory; needs no network.",
     )
     storage.write_text(directory / "index.html", text)
@@ -118,8 +132,8 @@ def load_evaluations(run: Run) -> list[Evaluation]:
     order = [model_name(target) for target in run.shared.targets]
 
     existing = dict.fromkeys([*_directories(run, ["evaluation"]), *_tested(run)])
-    directories = [path for path in existing if base.is_complete(path)]
-    evaluations = [results.read(directory) for directory in directories]
+    read = [results.read(path) for path in existing if base.is_complete(path)]
+    evaluations = {(one.name, one.form): one for one in read}.values()  # of one form what a sweep tested
     forms = results.in_order(evaluation.form for evaluation in evaluations)
 
     def place(evaluation: Evaluation) -> tuple:
@@ -225,8 +239,15 @@ def training_curves(run: Run) -> dict[str, list[dict[str, float]]]:
 
 def _directories(run: Run, names: Sequence[str]) -> list[epath.Path]:
     """The working directory's directories of these names, each before those in it."""
-    existing = [run.workdir / name for name in names if (run.workdir / name).exists()]
+    existing = [path for name in names for path in _rooms(run.workdir / name.removesuffix("/*"), name.endswith("/*"))]
     return [path for room in existing for path in (room, *sorted(below for below in room.iterdir() if below.is_dir()))]
+
+
+def _rooms(path: epath.Path, within: bool) -> list[epath.Path]:
+    """A directory, or those within it; none where it is not there."""
+    if not path.exists():
+        return []
+    return sorted(path.iterdir()) if within else [path]
 
 
 def _lead(run: Run, evaluations: Sequence[Evaluation]) -> str:

@@ -22,9 +22,10 @@ import csv
 import dataclasses
 import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
+
+from etils import epath
 
 from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError, suggest
@@ -38,7 +39,6 @@ from unidetox_jax.stages.settings import Run, model_name
 
 CHOSEN_BY = ("toxicity", "perplexity")  # metrics on validation prompts
 VALIDATION, ORIGINAL = "validation", "original"
-VARIANT = re.compile(r"(.+?)-(\w+=.*)")
 ESTIMATE = ("mean", "low", "high")
 FIGURES = (
     "tp", "tp_low", "tp_high", "perplexity", "perplexity_low", "perplexity_high",
@@ -72,11 +72,12 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     if not run.sweep.choose_on:
         figures |= by_target
     chosen = {who: choice.choose(rows, run.sweep.most_perplexity) for who, rows in figures.items()}
-    tested = _test(for_test, chosen, options.force)
+    tested = _test(for_test, chosen, {task.directory for task in tasks}, options.force)
     if distributed.first_process():
         _write(run, asked, cells, lines, chosen, tested)
         print(_table(figures[ALL], chosen, tested))
         print(f"\nchosen: {_rule(run)}\nsweep: {run.workdir / 'sweep.json'}")
+    distributed.barrier("sweep written")  # the report reads it
     base.run_tasks(report.tasks(run))
     return 0
 
@@ -148,25 +149,26 @@ def _variants(cells: Sequence[Cell]) -> Iterator[Variant]:
         names = sorted(map(model_name, cell.run.shared.targets), key=len, reverse=True)
         for room, task in cell.tasks.items():
             target = next((name for name in names if room.startswith(f"{EVALUATION}/{name}.")), None)
-            if target is None or task.directory in seen:
+            if target is None or room.removeprefix(f"{EVALUATION}/") in names or task.directory in seen:
                 continue
             seen.add(task.directory)
             form = room.removeprefix(f"{EVALUATION}/{target}.")
-            method, own = _method(form)
+            method, own = choice.method(form)
             yield Variant(cell, room, target, method, ",".join(filter(None, (own, cell.variant(room)))))
 
 
 def _line(one: Variant) -> dict[str, Any]:
     """What is known of a variant once it was evaluated: a line of sweep.csv, and more."""
     where = {"directory": inside(one.cell.tasks[one.room].directory, one.cell.run)}
-    known = {"target": one.target, "method": one.method, "variant": one.variant, "settings": one.cell.own(one.room)}
+    form = one.room.removeprefix(f"{EVALUATION}/{one.target}.")
+    known = {
+        "target": one.target,
+        "form": form,
+        "method": one.method,
+        "variant": one.variant,
+        "settings": one.cell.own(one.room),
+    }
     return {**known, **_measured(one.metrics(one.room), one.metrics(one.original)), **where}
-
-
-def _method(form: str) -> tuple[str, str]:
-    """A form's method and variant."""
-    match = VARIANT.fullmatch(form)
-    return (match[1], match[2]) if match else (form, "")
 
 
 def _measured(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,16 +195,20 @@ def _number(value: float | None) -> float:
 
 
 def _test(
-    cells: Sequence[Cell], chosen: Mapping[str, Mapping[str, choice.Choice]], force: bool
+    cells: Sequence[Cell], chosen: Mapping[str, Mapping[str, choice.Choice]], made: Set[epath.Path], force: bool
 ) -> list[dict[str, Any]]:
-    """Evaluates what was chosen on the test prompts: for all targets every target, and what was chosen for it alone."""
+    """Evaluates what was chosen on the test prompts: for all targets every target, and what was chosen for it alone.
+
+    made: directories that are there for the choice, which force does not concern.
+    """
 
     def is_chosen(one: Variant, who: str) -> bool:
         choices = chosen.get(who, {})
         return one.method in choices and choices[one.method].figures.variant == one.variant
 
     tested = [one for one in _variants(cells) if is_chosen(one, ALL) or is_chosen(one, one.target)]
-    base.run_tasks(once(task for one in tested for task in one.cell.needed([one.original, one.room])), force)
+    for task in once(task for one in tested for task in one.cell.needed([one.original, one.room])):
+        base.run_tasks([task], force and task.directory not in made)
     lines = [{**_line(one), "for_all": is_chosen(one, ALL)} for one in tested]
     return [{name: value for name, value in line.items() if name != "settings"} for line in lines]
 
@@ -253,7 +259,7 @@ def _write(
         for cell in cells
     ]
     found = {who: {method: _said(one) for method, one in row.items()} for who, row in chosen.items()}
-    needs = {_method(form)[0]: one.needs for form, one in baselines.methods(run).items()}
+    needs = {choice.method(form)[0]: one.needs for form, one in baselines.methods(run).items()}
     said = {"rule": _rule(run), "needs": needs, "tp_of": sorted({line["tp_of"] for line in lines}), "grid": asked}
     storage.write_json(run.workdir / "sweep.json", {**said, "cells": shown, "chosen": found, "test": tested})
 
