@@ -9,15 +9,18 @@ import signal
 import subprocess
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import HANGS
 from etils import epath
 from finetune_helpers import ROOT, start
 
-from unidetox_jax import cli, storage
+from unidetox_jax import cli, devices, storage
 from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
+from unidetox_jax.stages import base
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
@@ -225,3 +228,21 @@ def test_a_dry_run_says_what_it_would_do(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.index("toxify") < printed.index("distill") and "0 of 3 done" in printed
     assert not (tmp_path / "none").exists()
+
+
+def test_compiled_programs_are_let_go_of_before_they_fill_a_process(tmp_path, monkeypatch):
+    """A sweep of a hundred evaluations compiles more than Linux has memory maps for one process."""
+    most, before = tmp_path / "most", []
+    monkeypatch.setattr(devices, "MOST_MAPS", epath.Path(most))
+    program = jax.jit(lambda x: jnp.sin(x).sum())
+    for allowed, kept in ((10**9, 1), (10, 0)):
+        most.write_text(str(allowed))
+        program(np.ones(3))
+        task = base.Task(
+            "x", epath.Path(tmp_path / str(kept)), {}, dict, lambda _: before.append(program._cache_size()) or {}
+        )
+        task.directory.mkdir()
+        base.run_tasks([task])
+    assert before == [1, 0]
+    monkeypatch.setattr(devices, "MOST_MAPS", epath.Path(tmp_path / "none"))
+    assert not devices.programs_fill_up()  # as on another system

@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 GIB = 1 << 30
+MAPS, MOST_MAPS = epath.Path("/proc/self/maps"), epath.Path("/proc/sys/vm/max_map_count")  # of Linux
+MAPS_SHARE = 0.5  # of those that a process may have: one task's programs may take as many again
 REPEATS = 5  # the fastest counts: whatever else the machine does only makes it slower
 
 
@@ -115,3 +118,13 @@ def describe() -> dict[str, Any]:
         "matmul_flops_float32": matmul_rate("float32"),
         "matmul_flops_bfloat16": matmul_rate("bfloat16"),
     }
+
+
+def programs_fill_up() -> bool:
+    """Whether compiled programs have come near the number of memory maps that Linux allows a process: each takes dozens
+    of them on a CPU, and where none is left the compiler crashes."""
+    try:
+        most = int(MOST_MAPS.read_text())
+        return len(MAPS.read_text().splitlines()) > MAPS_SHARE * most
+    except (OSError, ValueError):  # another system, or one that does not say
+        return False

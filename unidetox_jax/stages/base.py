@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 from absl import logging
 from etils import epath
 
@@ -68,8 +69,13 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
         if distributed.first_process():
             print(aligned([[task.name, state(task), str(task.directory)] for task in tasks], left=3))
         return []
+    records = []
     with preemption.ends_at_once():
-        return [run_task(task, force) for task in tasks]
+        for task in tasks:
+            if devices.programs_fill_up():
+                jax.clear_caches()
+            records.append(run_task(task, force))
+    return records
 
 
 def state(task: Task) -> str:
