@@ -74,19 +74,29 @@ def abstract_state(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A compiled step and the numbers that it takes: called, or lowered, with a state, a batch and a model's frozen
-    parameters or nothing."""
+    """A step and the numbers that it takes: jitted, lowered or compiled. Called, or lowered, with a state, a batch and a
+    model's frozen parameters or nothing; all else is jax's own."""
 
-    program: jax.stages.Wrapped
+    program: Any
     optimizer: Optimizer
     dropout_seed: Any  # int32 or None
 
     def __call__(self, *arguments: Any) -> tuple[TrainState, Metrics]:
         return self.program(self.optimizer, self.dropout_seed, *arguments)
 
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+    def lower(self, *arguments: Any) -> "TrainStep":
         """The program for arguments of these shapes, which may be abstract."""
-        return self.program.lower(self.optimizer, self.dropout_seed, *arguments)
+        lowered = self.program.lower(self.optimizer, self.dropout_seed, *arguments)
+        return dataclasses.replace(self, program=lowered)
+
+    def compile(self, **options: Any) -> "TrainStep":
+        """What was lowered, for the devices."""
+        return dataclasses.replace(self, program=self.program.compile(**options))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.program, name)
 
 
 def make_train_step(
