@@ -74,8 +74,8 @@ def abstract_state(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step and the numbers that it takes: jitted, lowered or compiled. Called, or lowered, with a state, a batch and a
-    model's frozen parameters or nothing; all else is jax's own."""
+    """A step and the numbers that it takes: jitted, lowered or compiled. Called, or lowered, with a state, a batch and
+    a model's frozen parameters or nothing; all else is jax's own."""
 
     program: Any
     optimizer: Optimizer
