@@ -31,6 +31,7 @@ COLORS = {  # the page's CSS variables, and what they are in PNG files
 }
 FORM_COLORS = {ORIGINAL: COLORS["before"], DETOXIFIED: COLORS["after"], CONTROL: COLORS["control"]}
 FORM_MARKERS = {ORIGINAL: "o", DETOXIFIED: "D", CONTROL: "s"}
+WIDE = 8  # times the smallest value: from there on an axis is logarithmic
 OTHER_MARKERS = "^v<>pPX*hd"  # of methods that the configuration named, in the order of their names
 STYLE = {
     "font.size": 9.5,
@@ -114,6 +115,9 @@ def trade_off(rows: Sequence[Row]) -> Plot | None:
             axes.annotate(row.name, at[row.name, row.form], (0, 8), zorder=5, **place)
     for curve in _variants(at):
         axes.plot(*zip(*curve, strict=True), color=COLORS["ink"], lw=0.8, alpha=0.6, zorder=2)
+    perplexities = [x for x, _ in at.values()]
+    if max(perplexities) > WIDE * min(perplexities):
+        axes.set_xscale("log")
     axes.set_xlabel("perplexity of the continuations (lower is better)")
     axes.set_ylabel(f"TP, {'in distribution' if key == 'tp_id' else 'all prompts'} (lower is better)")
     axes.margins(0.2)

@@ -29,9 +29,9 @@ def title(form: str) -> str:
 
 
 def in_order(forms: Iterable[str]) -> list[str]:
-    """Each form once: those that every configuration has first, then the others as they come."""
-    forms = list(dict.fromkeys(forms))
-    return [form for form in FORMS if form in forms] + [form for form in forms if form not in FORMS]
+    """Each form once: those that every configuration has first, then the others by name."""
+    forms = set(forms)
+    return [form for form in FORMS if form in forms] + sorted(forms - FORMS.keys())
 
 
 Change = Mapping[str, Any]  # "percent", "low", "high"

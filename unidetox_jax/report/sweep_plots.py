@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from unidetox_jax.report.plots import COLORS, Plot, form_legend, looks_of, styled, subplots
+from unidetox_jax.report.plots import COLORS, WIDE, Plot, form_legend, looks_of, styled, subplots
 from unidetox_jax.report.results import ORIGINAL
 
 SHOWN = {"tp": ("TP", 1.0), "rise": ("perplexity, change in %", 100.0)}
-WIDE = 8  # times the smallest value: from there on an axis is logarithmic
 
 
 @styled
