@@ -72,7 +72,7 @@ def test_scores_are_float64_in_the_unit_interval():
 def test_same_seed_same_bytes_and_other_seed_other_texts(world, tmp_path):
     toyworld.write(tmp_path / "again", seed=7, sizes=SIZES)
     names = sorted(str(file.relative_to(world)) for file in world.rglob("*") if file.is_file())
-    assert len(names) == 8 + 3 * len(toymodels.MODELS | toymodels.LATER)
+    assert len(names) == 9 + 3 * len(toymodels.MODELS | toymodels.LATER)
     for name in names:
         assert (world / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     toyworld.write(tmp_path / "other", seed=8, sizes=SIZES)
