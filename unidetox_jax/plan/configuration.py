@@ -3,9 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-from etils import epath
-
-from unidetox_jax import checkpoint
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.likelihood_batches import FULL_BATCH_LENGTH
@@ -71,9 +68,7 @@ def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
 def _config(run: Run, form: Form, source: str, dtype: str) -> ModelConfig:
     """A model's shape; of one that is yet to be made, its target's."""
     target = next((target for target in run.shared.targets if model_name(target) == form.name), source)
-    to_come = (
-        "{workdir}" in source and not epath.Path(checkpoint.split(run.path(source))[1] or run.path(source)).exists()
-    )
+    to_come = "{workdir}" in source and not common.is_there(run, source)
     return common.load_config(run, target if to_come else source, dtype)
 
 

@@ -51,6 +51,12 @@ def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:
     return dataclasses.replace(cfg, dtype=dtype or run.shared.dtype or cfg.dtype)
 
 
+def is_there(run: Run, source: str) -> bool:
+    """Whether a model, or the adapter of MODEL+ADAPTER, lies where the configuration says."""
+    model, adapter = checkpoint.split(run.path(source))
+    return epath.Path(adapter or model).exists()
+
+
 def num_params(run: Run, source: str) -> int:
     """How large a model is, for an estimate; 0 where it is not made yet, and nothing is downloaded to know."""
     name = checkpoint.split(run.path(source))[0]  # an adapter is small beside its model
