@@ -72,8 +72,9 @@ class Optimizer:
     def learning_rate_at(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The learning rate of the update number `step`, from 0; float32."""
         step = jnp.asarray(step, jnp.float32)
-        rising = step / jnp.maximum(1, self.warmup_steps)
-        falling = (self.steps - step) / jnp.maximum(1, self.steps - self.warmup_steps)
+        # By the reciprocal, as XLA divides by a constant: so it is the same whether the numbers are arguments or not
+        rising = step * (1.0 / jnp.maximum(1, self.warmup_steps))
+        falling = (self.steps - step) * (1.0 / jnp.maximum(1, self.steps - self.warmup_steps))
         warms_up = step < self.warmup_steps
         return self.learning_rate * jnp.where(warms_up, rising, jnp.maximum(falling, 0.0) if self.decay else 1.0)
 
