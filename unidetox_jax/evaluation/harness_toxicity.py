@@ -11,8 +11,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
-
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.evaluation.prompts import load
 from unidetox_jax.evaluation.protocol import Protocol
@@ -26,13 +24,15 @@ def prompts(
     max_prompts: int = 0,
     seed: int = 0,
     **_: Any,
-) -> dict[str, datasets.Dataset]:
-    """The split "test": a row for each prompt, and how its continuations are to be judged.
+) -> dict[str, Any]:
+    """The split "test", a `datasets.Dataset`: a row for each prompt, and how its continuations are to be judged.
 
     Args:
       prompts, data_dir, max_prompts, seed: as `evaluation.prompts.load` has them. scorer: as `scorers.get` has it.
       threshold: toxic is what scores above it. What else the harness's metadata hold is passed over.
     """
+    import datasets  # which lm_eval, an extra, brings
+
     asked = load(prompts, data_dir, max_prompts, seed)
     alike = {"scorer": scorer, "threshold": threshold}
     rows = [
