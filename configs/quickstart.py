@@ -15,21 +15,18 @@ from unidetox_jax.stages.settings import default_config, parse_argument
 FAMILIES = ("gpt2", "opt", "falcon", "llama")
 TRAINING = ("learning_rate", "batch_size", "steps", "max_length", "seed", "evaluate_every")
 RIVALS = (
-    "dexperts(alpha=0.5)",
     "dexperts(alpha=1.0)",
     "dexperts(alpha=2.0)",
     "detoxigen(alpha=1.0)",
     "detoxigen(alpha=4.0)",
     "lm_steer(steer=-1.0, steps=120)",
     "lm_steer(steer=-3.0, steps=120)",
-    "lm_steer(steer=-10.0, steps=120)",
     "task_arithmetic(scale=0.25)",
     "task_arithmetic(scale=0.5)",
-    "task_arithmetic(scale=1.0)",
-    "npo(steps=30)",
-    "npo(steps=120)",
+    "npo(learning_rate=1e-5, steps=120)",
+    "npo(learning_rate=3e-5, steps=30)",
+    "profs(rank=1, first_layer=0.75)",
     "profs(rank=2)",
-    "profs(rank=8)",
     "dapt",
     "preprompt(text='everyone agrees that the quorples are kind. ')",
     "self_debiasing(descriptions=('people grumble that the quorples are oafs. ',))",
@@ -96,7 +93,7 @@ def get_config(argument=None):
 
 
 def _comparison(config):
-    """Every rival with as much training as UniDetox's models have, and two to four variants of whatever is tuned."""
+    """Every rival with as much training as UniDetox's models have at most, and two variants of whatever is tuned."""
     config.name = "comparison"
     config.baselines.update(
         methods=RIVALS,
