@@ -83,9 +83,10 @@ def _dispatch(argv: list[str]) -> int | None:
     if command in PLAIN:
         module.add_arguments(parser)
         return module.run_command(parser.parse_args(rest))
-    from unidetox_jax import distributed, storage
+    from unidetox_jax import devices, distributed, storage
     from unidetox_jax.stages import settings
 
+    devices.keep_freed_memory()
     # A shell expands ~ at the beginning of a word only
     parser.add_argument(
         "--config", required=True, type=os.path.expanduser, metavar="FILE[:name=value,…]", help="a file of configs/"

@@ -3,6 +3,7 @@
 Every figure of speed in this package is a share of one of these.
 """
 
+import ctypes
 import dataclasses
 import functools
 import time
@@ -16,6 +17,14 @@ from etils import epath
 GIB = 1 << 30
 MAPS, MOST_MAPS = epath.Path("/proc/self/maps"), epath.Path("/proc/sys/vm/max_map_count")  # of Linux
 MAPS_SHARE = 0.5  # of those that a process may have: one task's programs may take as many again
+ACCELERATORS = ("nvidiactl", "accel0", "vfio")  # what a machine with a GPU or a TPU has in /dev
+# mallopt's numbers of glibc's malloc.h and what they are set to
+KEEP = (
+    (-8, 1),  # M_ARENA_MAX: one heap for all threads; another thread's holds 64 MiB at most
+    (-4, 0),  # M_MMAP_MAX: no mapping of its own for a large block
+    (-1, -1),  # M_TRIM_THRESHOLD: the heap's end is never given back
+    (-2, 256 << 20),  # M_TOP_PAD: what the heap grows by
+)
 REPEATS = 5  # the fastest counts: whatever else the machine does only makes it slower
 
 
@@ -118,6 +127,19 @@ def describe() -> dict[str, Any]:
         "matmul_flops_float32": matmul_rate("float32"),
         "matmul_flops_bfloat16": matmul_rate("bfloat16"),
     }
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that it frees, where the CPU computes and the C library is glibc; returns
+    whether it does. To be called before jax starts its threads.
+
+    XLA's programs for CPUs allocate their buffers in every call. glibc would map and unmap the large ones, and the
+    system's clearing of their pages was a fifth of a training's processor time.
+    """
+    if any((epath.Path("/dev") / name).exists() for name in ACCELERATORS):
+        return False  # the host holds weights on their way, not buffers that return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all([mallopt(*setting) for setting in KEEP])
 
 
 def programs_fill_up() -> bool:
