@@ -45,7 +45,7 @@ def converted(model, directory):
 def test_logits_equal_pytorch_with_padding_up_to_the_last_position(kind, longest, tmp_path):
     model = torch_model(kind)
     params, cfg = converted(model, tmp_path)
-    assert cfg.longest == longest
+    assert cfg.length_limit == longest
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, cfg.vocab_size, (4, longest))
     tokens[1, 4] = cfg.pad_token_id  # a text may speak of it: only the mask says what is padding

@@ -99,7 +99,7 @@ def test_what_is_not_read_is_named_in_one_line(caplog):
     with caplog.at_level("INFO", logger="absl"):
         cfg = read(GPT2, output_past=True, max_length=50, _num_labels=1, vocab="file", use_cache=True, summary_type="x")
     assert [record.getMessage() for record in caplog.records if record.name == "absl"] == [
-        "config.json: passed over, which gpt2 does not read: output_past, max_length, _num_labels, vocab, summary_type"
+        "config.json: ignored, since gpt2 does not read them: output_past, max_length, _num_labels, vocab, summary_type"
     ]
     assert cfg == read(GPT2)
     caplog.clear()
@@ -159,7 +159,7 @@ def test_special_tokens(changes, expected):
     cfg = read(GPT2, **changes)
     assert (cfg.eos_token_id, cfg.extra_eos_token_ids, cfg.pad_token_id) == expected
     again = models.config_from_hf(models.config_to_hf(cfg))
-    assert again == cfg and again.end_token_ids == cfg.end_token_ids
+    assert again == cfg and again.eos_token_ids == cfg.eos_token_ids
 
 
 def test_older_spellings():
@@ -194,11 +194,11 @@ def test_falcon_before_transformers_had_it():
         ({"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}, {"kind": "dynamic", "factor": 2.0}),
         ({"rope_type": "default"}, {"kind": "default"}),
         ({"rope_type": "default", "factor": 8.0}, {"kind": "default"}),
-        (LLAMA3, {"kind": "llama3", "factor": 8.0, "original_length": 32}),
+        (LLAMA3, {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}),
     ],
 )
 def test_forms_of_rope_scaling(where, scaling, expected):
-    expected = Rotary(theta=500.0, **{"original_length": 64, **expected})
+    expected = Rotary(theta=500.0, **{"original_max_position_embeddings": 64, **expected})
     theirs = {"rope_parameters": {**scaling, "rope_theta": 500.0}}
     cfg = read(LLAMA, **(theirs if where == "rope_parameters" else {"rope_scaling": scaling, "rope_theta": 500.0}))
     assert cfg.rotary == expected

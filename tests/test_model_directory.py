@@ -62,7 +62,7 @@ def test_generation_config_travels_as_it_was(there, tmp_path):
     assert cli.main(["convert", str(tmp_path / "orbax"), str(tmp_path / "converted")]) == 0
     for name in ("hf", "back", "converted"):
         assert (tmp_path / name / "generation_config.json").read_bytes() == text.encode(), name
-        assert checkpoint.load_config(tmp_path / name).end_token_ids == (2, 9)
+        assert checkpoint.load_config(tmp_path / name).eos_token_ids == (2, 9)
         assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == 2
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == [2, 9]
 
@@ -106,7 +106,7 @@ def test_every_published_generation_config_is_read(shared, tmp_path):
         (tmp_path / "generation_config.json").write_bytes(path.read_bytes())
         theirs = json.loads(path.read_text()).get("eos_token_id")
         ends = theirs if isinstance(theirs, list) else [theirs] * (theirs is not None)
-        assert checkpoint.load_config(tmp_path).end_token_ids == tuple(dict.fromkeys([2, *ends])), path
+        assert checkpoint.load_config(tmp_path).eos_token_ids == tuple(dict.fromkeys([2, *ends])), path
 
 
 # Weights
@@ -225,4 +225,4 @@ def test_a_published_target_lacks_nothing_but_its_weights(target, shared, tmp_pa
     assert cli.main(["toxify", f"--config={ROOT}/configs/unidetox_gpt2_xl.py", *options]) == 2
     error = capfd.readouterr().err
     assert f"unidetox: {directory}: no weights; expected one of model.safetensors" in error
-    assert error.count("passed over") == 1
+    assert error.count("ignored, since") == 1

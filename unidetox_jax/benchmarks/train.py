@@ -91,7 +91,7 @@ def _tokens(run: Run, cfg: ModelConfig) -> data.Tokens:
     if run.bench.data:
         texts = data.texts(run.path(run.bench.data), data_dir=run.shared.data_dir)
         tokenizer = checkpoint.load_tokenizer(run.path(run.bench.tokenizer or run.bench.model))
-        return data.tokenize(texts, tokenizer, length, context=cfg.longest, vocab_size=cfg.vocab_size)
+        return data.tokenize(texts, tokenizer, length, context=cfg.length_limit, vocab_size=cfg.vocab_size)
     cfg.check_length(length)
     count = run.bench.steps * max(run.bench.train_batch_sizes)
     random = np.random.default_rng(SEED)

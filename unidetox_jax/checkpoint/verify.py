@@ -75,7 +75,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def prompt(cfg: models.ModelConfig, seed: int = 0) -> np.ndarray:
     """Random tokens int32 [1, T], T = 500 or what the context holds."""
-    length = min(PROMPT_TOKENS, cfg.max_position_embeddings, cfg.longest or PROMPT_TOKENS)
+    length = min(PROMPT_TOKENS, cfg.max_position_embeddings, cfg.length_limit or PROMPT_TOKENS)
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, (1, length)).astype(np.int32)
 
 

@@ -307,7 +307,7 @@ def _seed(seed: int) -> np.uint32:
 
 
 def _eos_ids(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray:
-    return np.atleast_1d(np.asarray(cfg.end_token_ids if eos_id is None else eos_id, np.int32))
+    return np.atleast_1d(np.asarray(cfg.eos_token_ids if eos_id is None else eos_id, np.int32))
 
 
 def _pad(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:

@@ -156,7 +156,7 @@ class HarnessLM(TemplateLM):
     @functools.cache  # noqa: B019 (as many entries as a task has stop lists)
     def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...]:
         """The model's end tokens, and every token whose text contains a stop string."""
-        ends = {token for token in (*self.model.cfg.end_token_ids, self.eot_token_id) if token is not None}
+        ends = {token for token in (*self.model.cfg.eos_token_ids, self.eot_token_id) if token is not None}
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         ends |= {token for token, text in enumerate(texts) if any(stop and stop in text for stop in stops)}
         return tuple(sorted(ends))

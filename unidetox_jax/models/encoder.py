@@ -1,14 +1,14 @@
-"""Sequence classifiers that score text: BERT, RoBERTa, XLM-R and DistilBERT, an encoder and a first-token head.
+"""Sequence classifiers that score text: BERT, RoBERTa, XLM-R and DistilBERT, encoders with a first-token head.
 
-One encoder of the shared parts: attention in both directions, layer norms after the residual sums, no dropout, since
-nothing is trained here. What differs between the four is `KINDS`: names of options and tensors, the head's activation,
-and positions, which RoBERTa counts from `pad_token_id + 1`, skipping padding, so that 514 of them serve 512 tokens.
+Bidirectional attention, post-norm, and no dropout, since nothing is trained here. `KINDS` lists how the four differ:
+names of options and tensors, the head's activation, and positions. RoBERTa counts these from `pad_token_id + 1`,
+skipping padding, so that 514 of them serve 512 tokens.
 
 Axes: B batch, T time, D hidden, N labels.
 """
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.attention import attention
-from unidetox_jax.models.config import ModelConfig, head_size
+from unidetox_jax.models.config import ModelConfig, head_size, read_json
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
 from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
@@ -28,27 +28,29 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 
 
 class Kind(NamedTuple):
-    """One published encoder. `parts`: its names of a layer's PARTS; `head`: of the head's two linear layers."""
+    """A published encoder's names: of a layer's `MODULES`, of the head's two linear layers, of options."""
 
     prefix: str
     layers: str
-    parts: tuple[str, ...]
+    modules: tuple[str, ...]
     head: tuple[str, str]
     head_activation: str = "tanh"
-    intermediate: tuple[str, str] = ("intermediate_size", "hidden_act")  # options: the feed-forward's width, activation
-    counts_tokens: bool = False  # positions count what is no padding, from pad_token_id + 1
+    mlp_options: tuple[str, str] = ("intermediate_size", "hidden_act")  # the feed-forward's width and activation
+    positions_skip_padding: bool = False  # and count from pad_token_id + 1
 
 
-PARTS = ("query", "key", "value", "output", "attention_norm", "up", "down", "mlp_norm")
+MODULES = ("query", "key", "value", "output", "attention_norm", "up", "down", "mlp_norm")
 _BERT = (
-    *(f"attention.self.{name}" for name in PARTS[:3]),
+    *(f"attention.self.{name}" for name in MODULES[:3]),
     *("attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm"),
 )
 _DISTILBERT = (
     *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
     *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
 )
-_ROBERTA = Kind("roberta", "encoder.layer", _BERT, ("classifier.dense", "classifier.out_proj"), counts_tokens=True)
+_ROBERTA = Kind(
+    "roberta", "encoder.layer", _BERT, ("classifier.dense", "classifier.out_proj"), positions_skip_padding=True
+)
 KINDS = {
     "bert": Kind("bert", "encoder.layer", _BERT, ("bert.pooler.dense", "classifier")),
     "roberta": _ROBERTA,
@@ -59,7 +61,7 @@ KINDS = {
     ),
 }
 PREFIX = ""
-# A buffer, the pooler of a RoBERTa that was one before it got its head, and heads for other tasks.
+# Buffers, the pooler of a RoBERTa base model, and heads for other tasks
 IGNORED = (
     r".*embeddings\.(position|token_type)_ids",
     r"roberta\.pooler\..*",
@@ -71,44 +73,43 @@ IGNORED = (
 class EncoderConfig(ModelConfig):
     """A sequence classifier. `labels`: names in the order of the logits. `problem_type`: SINGLE, MULTI, REGRESSION."""
 
-    family: str  # type: ignore[misc]  # of KINDS: one class for several
+    family: str  # type: ignore[misc]  # one of KINDS; other families have a class each
     pad_token_id: int = 0
     token_types: int  # 0: none
     labels: tuple[str, ...]
     problem_type: str
 
     @property
-    def longest(self) -> int:
-        """The longest text in tokens, special tokens included."""
-        return self.max_position_embeddings - (self.pad_token_id + 1 if KINDS[self.family].counts_tokens else 0)
+    def length_limit(self) -> int:
+        """The longest text in tokens, including special tokens."""
+        offset = self.pad_token_id + 1 if KINDS[self.family].positions_skip_padding else 0
+        return self.max_position_embeddings - offset
 
 
-def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
+def from_hf(source: Mapping[str, Any] | epath.PathLike) -> EncoderConfig:
     """The configuration from Hugging Face's `config.json`: its dictionary, the file, or its directory.
 
-    Where it does not say what the labels are to each other, two exclude each other, and more do not (which is logged).
+    Without a problem_type, two labels are taken as mutually exclusive and more as independent (which is logged).
 
     Raises:
-      UserError: none of KINDS, or an option that this encoder does not have.
+      UserError: none of KINDS, or an option that is not implemented.
     """
-    config, where = source, "config.json"
-    if not isinstance(source, dict):
-        path = epath.Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
-            raise UserError(f"{path}: no such file; expected Hugging Face's config.json")
-        config, where = json.loads(path.read_text()), str(path)
+    config, where = read_json(source)
     name = config.get("model_type")
     if name not in KINDS:
         raise UserError(f"{where}: a classifier of model_type {name!r} is not implemented (known: {', '.join(KINDS)})")
-    for option, wanted in (("position_embedding_type", "absolute"), ("is_decoder", False), ("quantization_config", {})):
-        if config.get(option) not in (None, wanted):
-            raise UserError(f"{where}: {option} is {config[option]!r}, expected {wanted!r}")
+    for option, expected in (
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+        ("quantization_config", {}),
+    ):
+        if config.get(option) not in (None, expected):
+            raise UserError(f"{where}: {option} is {config[option]!r}, expected {expected!r}")
     try:
         hf = config_class(name).from_dict(config)
-    except Exception as error:  # transformers validates with several exception classes of its own
+    except Exception as error:  # transformers raises several exception classes of its own
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
-    width, activation = (getattr(hf, option) for option in KINDS[name].intermediate)
+    width, activation = (getattr(hf, option) for option in KINDS[name].mlp_options)
     if activation not in ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not implemented{suggest(str(activation), ACTIVATIONS)}")
     if hf.problem_type not in (None, SINGLE, MULTI, REGRESSION):
@@ -139,7 +140,7 @@ def from_hf(source: dict[str, Any] | epath.PathLike) -> EncoderConfig:
 
 
 class Embed(nn.Module):
-    """Token, segment (all of them 0) and position embeddings, summed and normalised: int32 [B,T] → [B,T,D]."""
+    """The normalised sum of token, segment (all 0) and position embeddings: int32 [B,T] → [B,T,D]."""
 
     cfg: EncoderConfig
 
@@ -183,20 +184,20 @@ def forward(params: Any, tokens: jax.Array, cfg: EncoderConfig, mask: jax.Array)
     """Logits of every label, float32 [B,N].
 
     Args:
-      params: as `models.init` gives them.
-      tokens: int32 [B,T], padded on the right; T at most `cfg.longest`.
+      params: as from `models.init`.
+      tokens: int32 [B,T], padded on the right; T at most `cfg.length_limit`.
       cfg: static under jit.
       mask: [B,T], nonzero where a token is real.
     """
     cfg.check_length(tokens.shape[1])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if KINDS[cfg.family].counts_tokens:
+    if KINDS[cfg.family].positions_skip_padding:
         real = (tokens != cfg.pad_token_id).astype(jnp.int32)
         positions = jnp.cumsum(real, axis=1) * real + cfg.pad_token_id
-    seen = jnp.broadcast_to(mask.astype(bool)[:, None], (*tokens.shape, tokens.shape[1]))
+    visible = jnp.broadcast_to(mask.astype(bool)[:, None], (*tokens.shape, tokens.shape[1]))
 
     def attend(query, key, value, dropout):
-        return attention(query, key, value, seen, precision=precision(cfg.dtype)), None
+        return attention(query, key, value, visible, precision=precision(cfg.dtype)), None
 
     def layer(x, block):
         return Block(cfg).apply({"params": block}, x, attend, None, 0, True)
@@ -212,7 +213,8 @@ def key_table(cfg: EncoderConfig) -> list[Key]:
     kind, heads, size = KINDS[cfg.family], cfg.num_heads, cfg.head_size
     embeddings = f"{kind.prefix}.embeddings"
     names = {
-        ours: f"{kind.prefix}.{kind.layers}.{{layer}}.{theirs}" for ours, theirs in zip(PARTS, kind.parts, strict=True)
+        ours: f"{kind.prefix}.{kind.layers}.{{layer}}.{theirs}"
+        for ours, theirs in zip(MODULES, kind.modules, strict=True)
     }
     table = [
         same(f"{embeddings}.word_embeddings.weight", "embed/tokens/embedding"),
@@ -221,13 +223,13 @@ def key_table(cfg: EncoderConfig) -> list[Key]:
     ]
     if cfg.token_types:
         table.append(same(f"{embeddings}.token_type_embeddings.weight", "embed/segments/embedding"))
-    for part in ("query", "key", "value"):
-        table.append(heads_in(f"{names[part]}.weight", f"blocks/attention/{part}/kernel", heads, size))
-        table.append(reshaped(f"{names[part]}.bias", f"blocks/attention/{part}/bias", (-1,), (heads, size)))
+    for module in ("query", "key", "value"):
+        table.append(heads_in(f"{names[module]}.weight", f"blocks/attention/{module}/kernel", heads, size))
+        table.append(reshaped(f"{names[module]}.bias", f"blocks/attention/{module}/bias", (-1,), (heads, size)))
     table.append(heads_out(f"{names['output']}.weight", "blocks/attention/output/kernel", heads, size))
     table.append(same(f"{names['output']}.bias", "blocks/attention/output/bias"))
-    for part in ("attention_norm", "mlp_norm"):
-        table += norm(names[part], f"blocks/{part}")
+    for module in ("attention_norm", "mlp_norm"):
+        table += norm(names[module], f"blocks/{module}")
     feed_forward = {names["up"]: "blocks/mlp/up", names["down"]: "blocks/mlp/down"}
     for theirs, ours in {**feed_forward, kind.head[0]: "final/dense", kind.head[1]: "final/labels"}.items():
         table += [linear(f"{theirs}.weight", f"{ours}/kernel"), same(f"{theirs}.bias", f"{ours}/bias")]

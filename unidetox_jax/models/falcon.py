@@ -1,7 +1,7 @@
-"""Falcon (Almazrouei et al. 2023): 7b, 40b, 180b, 11b, and rw-1b, which is a different transformer under one name.
+"""Falcon (Almazrouei et al. 2023): 7b, 40b, 180b, 11b, and rw-1b, which is a different architecture under one name.
 
-7b: one key-value head, attention and feed-forward side by side under one norm. 40b and 180b: grouped key-value heads,
-a norm each. 11b: grouped, one norm. rw-1b: ALiBi, all heads, one part after the other, biases.
+7b: one key-value head, parallel attention and feed-forward under one norm. 40b and 180b: grouped key-value heads, a
+norm each. 11b: grouped, one norm. rw-1b: ALiBi, multi-head attention, sequential, biases.
 """
 
 import dataclasses
@@ -11,32 +11,47 @@ import flax.linen as nn
 import numpy as np
 
 from unidetox_jax.errors import UserError
-from unidetox_jax.models.config import ROPE, ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
-from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+from unidetox_jax.models import layers
+from unidetox_jax.models.config import ROPE, ModelConfig, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.layers import Attention, FeedForward, layer_norm
 from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, heads_out, linear, norm, same
 
-READ = (
-    "hidden_size num_hidden_layers num_attention_heads num_ln_in_parallel_attn layer_norm_epsilon initializer_range "
-    "hidden_dropout attention_dropout num_kv_heads alibi new_decoder_architecture multi_query parallel_attn bias "
-    "max_position_embeddings ffn_hidden_size activation"
-).split()
-# The names of Falcon's own code, from before transformers had the family.
-OLDER = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads",
-         "n_embed": "hidden_size"}  # fmt: skip
+OPTIONS = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_kv_heads": "num_kv_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "activation": "activation",
+    "layer_norm_epsilon": "norm_epsilon",
+    "initializer_range": "initializer_range",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "residual_dropout",
+    "alibi": "alibi",
+    "new_decoder_architecture": "new_decoder",
+    "multi_query": "multi_query",
+    "parallel_attn": "parallel",
+    "bias": "bias",
+}
+READ = (*OPTIONS, "num_ln_in_parallel_attn")
+# Option names of Falcon's own code, which predates the family in transformers
+RENAMED = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads",
+           "n_embed": "hidden_size"}  # fmt: skip
 PREFIX = "transformer."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FalconConfig(ModelConfig):
-    """Falcon's own settings."""
+    """Falcon's settings."""
 
     family: ClassVar[str] = "falcon"
     architecture: ClassVar[str] = "FalconForCausalLM"
-    new_decoder: bool = False  # the fused weights hold groups of queries with their key and value
+    new_decoder: bool = False  # grouped key-value heads
     multi_query: bool = True
     parallel: bool = True  # attention and feed-forward read the same input
-    separate_norms: bool = False  # parallel parts with a norm each
+    separate_norms: bool = False  # parallel attention and feed-forward have a norm each
     bias: bool = False
 
 
@@ -44,7 +59,7 @@ def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
     """FalconConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
     if config["model_type"] != "falcon":
         config = {**_released(config), **config}
-    hf = read_hf(config, "falcon", where, (*READ, *ROPE), older=OLDER)
+    hf = read_hf(config, "falcon", where, (*READ, *ROPE), renamed=RENAMED)
     if hf.new_decoder_architecture and not hf.parallel_attn:
         raise UserError(f"{where}: new_decoder_architecture without parallel_attn is not implemented")
     norms = hf.num_ln_in_parallel_attn
@@ -52,78 +67,31 @@ def from_hf(config: dict[str, Any], where: str) -> FalconConfig:
         raise UserError(f"{where}: num_ln_in_parallel_attn {norms!r} is not implemented (known: 1, 2)")
     if norms == 2 and not hf.new_decoder_architecture:
         raise UserError(f"{where}: num_ln_in_parallel_attn 2 needs new_decoder_architecture")
-    if hf.new_decoder_architecture:
-        kv_heads = hf.num_kv_heads
-    else:
-        kv_heads = 1 if hf.multi_query else hf.num_attention_heads
+    fields = from_options(hf, OPTIONS)
+    if not hf.new_decoder_architecture:
+        fields["num_kv_heads"] = 1 if hf.multi_query else hf.num_attention_heads
     return FalconConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=kv_heads,
+        **fields,
         head_size=head_size(hf, where),
-        intermediate_size=hf.ffn_hidden_size,
-        max_position_embeddings=hf.max_position_embeddings,
-        activation=hf.activation,
-        norm_epsilon=hf.layer_norm_epsilon,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        initializer_range=hf.initializer_range,
-        attention_dropout=hf.attention_dropout,
-        residual_dropout=hf.hidden_dropout,
-        alibi=hf.alibi,
-        rotary=None if hf.alibi else Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where),
-        new_decoder=hf.new_decoder_architecture,
-        multi_query=hf.multi_query,
-        parallel=hf.parallel_attn,
+        rotary=None if hf.alibi else Rotary.from_hf(hf, where),
         separate_norms=hf.new_decoder_architecture and norms in (None, 2),
-        bias=hf.bias,
-        **token_ids(hf),
     )
 
 
 def _released(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config of Falcon's own code (RefinedWeb, RefinedWebModel) means beyond its keys: grouped key-value heads
-    come with the new decoder, and what is not said is off."""
+    """Defaults of Falcon's own code (RefinedWeb, RefinedWebModel), where n_head_kv implies the new decoder."""
     grouped = config.get("n_head_kv") is not None
     return {"new_decoder_architecture": grouped, "multi_query": False, "parallel_attn": grouped}
 
 
 def to_hf(cfg: FalconConfig) -> dict[str, Any]:
     """The Hugging Face config of a FalconConfig."""
-    return {
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_kv_heads": cfg.num_kv_heads,
-        "ffn_hidden_size": cfg.intermediate_size,
-        "max_position_embeddings": cfg.max_position_embeddings,
-        "activation": cfg.activation,
-        "layer_norm_epsilon": cfg.norm_epsilon,
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-        "initializer_range": cfg.initializer_range,
-        "attention_dropout": cfg.attention_dropout,
-        "hidden_dropout": cfg.residual_dropout,
-        "alibi": cfg.alibi,
-        "new_decoder_architecture": cfg.new_decoder,
-        "multi_query": cfg.multi_query,
-        "parallel_attn": cfg.parallel,
-        "num_ln_in_parallel_attn": (2 if cfg.separate_norms else 1) if cfg.new_decoder else None,
-        "bias": cfg.bias,
-        **({} if cfg.rotary is None else cfg.rotary.to_hf()),
-        **token_ids_to_hf(cfg),
-    }
+    norms = (2 if cfg.separate_norms else 1) if cfg.new_decoder else None
+    rope = {} if cfg.rotary is None else cfg.rotary.to_hf()
+    return {**to_options(cfg, OPTIONS), "num_ln_in_parallel_attn": norms, **rope}
 
 
-class Embed(nn.Module):
-    """Token embeddings: tokens int32 [B,T] -> [B,T,hidden]; positions enter by rotation or ALiBi."""
-
-    cfg: FalconConfig
-
-    @nn.compact
-    def __call__(self, tokens, positions, deterministic: bool):
-        return embedding(self.cfg, self.cfg.vocab_size, self.cfg.hidden_size, "tokens")(tokens)
+Embed, Final = layers.Embed, layers.Final
 
 
 class Block(nn.Module):
@@ -134,8 +102,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, attend, rotary, layer, deterministic: bool):
         cfg = self.cfg
-        # The released model has dropout on attention's probabilities with ALiBi only, and lets the sequential form's
-        # attention output have attention_dropout, not hidden_dropout.
+        # As released: dropout on attention probabilities with ALiBi only, and in the sequential form attention_dropout,
+        # not hidden_dropout, on attention's output
         rate = cfg.attention_dropout if cfg.alibi else 0.0
         attention = Attention(cfg, cfg.bias, cfg.bias, dropout_rate=rate, name="attention")
         feed_forward = FeedForward(cfg, cfg.bias, name="mlp")
@@ -147,18 +115,6 @@ class Block(nn.Module):
             return x + dropout(feed_forward(mlp_input) + out), state
         x = x + nn.Dropout(cfg.attention_dropout, deterministic=deterministic)(out)
         return x + dropout(feed_forward(layer_norm(cfg, "mlp_norm")(x))), state
-
-
-class Final(nn.Module):
-    """What follows the last layer: [B,T,hidden] -> [B,T,hidden]."""
-
-    cfg: FalconConfig
-
-    @nn.compact
-    def __call__(self, x):
-        if not self.cfg.tie_word_embeddings:
-            Head(self.cfg, name="head")()
-        return layer_norm(self.cfg, "norm")(x)
 
 
 def key_table(cfg: FalconConfig) -> list[Key]:
@@ -194,7 +150,7 @@ FUSED = ("query", "key", "value")
 
 
 def fused(cfg: ModelConfig, hf: str, ours: list[str]) -> Key:
-    """query_key_value [rows·size, in] or [rows·size]: groups of (queries of a key-value head, its key, its value)."""
+    """query_key_value [heads·size, in] or [heads·size]: for each key-value head its queries, its key, its value."""
     groups, size = cfg.num_kv_heads, cfg.head_size
     queries = cfg.num_heads // groups
 

@@ -1,6 +1,6 @@
-"""GPT-2 (Radford et al. 2019): learned positions, layer norm before each part, fused query-key-value weights.
+"""GPT-2 (Radford et al. 2019): learned positions, pre-norm, fused query-key-value weights.
 
-Its linear layers are stored [in, out] (Conv1D), unlike every other family's.
+Its linear layers are stored [in, out] (Conv1D), unlike those of all other families.
 """
 
 import dataclasses
@@ -10,75 +10,53 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import numpy as np
 
-from unidetox_jax.models.config import ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
-from unidetox_jax.models.layers import Attention, FeedForward, Head, embedding, layer_norm
+from unidetox_jax.models import layers
+from unidetox_jax.models.config import ModelConfig, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.layers import Attention, FeedForward, embedding, layer_norm
 from unidetox_jax.models.weight_map import Key, norm, reshaped, same
 
-READ = (
-    "n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop "
-    "layer_norm_epsilon initializer_range scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
-).split()
+OPTIONS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "norm_epsilon",
+    "initializer_range": "initializer_range",
+    "embd_pdrop": "embedding_dropout",
+    "attn_pdrop": "attention_dropout",
+    "resid_pdrop": "residual_dropout",
+    "scale_attn_by_inverse_layer_idx": "scale_by_layer",
+    "scale_attn_weights": "scale_by_head_size",
+}
+READ = (*OPTIONS, "reorder_and_upcast_attn")
 OFF = ("add_cross_attention",)
 PREFIX = "transformer."
-IN_OUT = True  # how linear layers are stored: transformers' Conv1D
+IN_OUT = True  # linear layers are stored [in, out]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config(ModelConfig):
-    """GPT-2's own settings."""
+    """GPT-2's settings."""
 
     family: ClassVar[str] = "gpt2"
     architecture: ClassVar[str] = "GPT2LMHeadModel"
-    scale_by_layer: bool = False  # attention scores also divided by the layer's number, from 1
+    scale_by_layer: bool = False  # attention scores are also divided by the layer's number, from 1
     scale_by_head_size: bool = True
 
 
 def from_hf(config: dict[str, Any], where: str) -> GPT2Config:
     """GPT2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "gpt2", where, READ, OFF)
-    return GPT2Config(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.n_embd,
-        num_layers=hf.n_layer,
-        num_heads=hf.n_head,
-        num_kv_heads=hf.n_head,
-        head_size=head_size(hf, where),
-        intermediate_size=hf.n_inner or 4 * hf.n_embd,
-        max_position_embeddings=hf.n_positions,
-        activation=hf.activation_function,
-        norm_epsilon=hf.layer_norm_epsilon,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        initializer_range=hf.initializer_range,
-        embedding_dropout=hf.embd_pdrop,
-        attention_dropout=hf.attn_pdrop,
-        residual_dropout=hf.resid_pdrop,
-        position_table=True,
-        scale_by_layer=hf.scale_attn_by_inverse_layer_idx,
-        scale_by_head_size=hf.scale_attn_weights,
-        **token_ids(hf),
-    )
+    fields = from_options(hf, OPTIONS)
+    fields["intermediate_size"] = hf.n_inner or 4 * hf.n_embd
+    return GPT2Config(**fields, num_kv_heads=hf.n_head, head_size=head_size(hf, where), position_table=True)
 
 
 def to_hf(cfg: GPT2Config) -> dict[str, Any]:
     """The Hugging Face config of a GPT2Config."""
-    return {
-        "vocab_size": cfg.vocab_size,
-        "n_embd": cfg.hidden_size,
-        "n_layer": cfg.num_layers,
-        "n_head": cfg.num_heads,
-        "n_inner": cfg.intermediate_size,
-        "n_positions": cfg.max_position_embeddings,
-        "activation_function": cfg.activation,
-        "layer_norm_epsilon": cfg.norm_epsilon,
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-        "initializer_range": cfg.initializer_range,
-        "embd_pdrop": cfg.embedding_dropout,
-        "attn_pdrop": cfg.attention_dropout,
-        "resid_pdrop": cfg.residual_dropout,
-        "scale_attn_by_inverse_layer_idx": cfg.scale_by_layer,
-        "scale_attn_weights": cfg.scale_by_head_size,
-        **token_ids_to_hf(cfg),
-    }
+    return to_options(cfg, OPTIONS)
 
 
 class Embed(nn.Module):
@@ -114,16 +92,7 @@ class Block(nn.Module):
         return x + dropout(feed_forward(layer_norm(cfg, "mlp_norm")(x))), state
 
 
-class Final(nn.Module):
-    """What follows the last layer: [B,T,hidden] -> [B,T,hidden]."""
-
-    cfg: GPT2Config
-
-    @nn.compact
-    def __call__(self, x):
-        if not self.cfg.tie_word_embeddings:
-            Head(self.cfg, name="head")()
-        return layer_norm(self.cfg, "norm")(x)
+Final = layers.Final
 
 
 def key_table(cfg: GPT2Config) -> list[Key]:

@@ -1,7 +1,7 @@
-"""The parts that families share, as Linen modules: attention's projections, feed-forward layers, norms.
+"""Linen modules that families share: embeddings, attention projections, feed-forward layers, norms.
 
-A block receives attention as a function `attend(query, key, value, dropout) -> (output, state)`, so the same block
-trains, prefills and decodes; `state` is what the caller keeps of keys and values, passed through untouched.
+A block receives attention as a function `attend(query, key, value, dropout) -> (output, state)`, so that the same block
+trains, prefills and decodes. `state` belongs to the caller (a cache, say); blocks pass it through.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def precision(dtype: str) -> str | None:
-    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
+    """Matmul precision: accelerators would otherwise multiply float32 matrices in bfloat16 or TF32."""
     return "highest" if dtype == "float32" else None
 
 
 class Dense(nn.DenseGeneral):
-    """A linear layer and, where its parameters hold one, a low-rank adapter: x W + scale · (dropout(x) A) B.
+    """A linear layer, plus a low-rank adapter if its parameters hold one: x W + scale · (dropout(x) A) B.
 
-    lora_a [*in, rank], lora_b [rank, *out], beside the kernel; `models.lora` puts them there.
+    lora_a [*in, rank] and lora_b [rank, *out] lie beside the kernel, where `models.lora` puts them.
     """
 
     lora: Lora = Lora()
@@ -54,8 +54,8 @@ class Dense(nn.DenseGeneral):
             for leaf in (inputs, self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b"))
         )
         if self.lora.dropout and self.has_rng("dropout"):
-            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.lora.dropout), 0)
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.lora.dropout), 0)
         x = jnp.tensordot(x, a, axes=a.ndim - 1, precision=self.precision)
         return out + jnp.tensordot(x, b, axes=1, precision=self.precision) * self.lora.scale
 
@@ -75,7 +75,7 @@ def dense(cfg: ModelConfig, features, name: str, bias: bool, axis=-1, stddev: fl
 
 
 def layer_norm(cfg: ModelConfig, name: str, affine: bool = True) -> nn.Module:
-    """Layer norm; statistics in float32, by the two-pass variance that PyTorch uses."""
+    """Layer norm; statistics in float32, with PyTorch's two-pass variance."""
     return nn.LayerNorm(
         cfg.norm_epsilon,
         dtype=cfg.dtype,
@@ -92,7 +92,7 @@ def rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
 
 
 def rms_norm_of_heads(cfg: ModelConfig, name: str) -> nn.Module:
-    """As `rms_norm`, over all heads together: the last two axes."""
+    """RMS norm over all heads together, i.e. the last two axes."""
     axes = (-2, -1)
     return nn.RMSNorm(
         cfg.norm_epsilon, dtype=cfg.dtype, use_fast_variance=False, reduction_axes=axes, feature_axes=axes, name=name
@@ -100,7 +100,7 @@ def rms_norm_of_heads(cfg: ModelConfig, name: str) -> nn.Module:
 
 
 class OffsetRMSNorm(nn.Module):
-    """Root-mean-square norm whose weights are stored less 1, as Gemma's are."""
+    """RMS norm with a scale of 1 + weight, as in Gemma."""
 
     cfg: ModelConfig
 
@@ -113,45 +113,73 @@ class OffsetRMSNorm(nn.Module):
 
 
 def offset_rms_norm(cfg: ModelConfig, name: str) -> nn.Module:
-    """As `rms_norm`, of Gemma."""
+    """Gemma's norm."""
     return OffsetRMSNorm(cfg, name=name)
 
 
 def embedding(cfg: ModelConfig, entries: int, width: int, name: str) -> nn.Module:
-    """A table [entries, width], read in the compute dtype."""
+    """An embedding table [entries, width]; lookups are in the compute dtype."""
     init = nn.initializers.normal(cfg.initializer_range)
     return nn.Embed(entries, width, dtype=cfg.dtype, embedding_init=init, name=name)
+
+
+class Embed(nn.Module):
+    """Token embeddings: tokens int32 [B,T] -> [B,T,hidden]; for families whose positions enter in attention."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, deterministic: bool):
+        x = embedding(self.cfg, self.cfg.vocab_size, self.cfg.hidden_size, "tokens")(tokens)
+        return nn.Dropout(self.cfg.embedding_dropout)(x, deterministic=deterministic)
+
+
+class Final(nn.Module):
+    """The final norm, [B,T,hidden] -> [B,T,hidden]; also holds the head's matrix unless that is tied."""
+
+    cfg: ModelConfig
+    norm: Callable[[ModelConfig, str], nn.Module] = layer_norm
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.cfg.tie_word_embeddings:
+            Head(self.cfg, name="head")()
+        return self.norm(self.cfg, "norm")(x)
 
 
 FUSED = "query_key_value"
 
 
 def fuse_attention(block: Any) -> Any:
-    """A layer's parameters (or all layers', stacked) with the kernels of queries, keys and values as one, which
-    `Attention` takes as well: one matrix product in place of three."""
+    """A layer's parameters (or all layers', stacked) with the query, key and value projections fused into one matrix.
+
+    `Attention` accepts both forms.
+    """
     attention = dict(block["attention"])
-    parts = [attention.pop(name) for name in ("query", "key", "value")]
-    attention[FUSED] = {name: jnp.concatenate([part[name] for part in parts], axis=-2) for name in parts[0]}
+    projections = [attention.pop(name) for name in ("query", "key", "value")]
+    attention[FUSED] = {
+        name: jnp.concatenate([projection[name] for projection in projections], axis=-2) for name in projections[0]
+    }
     return {**block, "attention": attention}
 
 
 class Attention(nn.Module):
-    """Projections around `attend`. x [B,T,hidden] -> ([B,T,hidden], state)."""
+    """The projections around `attend`: x [B,T,hidden] -> ([B,T,hidden], state)."""
 
     cfg: ModelConfig
     bias: bool
     output_bias: bool
     output_stddev: float | None = None
     dropout_rate: float = 0.0
-    norm: Callable[[ModelConfig, str], nn.Module] | None = None  # of queries and keys, before they are rotated
+    norm: Callable[[ModelConfig, str], nn.Module] | None = None  # of queries and keys, before rotation
 
     @nn.compact
     def __call__(self, x, attend: Attend, rotary, scale, deterministic: bool):
         cfg = self.cfg
         heads = {"query": cfg.num_heads, "key": cfg.num_kv_heads, "value": cfg.num_kv_heads}
         if self.has_variable("params", FUSED):
-            together = dense(cfg, (sum(heads.values()), cfg.head_size), FUSED, self.bias)(x)
-            query, key, value = jnp.split(together, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=-2)
+            fused = dense(cfg, (sum(heads.values()), cfg.head_size), FUSED, self.bias)(x)
+            query, key, value = jnp.split(fused, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=-2)
         else:
             query, key, value = (
                 dense(cfg, (count, cfg.head_size), name, self.bias)(x) for name, count in heads.items()
@@ -170,7 +198,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where gated. [B,T,hidden] -> [B,T,hidden]."""
+    """down(activation(up(x))), or if gated down(activation(gate(x)) * up(x)); [B,T,hidden] -> [B,T,hidden]."""
 
     cfg: ModelConfig
     bias: bool
@@ -191,7 +219,7 @@ class FeedForward(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix [V, width] of a model whose head is not tied to its embedding; used by `transformer.head`."""
+    """The output matrix [V, width] of a model whose head is not tied; `parameters.head` reads it."""
 
     cfg: ModelConfig
 

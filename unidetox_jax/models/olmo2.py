@@ -1,5 +1,4 @@
-"""OLMo 2 (OLMo Team 2024): LLaMA with norms after each part in place of before, and norms of all heads' queries, and
-keys, together."""
+"""OLMo 2 (OLMo Team 2024): LLaMA with post-norms in place of pre-norms, and norms over all heads' queries and keys."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -7,20 +6,21 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, head_size, read_hf
+from unidetox_jax.models.config import ROPE, from_options, head_size, read_hf, to_options
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm, rms_norm_of_heads
 from unidetox_jax.models.llama import PREFIX, Embed, Final
 from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, reshaped
 
-READ = (*llama.SHARED, "hidden_act", "attention_bias")
+OPTIONS = {**llama.SHARED, "hidden_act": "activation", "attention_bias": "attention_bias"}
+READ = tuple(OPTIONS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Olmo2Config(llama.LlamaConfig):
-    """OLMo 2's own settings."""
+    """OLMo 2's settings."""
 
     family: ClassVar[str] = "olmo2"
     architecture: ClassVar[str] = "Olmo2ForCausalLM"
@@ -29,30 +29,17 @@ class Olmo2Config(llama.LlamaConfig):
 def from_hf(config: dict[str, Any], where: str) -> Olmo2Config:
     """Olmo2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "olmo2", where, (*READ, *ROPE))
-    return Olmo2Config(
-        **fields(hf, where), rotary=Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where)
-    )
+    return Olmo2Config(**fields(hf, where), rotary=Rotary.from_hf(hf, where))
 
 
 def fields(hf: Any, where: str) -> dict[str, Any]:
-    """The fields that the options of OLMo 2 and 3 give."""
-    return {
-        **llama.fields(hf),
-        "activation": hf.hidden_act,
-        "head_size": head_size(hf, where),
-        "attention_bias": hf.attention_bias,
-        "output_bias": hf.attention_bias,
-    }
+    """The fields that OLMo 2 and 3 share."""
+    return {**from_options(hf, OPTIONS), "head_size": head_size(hf, where), "output_bias": hf.attention_bias}
 
 
 def to_hf(cfg: Olmo2Config) -> dict[str, Any]:
     """The Hugging Face config of an Olmo2Config."""
-    return {**options(cfg), **cfg.rotary.to_hf()}
-
-
-def options(cfg: Olmo2Config) -> dict[str, Any]:
-    """The inverse of `fields`."""
-    return {**llama.options(cfg), "hidden_act": cfg.activation, "attention_bias": cfg.attention_bias}
+    return {**to_options(cfg, OPTIONS), **cfg.rotary.to_hf()}
 
 
 class Block(nn.Module):

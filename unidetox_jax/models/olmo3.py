@@ -1,4 +1,4 @@
-"""OLMo 3 (OLMo Team 2025): OLMo 2 of whose layers three in four see a window; rotary scaling is of the others only."""
+"""OLMo 3 (OLMo Team 2025): OLMo 2 with a sliding window in three of four layers; only global layers scale rotary."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Olmo3Config(olmo2.Olmo2Config):
-    """OLMo 3's own settings."""
+    """OLMo 3's settings."""
 
     family: ClassVar[str] = "olmo3"
     architecture: ClassVar[str] = "Olmo3ForCausalLM"
@@ -25,10 +25,8 @@ class Olmo3Config(olmo2.Olmo2Config):
 def from_hf(config: dict[str, Any], where: str) -> Olmo3Config:
     """Olmo3Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "olmo3", where, (*READ, *ROPE))
-    rotary, local_rotary = (
-        Rotary.from_hf(hf.rope_parameters[kind], hf.max_position_embeddings, where) for kind in (GLOBAL, LOCAL)
-    )
-    if local_rotary != Rotary(rotary.theta, original_length=hf.max_position_embeddings):
+    rotary, local_rotary = (Rotary.from_hf(hf, where, layer_type) for layer_type in (GLOBAL, LOCAL))
+    if local_rotary != Rotary(rotary.theta, original_max_position_embeddings=hf.max_position_embeddings):
         raise UserError(f"{where}: rope_parameters of {LOCAL} are not implemented (known: the base of {GLOBAL} alone)")
     return Olmo3Config(
         **olmo2.fields(hf, where),
@@ -41,8 +39,7 @@ def from_hf(config: dict[str, Any], where: str) -> Olmo3Config:
 def to_hf(cfg: Olmo3Config) -> dict[str, Any]:
     """The Hugging Face config of an Olmo3Config."""
     return {
-        **olmo2.options(cfg),
+        **olmo2.to_hf(cfg),
         "sliding_window": cfg.window or None,
         "layer_types": layer_types(cfg),
-        **cfg.rotary.to_hf(),
     }

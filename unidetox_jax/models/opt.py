@@ -1,6 +1,6 @@
 """OPT (Zhang et al. 2022), 125m to 66b: learned positions with an offset of 2, ReLU.
 
-350m is another shape: layer norm after each part, a narrower embedding with projections in and out, no final norm.
+350m differs: post-norm, a narrower embedding with projections in and out, no final norm.
 """
 
 import dataclasses
@@ -8,17 +8,28 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from unidetox_jax.models.config import ModelConfig, head_size, read_hf, token_ids, token_ids_to_hf
+from unidetox_jax.models.config import ModelConfig, from_options, head_size, read_hf, to_options
 from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
 from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
-READ = (
-    "hidden_size num_hidden_layers ffn_dim max_position_embeddings do_layer_norm_before _remove_final_layer_norm "
-    "word_embed_proj_dim dropout attention_dropout num_attention_heads activation_function init_std enable_bias "
-    "layer_norm_elementwise_affine"
-).split()
-OFF = ("layerdrop",)  # layers left out at random in training
-OLDER = {"d_model": "hidden_size"}
+OPTIONS = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "ffn_dim": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "activation_function": "activation",
+    "init_std": "initializer_range",
+    "attention_dropout": "attention_dropout",
+    "dropout": "residual_dropout",
+    "do_layer_norm_before": "norm_first",
+    "word_embed_proj_dim": "token_width",
+    "enable_bias": "bias",
+    "layer_norm_elementwise_affine": "norm_affine",
+}
+READ = (*OPTIONS, "_remove_final_layer_norm")
+OFF = ("layerdrop",)
+RENAMED = {"d_model": "hidden_size"}
 PREFIX = "model."
 OFFSET = 2  # the position table's first two entries are never used
 NORM_EPSILON = 1e-5  # PyTorch's default, which OPT does not set
@@ -26,13 +37,13 @@ NORM_EPSILON = 1e-5  # PyTorch's default, which OPT does not set
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPTConfig(ModelConfig):
-    """OPT's own settings."""
+    """OPT's settings."""
 
     family: ClassVar[str] = "opt"
     architecture: ClassVar[str] = "OPTForCausalLM"
     norm_first: bool = True
     final_norm: bool = True
-    token_width: int = 0  # word_embed_proj_dim
+    token_width: int = 0  # of the token embedding and the head
     bias: bool = True
     norm_affine: bool = True
 
@@ -43,57 +54,24 @@ class OPTConfig(ModelConfig):
 
 def from_hf(config: dict[str, Any], where: str) -> OPTConfig:
     """OPTConfig of a Hugging Face config. Raises UserError on an option that is not implemented."""
-    hf = read_hf(config, "opt", where, READ, OFF, OLDER)
+    hf = read_hf(config, "opt", where, READ, OFF, RENAMED)
     return OPTConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
+        **from_options(hf, OPTIONS),
         num_kv_heads=hf.num_attention_heads,
         head_size=head_size(hf, where),
-        intermediate_size=hf.ffn_dim,
-        max_position_embeddings=hf.max_position_embeddings,
-        activation=hf.activation_function,
         norm_epsilon=NORM_EPSILON,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        initializer_range=hf.init_std,
-        attention_dropout=hf.attention_dropout,
-        residual_dropout=hf.dropout,
         position_table=True,
-        norm_first=hf.do_layer_norm_before,
         final_norm=hf.do_layer_norm_before and not hf._remove_final_layer_norm,
-        token_width=hf.word_embed_proj_dim,
-        bias=hf.enable_bias,
-        norm_affine=hf.layer_norm_elementwise_affine,
-        **token_ids(hf),
     )
 
 
 def to_hf(cfg: OPTConfig) -> dict[str, Any]:
     """The Hugging Face config of an OPTConfig."""
-    return {
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "ffn_dim": cfg.intermediate_size,
-        "max_position_embeddings": cfg.max_position_embeddings,
-        "activation_function": cfg.activation,
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-        "init_std": cfg.initializer_range,
-        "attention_dropout": cfg.attention_dropout,
-        "dropout": cfg.residual_dropout,
-        "do_layer_norm_before": cfg.norm_first,
-        "_remove_final_layer_norm": cfg.norm_first and not cfg.final_norm,
-        "word_embed_proj_dim": cfg.token_width,
-        "enable_bias": cfg.bias,
-        "layer_norm_elementwise_affine": cfg.norm_affine,
-        **token_ids_to_hf(cfg),
-    }
+    return {**to_options(cfg, OPTIONS), "_remove_final_layer_norm": cfg.norm_first and not cfg.final_norm}
 
 
 class Embed(nn.Module):
-    """Token embeddings, projected where they are narrower, and positions: -> [B,T,hidden]."""
+    """Token embeddings, projected if narrower, plus positions: tokens, positions int32 [B,T] -> [B,T,hidden]."""
 
     cfg: OPTConfig
 
@@ -131,7 +109,7 @@ class Block(nn.Module):
 
 
 class Final(nn.Module):
-    """What follows the last layer: [B,T,hidden] -> [B,T,token width]."""
+    """The final norm and projection, if any: [B,T,hidden] -> [B,T,token width]."""
 
     cfg: OPTConfig
 

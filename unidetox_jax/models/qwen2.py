@@ -4,19 +4,20 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, head_size, layer_types, read_hf, windows
+from unidetox_jax.models.config import LOCAL, ROPE, from_options, head_size, layer_types, read_hf, to_options, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
 WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-READ = (*llama.SHARED, *WINDOWS, "hidden_act")
+OPTIONS = {**llama.SHARED, "hidden_act": "activation"}
+READ = (*OPTIONS, *WINDOWS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2Config(llama.LlamaConfig):
-    """Qwen2's own settings."""
+    """Qwen2's settings."""
 
     family: ClassVar[str] = "qwen2"
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
@@ -27,25 +28,24 @@ def from_hf(config: dict[str, Any], where: str) -> Qwen2Config:
     """Qwen2Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "qwen2", where, (*READ, *ROPE))
     return Qwen2Config(
-        **llama.fields(hf),
-        activation=hf.hidden_act,
+        **from_options(hf, OPTIONS),
         head_size=head_size(hf, where),
         **windows(hf.layer_types, hf.sliding_window, where),
-        rotary=Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where),
+        rotary=Rotary.from_hf(hf, where),
     )
 
 
 def to_hf(cfg: Qwen2Config) -> dict[str, Any]:
     """The Hugging Face config of a Qwen2Config."""
-    return {**llama.options(cfg), "hidden_act": cfg.activation, **windows_to_hf(cfg), **cfg.rotary.to_hf()}
+    return {**to_options(cfg, OPTIONS), **windows_to_hf(cfg), **cfg.rotary.to_hf()}
 
 
 def windows_to_hf(cfg: llama.LlamaConfig) -> dict[str, Any]:
     """Qwen's options of local layers."""
-    kinds = layer_types(cfg)
+    types = layer_types(cfg)
     return {
         "use_sliding_window": bool(cfg.window),
         "sliding_window": cfg.window or None,
-        "max_window_layers": kinds.index(LOCAL) if cfg.window else cfg.num_layers,  # all that older versions know
-        "layer_types": kinds,
+        "max_window_layers": types.index(LOCAL) if cfg.window else cfg.num_layers,  # for older versions
+        "layer_types": types,
     }

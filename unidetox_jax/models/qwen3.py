@@ -1,22 +1,28 @@
-"""Qwen3 (Yang et al. 2025), dense: LLaMA with norms of each head's queries and keys."""
+"""Qwen3 (Yang et al. 2025), dense: LLaMA with norms on each head's queries and keys."""
 
 import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import ROPE, read_hf, windows
+from unidetox_jax.models.config import ROPE, from_options, read_hf, to_options, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.qwen2 import WINDOWS, windows_to_hf
 from unidetox_jax.models.rotary import Rotary
 
-READ = (*llama.SHARED, *WINDOWS, "hidden_act", "head_dim", "attention_bias")
+OPTIONS = {
+    **llama.SHARED,
+    "hidden_act": "activation",
+    "head_dim": "head_size",
+    "attention_bias": "attention_bias",
+}
+READ = (*OPTIONS, *WINDOWS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Config(llama.LlamaConfig):
-    """Qwen3's own settings."""
+    """Qwen3's settings."""
 
     family: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
@@ -27,23 +33,13 @@ def from_hf(config: dict[str, Any], where: str) -> Qwen3Config:
     """Qwen3Config of a Hugging Face config. Raises UserError on an option that is not implemented."""
     hf = read_hf(config, "qwen3", where, (*READ, *ROPE))
     return Qwen3Config(
-        **llama.fields(hf),
-        activation=hf.hidden_act,
-        head_size=hf.head_dim,
-        attention_bias=hf.attention_bias,
+        **from_options(hf, OPTIONS),
         output_bias=hf.attention_bias,
         **windows(hf.layer_types, hf.sliding_window, where),
-        rotary=Rotary.from_hf(hf.rope_parameters, hf.max_position_embeddings, where),
+        rotary=Rotary.from_hf(hf, where),
     )
 
 
 def to_hf(cfg: Qwen3Config) -> dict[str, Any]:
     """The Hugging Face config of a Qwen3Config."""
-    return {
-        **llama.options(cfg),
-        "hidden_act": cfg.activation,
-        "head_dim": cfg.head_size,
-        "attention_bias": cfg.attention_bias,
-        **windows_to_hf(cfg),
-        **cfg.rotary.to_hf(),
-    }
+    return {**to_options(cfg, OPTIONS), **windows_to_hf(cfg), **cfg.rotary.to_hf()}

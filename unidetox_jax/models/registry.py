@@ -1,7 +1,9 @@
-"""The families by name. A new family is one file with this module's six names and one line here."""
+"""The model families by name.
+
+A new family is one file with the six names that `family` lists, a PREFIX and its READ options, and a line in FAMILIES.
+"""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from types import ModuleType
@@ -27,7 +29,7 @@ from unidetox_jax.models import (
     qwen2,
     qwen3,
 )
-from unidetox_jax.models.config import ModelConfig, default_dtype
+from unidetox_jax.models.config import ModelConfig, default_dtype, read_json
 from unidetox_jax.models.layers import ACTIVATIONS
 from unidetox_jax.models.weight_map import Key
 
@@ -48,8 +50,8 @@ FAMILIES: dict[str, ModuleType] = {
     "gpt_neox": gpt_neox,
 }
 
-OLDER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
-# The classes that share a family's modelling code; LlamaMoeForCausalLM, say, has another's.
+FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+# Prefixes of the classes that share a family's modelling code; LlamaMoeForCausalLM, for example, has its own.
 CLASS_PREFIXES = {
     "GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama",
     "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma2": "gemma2",
@@ -60,9 +62,9 @@ CLASSES = re.compile(
     r"ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)"
 )
 GPT2_OPTIONS = {"vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon"}
-NOT_GPT2 = {"afn", "dff", "rotary_dim"}  # GPT-1's, CTRL's and GPT-J's, which have the options above as well
+NOT_GPT2 = {"afn", "dff", "rotary_dim"}  # of GPT-1, CTRL and GPT-J, which have the options above too
 
-# Constants that checkpoints of one version or another hold, of no use in any family.
+# Constants in checkpoints of some versions that no family needs
 CONSTANTS = (
     r"(.*\.)?(inv_freq|cos_cached|sin_cached)",
     r"(.*\.)?attn\.(bias|masked_bias)",
@@ -71,33 +73,21 @@ CONSTANTS = (
 
 
 def family(cfg: ModelConfig) -> ModuleType:
-    """The family's file: from_hf, to_hf, Embed, Block, Final, key_table; of a classifier, the encoder's."""
+    """The family's module: from_hf, to_hf, Embed, Block, Final, key_table; for a classifier, `encoder`."""
     return encoder if cfg.family in encoder.KINDS else FAMILIES[cfg.family]
 
 
 def config_from_hf(source: Mapping[str, Any] | epath.PathLike, where: str = "") -> ModelConfig:
-    """A frozen ModelConfig of Hugging Face's config.
+    """The ModelConfig of a Hugging Face config.
 
-    source: the dictionary, a config.json, or the directory that holds one; `where` names it in messages.
+    source: the dictionary, a config.json, or a directory that holds one; `where` names it in messages.
 
     Raises:
       UserError: no such file, an unknown model_type, or an option that is not implemented, by name.
     """
-    if not isinstance(source, Mapping):
-        path = epath.Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.exists():
-            raise UserError(f"{path}: no such file; expected Hugging Face's config.json")
-        where = where or str(path)
-        try:
-            source = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-    where = where or "config.json"
-    if not isinstance(source, Mapping):
-        raise UserError(f"{where}: found a {type(source).__name__}, expected Hugging Face's dictionary of options")
-    kind = _family_name(source, where)
-    cfg = FAMILIES[kind].from_hf({"model_type": kind, **source}, where)
+    config, where = read_json(source, where)
+    name = _family_name(config, where)
+    cfg = FAMILIES[name].from_hf({"model_type": name, **config}, where)
     if cfg.activation not in ACTIVATIONS:
         raise UserError(f"{where}: activation {cfg.activation!r} is not implemented (known: {', '.join(ACTIVATIONS)})")
     if cfg.num_heads % cfg.num_kv_heads:
@@ -108,19 +98,19 @@ def config_from_hf(source: Mapping[str, Any] | epath.PathLike, where: str = "") 
 def _family_name(config: Mapping[str, Any], where: str) -> str:
     """The family of a config, checked against the model class that it names.
 
-    Configs of 2019, and some later ones, have no model_type: their class says it, or GPT-2's own options do.
+    Configs of 2019, and some later ones, have no model_type; then the class or GPT-2's own options identify them.
     """
-    named = config.get("architectures") or ()
-    of_class = {name: CLASS_PREFIXES[match[1]] for name in named if (match := CLASSES.fullmatch(name))}
-    kind = config.get("model_type")
-    if kind is None:
+    architectures = config.get("architectures") or ()
+    by_class = {name: CLASS_PREFIXES[match[1]] for name in architectures if (match := CLASSES.fullmatch(name))}
+    model_type = config.get("model_type")
+    if model_type is None:
         is_gpt2 = GPT2_OPTIONS <= config.keys() and not config.keys() & NOT_GPT2
-        kind = next(iter(of_class.values()), "gpt2" if is_gpt2 and not named else None)
-    family = OLDER_TYPES.get(str(kind), kind)
+        model_type = next(iter(by_class.values()), "gpt2" if is_gpt2 and not architectures else None)
+    family = FORMER_TYPES.get(str(model_type), model_type)
     if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not implemented (known: {', '.join(FAMILIES)})")
-    for name in named:
-        if of_class.get(name) != family:
+        raise UserError(f"{where}: model_type {model_type!r} is not implemented (known: {', '.join(FAMILIES)})")
+    for name in architectures:
+        if by_class.get(name) != family:
             raise UserError(
                 f"{where}: architecture {name!r} is other code than transformers' {family}; not implemented"
             )
@@ -128,7 +118,7 @@ def _family_name(config: Mapping[str, Any], where: str) -> str:
 
 
 def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """Hugging Face's config dictionary, with what AutoModelForCausalLM needs to know the class."""
+    """Hugging Face's config dictionary, with the model class that AutoModelForCausalLM needs."""
     return {
         "model_type": cfg.family,
         "architectures": [cfg.architecture],
@@ -137,21 +127,21 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def key_table(cfg: ModelConfig) -> list[Key]:
-    """Which Hugging Face tensor is which of our leaves, for both directions of conversion."""
+    """The correspondence of Hugging Face's tensors and our parameters, for conversion in both directions."""
     return family(cfg).key_table(cfg)
 
 
 def ignored_keys(cfg: ModelConfig) -> list[str]:
-    """Regular expressions of tensors that a checkpoint may hold and the model does not need."""
+    """Regular expressions of tensors that a checkpoint may hold but the model does not need."""
     tied = [r"lm_head\.weight"] if cfg.tie_word_embeddings else []
     return [*CONSTANTS, *getattr(family(cfg), "IGNORED", ()), *tied]
 
 
 def stored_in_out(cfg: ModelConfig) -> bool:
-    """Whether Hugging Face stores the linear layers of blocks [in, out], where torch.nn.Linear's are [out, in]."""
+    """Whether Hugging Face stores the blocks' linear layers as [in, out], not as torch.nn.Linear's [out, in]."""
     return getattr(family(cfg), "IN_OUT", False)
 
 
 def hf_prefix(cfg: ModelConfig) -> str:
-    """The prefix of the *ForCausalLM names that a checkpoint of the bare model lacks."""
+    """The prefix of *ForCausalLM tensor names that a checkpoint of the base model lacks."""
     return family(cfg).PREFIX

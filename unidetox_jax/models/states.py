@@ -78,4 +78,4 @@ def early_exit(model: Model, layer: int, norm: bool = False) -> Model:
             f"layer {layer}: its states of {cfg.hidden_size} do not fit a head of {cfg.embedding_size}; expected norm"
         )
     blocks = jax.tree.map(lambda leaf: leaf[:layer], params["blocks"])
-    return Model({**params, "blocks": blocks}, dataclasses.replace(cfg, num_layers=layer, bare_head=not norm))
+    return Model({**params, "blocks": blocks}, dataclasses.replace(cfg, num_layers=layer, skip_final_norm=not norm))

@@ -263,7 +263,7 @@ def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
 
 def final(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
     """The last layer's states [...,hidden] as they meet the head, [...,width]: normalised and projected."""
-    if cfg.bare_head:
+    if cfg.skip_final_norm:
         return x
     return family(cfg).Final(cfg).apply({"params": params.get("final", {})}, x)
 

@@ -90,7 +90,7 @@ def distillation(run: Run, settings: DistillSettings, dtype: str = "") -> Progra
         path, _, first_layers = source.partition("@")
         layer, _, norm = first_layers.partition("+")
         cfg = common.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
-        configs.append(dataclasses.replace(cfg, num_layers=int(layer), bare_head=not norm) if layer else cfg)
+        configs.append(dataclasses.replace(cfg, num_layers=int(layer), skip_final_norm=not norm) if layer else cfg)
     return decoding_program(
         f"distill ({', '.join(settings.models)})",
         configs,

@@ -59,7 +59,7 @@ class Classifier:
         distinct = {text: at for at, text in enumerate(dict.fromkeys(texts))}
         encoded = data_tokens.encode(self.tokenizer, list(distinct), end=True)
         self._report_cut(encoded)
-        rows = [_cut(ids, self.cfg.longest) for ids in encoded]
+        rows = [_cut(ids, self.cfg.length_limit) for ids in encoded]
         found = np.empty((len(rows), len(self.cfg.labels)), np.float32)
         pending = []
         with Progress(len(rows), "texts", "scoring", disable=len(rows) < 2000) as progress:
@@ -82,11 +82,11 @@ class Classifier:
         return scipy.special.softmax(logits, axis=1) if one_of_many else scipy.special.expit(logits)
 
     def _report_cut(self, encoded: Sequence[Sequence[int]]) -> None:
-        cut = sum(len(ids) > self.cfg.longest for ids in encoded)
+        cut = sum(len(ids) > self.cfg.length_limit for ids in encoded)
         if cut:
             logging.warning(
                 "%s: %d of %d texts are longer than %d tokens and are scored by their beginning",
-                *(self.source, cut, len(encoded), self.cfg.longest),
+                *(self.source, cut, len(encoded), self.cfg.length_limit),
             )
 
 
@@ -150,7 +150,7 @@ def _batches(rows: Sequence[Sequence[int]], cfg: encoder.EncoderConfig, mesh: ja
     budget = BATCH_TOKENS.get(mesh.devices.flat[0].platform, BATCH_TOKENS_ACCELERATOR)
     buckets: dict[int, list[int]] = {}
     for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):
-        length = min(max(SHORTEST, power_of_two(len(rows[at]))), cfg.longest)
+        length = min(max(SHORTEST, power_of_two(len(rows[at]))), cfg.length_limit)
         buckets.setdefault(length, []).append(at)
     for length, members in buckets.items():
         size = max(1, min(budget // length, power_of_two(len(members))))
