@@ -70,10 +70,10 @@ def test_what_the_axis_model_splits():
     """GPT-2 XL's 25 heads and 50,257 tokens are whole on each of two devices, but not its feed-forward."""
     xl, llama = (models.published_config(name) for name in ("openai-community/gpt2-xl", "meta-llama/Llama-2-7b-hf"))
     halved = 48 * (2 * 1600 * 6400 + 6400) // 2
-    assert costs.read_params(xl) - costs.read_params(xl, ways=2) == halved
+    assert costs.read_params(xl) - costs.read_params(xl, shards=2) == halved
     assert costs.cache_bytes(xl, 1, 2) == costs.cache_bytes(xl, 1)
-    assert costs.forward_flops(xl, 10) - costs.forward_flops(xl, 10, ways=2) == 2 * 48 * 1600 * 6400
-    assert costs.forward_flops(llama, 10, ways=2) == costs.forward_flops(llama, 10) / 2
+    assert costs.forward_flops(xl, 10) - costs.forward_flops(xl, 10, shards=2) == 2 * 48 * 1600 * 6400
+    assert costs.forward_flops(llama, 10, shards=2) == costs.forward_flops(llama, 10) / 2
     assert costs.cache_bytes(llama, 1, 2) == costs.cache_bytes(llama, 1) / 2
     norms = 65 * 4096
     assert (

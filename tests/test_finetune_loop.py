@@ -16,7 +16,7 @@ from unidetox_jax.training import loop, metrics
 
 STEPS = 9
 OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
-SCHEDULE = training.Schedule(STEPS, save_minutes=0.0, keep=2, evaluate_every=4, log_every=3)  # saves with each line
+SCHEDULE = training.LoopSettings(STEPS, save_minutes=0.0, keep=2, evaluate_every=4, log_every=3)  # saves with each line
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_figures_are_the_steps_own(parts, tmp_path):
     cfg, params, batches, _ = parts
     expected, _ = training.loss(params, batches[0], cfg)
     one = training.Optimizer(learning_rate=1e-3, steps=1)
-    _, figures = fit(tmp_path, parts, training.Schedule(1, log_every=1), one, dropout_seed=None)
+    _, figures = fit(tmp_path, parts, training.LoopSettings(1, log_every=1), one, dropout_seed=None)
     np.testing.assert_allclose(figures["train_loss"], float(expected), rtol=1e-5)
     assert figures["steps"] == 1
 
@@ -203,15 +203,15 @@ def test_after_a_bad_loss_the_kept_checkpoint_goes_on(alone, parts, tmp_path, mo
 
 def test_figures_are_read_while_later_steps_run(parts, tmp_path, monkeypatch):
     order = []
-    make, read = loop.make_train_step, loop._Report._read
+    make, read = loop.make_train_step, loop._MetricsReader._read
 
     def make_noting(*arguments, **options):
         step = make(*arguments, **options)
         return lambda state, batch: (order.append("begin"), step(state, batch))[1]
 
     monkeypatch.setattr(loop, "make_train_step", make_noting)
-    monkeypatch.setattr(loop._Report, "_read", lambda self, *a: (order.append("read"), read(self, *a)))
-    fit(tmp_path, parts, training.Schedule(STEPS, evaluate_every=100))
+    monkeypatch.setattr(loop._MetricsReader, "_read", lambda self, *a: (order.append("read"), read(self, *a)))
+    fit(tmp_path, parts, training.LoopSettings(STEPS, evaluate_every=100))
     assert order == ["begin"] * 3 + ["read", "begin"] * (STEPS - 3) + ["read"] * 3
 
 
@@ -226,19 +226,19 @@ def test_another_models_checkpoint_is_refused(alone, parts, tmp_path):
 
 def test_checkpoints_beyond_the_end_are_refused(alone, parts):
     with pytest.raises(UserError, match="holds step 9, but training ends at step 5"):
-        fit(alone[0], parts, training.Schedule(5), initial=never)
+        fit(alone[0], parts, training.LoopSettings(5), initial=never)
 
 
 def test_a_full_disk_is_one_line_and_the_lines_before_it_stay(parts, tmp_path, monkeypatch):
-    fit(tmp_path, parts, training.Schedule(1, log_every=1), training.Optimizer(learning_rate=1e-3, steps=1))
+    fit(tmp_path, parts, training.LoopSettings(1, log_every=1), training.Optimizer(learning_rate=1e-3, steps=1))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     log = metrics.Log(tmp_path, 1)
-    log.note(2, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "targets": 3.0})
-    log.line()
+    log.record(2, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "targets": 3.0})
+    log.add_line()
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
         log.flush()
@@ -255,8 +255,8 @@ def test_tensorboard_is_told_the_same_and_of_a_restart(tmp_path):
     for step, first in ((0, 1), (1, 2)):
         log = metrics.Log(tmp_path, step)
         for number in (first, first + 1):
-            log.note(number, {"loss": number / 2, "grad_norm": 1.0, "learning_rate": 1e-3, "targets": 5.0})
-            log.line()
+            log.record(number, {"loss": number / 2, "grad_norm": 1.0, "learning_rate": 1e-3, "targets": 5.0})
+            log.add_line()
         log.flush()
         (tmp_path / "tensorboard").rename(tmp_path / f"events{step}")
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -334,7 +334,7 @@ def test_every_process_saves_when_the_first_one_says_so(monkeypatch):
 
 def test_between_checkpoints_of_ten_minutes_there_is_none(parts, tmp_path):
     """And one takes the room on the disk that plans count: weights and moments as they are, and what describes them."""
-    fit(tmp_path, parts, training.Schedule(STEPS, evaluate_every=100, log_every=1))
+    fit(tmp_path, parts, training.LoopSettings(STEPS, evaluate_every=100, log_every=1))
     [only] = (tmp_path / "checkpoints").iterdir()
     assert only.name == str(STEPS)
     state = jax.tree.leaves(training.abstract_state(parts[0], OPTIMIZER, None))

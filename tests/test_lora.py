@@ -52,7 +52,7 @@ def adapter_of(adapted, cfg, values=lambda parameter: parameter) -> lora.Adapter
 
     def matrix(name: str, letter: str) -> np.ndarray:
         there = f"base_model.model.{name}.lora_{letter}.default.weight"
-        if not lora.is_stacked(name):
+        if not lora.is_per_layer(name):
             return named.pop(there).copy()
         return np.stack([named.pop(there.format(layer=layer)) for layer in range(cfg.num_layers)])
 

@@ -126,10 +126,10 @@ def test_late_casts_change_no_gradient(cfg, remat):
         return training.loss(prepared, batch, cfg, remat=remat)[0]
 
     def late(variables):
-        return training.loss(models.casting.late(params, variables), batch, cfg, remat=remat)[0]
+        return training.loss(models.casting.defer(params, variables), batch, cfg, remat=remat)[0]
 
     expected = jax.jit(jax.value_and_grad(early))(models.prepare(params, cfg))
-    found = jax.jit(jax.value_and_grad(late))(models.casting.variables(params, cfg))
+    found = jax.jit(jax.value_and_grad(late))(models.casting.placeholders(params, cfg))
     assert_equal(jax.tree.map(lambda leaf: leaf.dtype.name == "bfloat16", found[1]),
                  jax.tree.map(lambda leaf: leaf.dtype.name == "bfloat16", expected[1]))  # fmt: skip
     assert_equal(found, expected)

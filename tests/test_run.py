@@ -233,7 +233,7 @@ def test_a_dry_run_says_what_it_would_do(tmp_path, capsys):
 def test_compiled_programs_are_let_go_of_before_they_fill_a_process(tmp_path, monkeypatch):
     """A sweep of a hundred evaluations compiles more than Linux has memory maps for one process."""
     most, before = tmp_path / "most", []
-    monkeypatch.setattr(devices, "MOST_MAPS", epath.Path(most))
+    monkeypatch.setattr(devices, "MAX_MAPS", epath.Path(most))
     program = jax.jit(lambda x: jnp.sin(x).sum())
     for allowed, kept in ((10**9, 1), (10, 0)):
         most.write_text(str(allowed))
@@ -244,5 +244,5 @@ def test_compiled_programs_are_let_go_of_before_they_fill_a_process(tmp_path, mo
         task.directory.mkdir()
         base.run_tasks([task])
     assert before == [1, 0]
-    monkeypatch.setattr(devices, "MOST_MAPS", epath.Path(tmp_path / "none"))
-    assert not devices.programs_fill_up()  # as on another system
+    monkeypatch.setattr(devices, "MAX_MAPS", epath.Path(tmp_path / "none"))
+    assert not devices.memory_maps_run_out()  # as on another system

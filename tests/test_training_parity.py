@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from variants import FALCON, GEMMA3, GPT2, LLAMA, OPT, params_from_torch, torch_model
 
 from unidetox_jax import models, sharding, training
-from unidetox_jax.training.optimizer import decayed
+from unidetox_jax.training.optimizer import decay_mask
 
 CONFIGS = {
     "gpt2": {**GPT2, "n_layer": 2, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -122,7 +122,7 @@ def test_biases_and_norms_do_not_decay(family):
         for name, tensor in model.named_parameters():
             tensor.fill_(float(name in decay))
     expected = jax.tree.map(lambda leaf: bool(leaf.all()), params_from_torch(model, cfg))
-    assert decayed(models.abstract_params(cfg)) == expected
+    assert decay_mask(models.abstract_params(cfg)) == expected
 
 
 def test_official_is_torchs_bfloat16():

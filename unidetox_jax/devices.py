@@ -1,6 +1,6 @@
-"""What devices can do at best: by the data sheet for any of them, by measurement for the one that is here.
+"""Peak rates of devices: from data sheets for any of them, by measurement for the local one.
 
-Every figure of speed in this package is a share of one of these.
+All speeds that this package reports are relative to these. Also two limits of the host: heap memory and memory maps.
 """
 
 import ctypes
@@ -15,39 +15,36 @@ import jax.numpy as jnp
 from etils import epath
 
 GIB = 1 << 30
-MAPS, MOST_MAPS = epath.Path("/proc/self/maps"), epath.Path("/proc/sys/vm/max_map_count")  # of Linux
-MAPS_SHARE = 0.5  # of those that a process may have: one task's programs may take as many again
-ACCELERATORS = ("nvidiactl", "accel0", "vfio")  # what a machine with a GPU or a TPU has in /dev
-# mallopt's numbers of glibc's malloc.h and what they are set to
-KEEP = (
-    (-8, 1),  # M_ARENA_MAX: one heap for all threads; another thread's holds 64 MiB at most
-    (-4, 0),  # M_MMAP_MAX: no mapping of its own for a large block
-    (-1, -1),  # M_TRIM_THRESHOLD: the heap's end is never given back
-    (-2, 256 << 20),  # M_TOP_PAD: what the heap grows by
+MAPS, MAX_MAPS = epath.Path("/proc/self/maps"), epath.Path("/proc/sys/vm/max_map_count")  # Linux
+MAPS_FRACTION = 0.5  # of the maximum; one more task's programs may need as many again
+ACCELERATORS = ("nvidiactl", "accel0", "vfio")  # in /dev of a machine with a GPU or TPU
+# Options of mallopt (glibc's malloc.h) and their values
+MALLOC_OPTIONS = (
+    (-8, 1),  # M_ARENA_MAX: one heap for all threads; further arenas are limited to 64 MiB
+    (-4, 0),  # M_MMAP_MAX: no separate mappings for large blocks
+    (-1, -1),  # M_TRIM_THRESHOLD: never shrink the heap
+    (-2, 256 << 20),  # M_TOP_PAD: grow the heap in steps of 256 MiB
 )
-REPEATS = 5  # the fastest counts: whatever else the machine does only makes it slower
+REPEATS = 5  # of a measurement; the fastest counts, since other load only slows it down
 
 
 @dataclasses.dataclass(frozen=True)
 class Specs:
-    """One device as jax sees it: bytes of memory, dense bfloat16 FLOP/s, bytes/s from and to its memory, bytes/s that
-    it receives over all its links; devices to a chip that is billed; bytes/s that it receives from other hosts, where
-    that is over a slower network (0: it is over the same links)."""
+    """The data sheet of one device as JAX counts them."""
 
-    memory: int
-    flops: float
-    bandwidth: float
-    network: float
-    per_chip: int = 1
-    between_hosts: float = 0.0
+    memory: int  # bytes
+    flops: float  # dense bfloat16 FLOP/s
+    bandwidth: float  # of memory, bytes/s, reads and writes together
+    network: float  # bytes/s received over all links
+    per_chip: int = 1  # devices per chip that is billed
+    between_hosts: float = 0.0  # bytes/s received from other hosts, if over a slower network; 0: over the same links
 
 
-NIC = 50e9  # bytes/s each way of a 400 Gbit/s adapter, of which NVIDIA's DGX and HGX H100 have one for each GPU
+NIC = 50e9  # bytes/s per direction of a 400 Gbit/s adapter; NVIDIA's DGX and HGX H100 have one per GPU
 
 
-# By the beginning of jax's device_kind. TPUs: docs.cloud.google.com/tpu/docs, a page for each version; v5p is "TPU v5",
-# and TPU7x has two devices a chip. GPUs: NVIDIA's data sheets, FLOP/s without sparsity. Both count a link's two
-# directions together; a device receives half of that.
+# By prefix of JAX's device_kind. TPUs: docs.cloud.google.com/tpu/docs, one page per version; v5p is "TPU v5". GPUs:
+# NVIDIA's data sheets, FLOP/s without sparsity. Both add a link's two directions; a device receives half of that.
 SPECS = {
     "TPU v4": Specs(32 * GIB, 275e12, 1228e9, 300e9),
     "TPU v5e": Specs(16 * GIB, 197e12, 819e9, 200e9),
@@ -67,24 +64,24 @@ SPECS = {
 
 
 def specs(kind: str) -> Specs | None:
-    """The data sheet of a `jax.Device.device_kind`; None where there is none (a CPU)."""
-    kind = kind.replace(" lite", "e")  # libtpu says "TPU v5 lite" for a v5e
-    return next((found for name, found in SPECS.items() if kind.startswith(name)), None)
+    """The data sheet of a `jax.Device.device_kind`; None if unknown (a CPU)."""
+    kind = kind.replace(" lite", "e")  # libtpu calls a v5e "TPU v5 lite"
+    return next((sheet for prefix, sheet in SPECS.items() if kind.startswith(prefix)), None)
 
 
-def here() -> str:
-    """The devices of this run: "8 x cpu"."""
+def summary() -> str:
+    """The devices of this run, e.g. "8 x cpu"."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def fastest(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of some calls, after one that compiles."""
+    """Seconds of the fastest of `repeats` calls, after one that compiles."""
     jax.block_until_ready(work())
     return min(seconds(work) for _ in range(repeats))
 
 
 def seconds(work: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds that one call takes until its result is there."""
+    """Seconds that one call takes until its result is ready."""
     started = time.perf_counter()
     jax.block_until_ready(work(*arguments))
     return time.perf_counter() - started
@@ -92,9 +89,9 @@ def seconds(work: Callable[..., Any], *arguments: Any) -> float:
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes a second that one device reads and writes, together, over an array that no cache holds.
+    """Bytes/s that one device reads and writes together, on an array larger than any cache.
 
-    In place: a CPU takes longer to allocate a fresh array than to fill it.
+    In place, since a CPU takes longer to allocate a new array than to fill it.
     """
     accelerator = jax.default_backend() != "cpu"
     numbers, calls = (1 << 28, 16) if accelerator else (1 << 26, 2)
@@ -102,7 +99,7 @@ def copy_bandwidth() -> float:
     state = [jnp.ones(numbers, jnp.float32)]
 
     def work():
-        for _ in range(calls):  # in flight together, so that starting them is not measured
+        for _ in range(calls):  # queued together, so that dispatch is not measured
             state[0] = change(state[0])
         return state[0]
 
@@ -111,7 +108,7 @@ def copy_bandwidth() -> float:
 
 @functools.cache
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large square matrix product on one device, in "float32" (float32 throughout) or "bfloat16"."""
+    """FLOP/s of a large square matrix product on one device, in full "float32" or in "bfloat16"."""
     size, calls = (8192, 8) if jax.default_backend() != "cpu" else (1024, 4)
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
     precision = "highest" if dtype == "float32" else None
@@ -120,9 +117,9 @@ def matmul_rate(dtype: str) -> float:
 
 
 def describe() -> dict[str, Any]:
-    """The device and its measured rates, as they stand in every measurement."""
+    """The device and its measured rates, for a benchmark's record."""
     return {
-        "device": here(),
+        "device": summary(),
         "copy_bytes_per_second": copy_bandwidth(),
         "matmul_flops_float32": matmul_rate("float32"),
         "matmul_flops_bfloat16": matmul_rate("bfloat16"),
@@ -130,23 +127,23 @@ def describe() -> dict[str, Any]:
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, where the CPU computes and the C library is glibc; returns
-    whether it does. To be called before jax starts its threads.
+    """Makes glibc keep freed memory on machines that compute on the CPU; returns whether it does.
 
-    XLA's programs for CPUs allocate their buffers in every call. glibc would map and unmap the large ones, and the
-    system's clearing of their pages was a fifth of a training's processor time.
+    To be called before JAX starts its threads. XLA's CPU programs allocate buffers in every call. By default glibc maps
+    and unmaps large ones, and clearing their pages took a fifth of a training's processor time.
     """
     if any((epath.Path("/dev") / name).exists() for name in ACCELERATORS):
-        return False  # the host holds weights on their way, not buffers that return
+        return False  # the host only passes weights on and reuses no buffers
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(*setting) for setting in KEEP])
+    return mallopt is not None and all([mallopt(*option) for option in MALLOC_OPTIONS])
 
 
-def programs_fill_up() -> bool:
-    """Whether compiled programs have come near the number of memory maps that Linux allows a process: each takes dozens
-    of them on a CPU, and where none is left the compiler crashes."""
+def memory_maps_run_out() -> bool:
+    """Whether this process nears Linux's limit of memory maps.
+
+    Each compiled CPU program takes dozens of them; when none is left, the compiler crashes.
+    """
     try:
-        most = int(MOST_MAPS.read_text())
-        return len(MAPS.read_text().splitlines()) > MAPS_SHARE * most
-    except (OSError, ValueError):  # another system, or one that does not say
+        return len(MAPS.read_text().splitlines()) > MAPS_FRACTION * int(MAX_MAPS.read_text())
+    except (OSError, ValueError):  # not Linux, or not readable
         return False

@@ -1,6 +1,6 @@
-"""Names in configurations: "name", "name(setting=literal, …)", and "package.module:attribute(…)" for the user's code.
+"""Names in configurations: "name", "name(setting=literal, …)", and "package.module:attribute(…)" for user code.
 
-`what` is the kind of thing that is named ("objective", "metric"), for messages.
+In messages, `what` is the kind of thing that is named ("objective", "metric").
 """
 
 import ast
@@ -15,7 +15,7 @@ from unidetox_jax.errors import UserError, suggest
 
 
 def parse(text: str, what: str) -> tuple[str, dict[str, Any]]:
-    """ "name(a=1)" → ("name", {"a": 1}); settings are literals, nothing is evaluated. Raises UserError otherwise."""
+    """ "name(a=1)" → ("name", {"a": 1}); settings are literals, nothing is evaluated. Raises UserError if malformed."""
     name, bracket, rest = text.strip().partition("(")
     name = name.strip()
     if not bracket:
@@ -34,33 +34,31 @@ def parse(text: str, what: str) -> tuple[str, dict[str, Any]]:
                 raise ValueError
             settings[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError:
-            raise UserError(f"{problem}: {ast.unparse(keyword)} is no literal") from None
+            raise UserError(f"{problem}: {ast.unparse(keyword)} is not a literal") from None
     return name, settings
 
 
-def named(entries: Iterable[str], where: str, kind: str, taken: Collection[str] = ()) -> dict[str, str]:
-    """Entries 'name=…' as name → the rest.
-
-    where, kind: of messages: the setting that they are of, and what stands after the name ("PATH").
+def parse_named(entries: Iterable[str], where: str, kind: str, taken: Collection[str] = ()) -> dict[str, str]:
+    """Entries 'name=value' as name → value. In messages, `where` is their setting and `kind` the value ("PATH").
 
     Raises:
-      UserError: one without either, a name that a file cannot have, one that is taken.
+      UserError: an entry without a name or a value, a name with a slash, or one that is taken.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for entry in entries:
-        name, equals, rest = entry.partition("=")
-        if not (name and equals and rest) or "/" in name:
+        name, _, value = entry.partition("=")
+        if not (name and value) or "/" in name:
             raise UserError(f"{where}: found {entry!r}, expected 'name={kind}'")
-        if name in taken or name in found:
-            raise UserError(f"{where}: the name {name!r} is taken; give {rest!r} another")
-        found[name] = rest
-    return found
+        if name in taken or name in values:
+            raise UserError(f"{where}: the name {name!r} is taken; give {value!r} another")
+        values[name] = value
+    return values
 
 
 def load(path: str, what: str, kind: str = "function", known: Iterable[str] = ()) -> Any:
-    """The callable at "package.module:attribute"; modules in the current directory are found as well.
+    """The callable at "package.module:attribute"; the module may be in the current directory.
 
-    known: the names that need no module, one of which may have been misspelt before its colon.
+    known: built-in names, of which the module's name may be a misspelling.
 
     Raises:
       UserError: no such module or attribute, or a module whose import fails.
@@ -70,7 +68,7 @@ def load(path: str, what: str, kind: str = "function", known: Iterable[str] = ()
         raise UserError(f"{what} {path!r}: expected package.module:{kind}")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last, so that it shadows nothing; it stays, for what the module imports later
+        sys.path.append(here)  # last, so that it shadows nothing; it stays for the module's later imports
         importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
@@ -79,7 +77,7 @@ def load(path: str, what: str, kind: str = "function", known: Iterable[str] = ()
         if known and error.name == module_name.partition(".")[0]:
             missing += suggest(module_name, known)
         raise UserError(f"{what} {path!r}: {missing}") from error
-    except Exception as error:  # the user's file is wrong: say where, in one line
+    except Exception as error:  # report the position in the user's file in one line
         frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
         failed = f"importing it failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
         raise UserError(f"{what} {path!r}: {failed}") from error

@@ -131,7 +131,7 @@ def finetune(
         cfg,
         initial,
         batches,
-        training.Schedule(steps, recipe.save_minutes, recipe.keep, recipe.evaluate_every, recipe.log_every),
+        training.LoopSettings(steps, recipe.save_minutes, recipe.keep, recipe.evaluate_every, recipe.log_every),
         optimizer(recipe, steps),
         mesh,
         criterion=criterion,
@@ -155,7 +155,7 @@ def _beginning(
     The latter are cast to the compute dtype once, so that no step does it.
     """
     give, frozen = weights if callable(weights) else lambda: jax.tree.map(jnp.copy, weights), None
-    if criterion.keeps_base(cfg):
+    if criterion.has_base(cfg):
         frozen = weights() if callable(weights) else weights
         frozen = models.prepare(frozen, dataclasses.replace(cfg, layer_loop="scan"))
         frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
@@ -315,7 +315,7 @@ def evaluate(
         found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
         return found.model, found.tokenizer
 
-    others = extensions.named(protocol.other_scorers, "other_scorers", "SCORER")
+    others = extensions.parse_named(protocol.other_scorers, "other_scorers", "SCORER")
     score, loaded = scorers.get(scorer), OneModel(load_pair)
     runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.anew)
     subject = Subject(protocol, from_texts(prompts, categories), runs, score=score)

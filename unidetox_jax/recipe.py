@@ -1,64 +1,63 @@
-"""How a model is fine-tuned, as one frozen value: what the stages' settings, a notebook and the training loop share."""
+"""Fine-tuning settings as frozen dataclasses, shared by the stages' configuration, notebooks and the training loop."""
 
 import dataclasses
 
 from unidetox_jax.errors import UserError, suggest
 
-ANSWER, LOSSES = "answer", ("answer", "all")  # what of a conversation is learned
+ANSWER, LOSSES = "answer", ("answer", "all")  # the part of a conversation that the loss is on
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adaptation (Hu et al. 2022): a frozen matrix W becomes W + scale · B A, and only A and B are trained."""
 
-    rank: int = 0  # rows of A; 0: no adapter, all weights are trained
+    rank: int = 0  # 0: no adapter, all weights are trained
     alpha: float = 16.0  # scale is alpha / rank …
     rslora: bool = False  # … or alpha / √rank (Kalajdzievski 2023)
-    dropout: float = 0.0  # of what A reads, in training
-    # Ends of the modules' names in transformers: 'q_proj', 'mlp.c_proj'; empty: every linear layer of a block
+    dropout: float = 0.0  # on A's input, in training
+    # Suffixes of module names in transformers, e.g. 'q_proj', 'mlp.c_proj'; empty: all linear layers of the blocks
     targets: tuple[str, ...] = ()
-    merge: bool = False  # a stage also writes the whole model, the adapter merged into its weights
+    merge: bool = False  # a stage also writes the model with the adapter merged into its weights
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """AdamW with a linear decay of the learning rate on shuffled texts; the defaults are the paper's (its section 4.1).
+    """AdamW with linear learning-rate decay on shuffled texts; the defaults are the paper's (section 4.1).
 
-    How often to save, evaluate and log changes what is seen of the work, not its result.
+    `save_minutes`, `keep`, `evaluate_every` and `log_every` do not affect the result.
     """
 
-    learning_rate: float = 5e-5  # linear to 0 after the warm-up
+    learning_rate: float = 5e-5  # after warm-up; decays linearly to 0
     warmup_steps: int = 0
-    decay: bool = True  # off: it stays after the warm-up
-    batch_size: int = 8  # texts a step, on all devices together
-    steps: int = 0  # optimizer steps; 0: as `epochs` say
+    decay: bool = True  # False: constant after warm-up
+    batch_size: int = 8  # texts per step, on all devices together
+    steps: int = 0  # optimizer steps; 0: given by `epochs`
     epochs: float = 0.0
-    max_length: int = 256  # tokens of a text; longer ones are cut
-    seed: int = 123  # of the order and of dropout
+    max_length: int = 256  # tokens per text; longer ones are truncated
+    seed: int = 123  # of the order of texts and of dropout
     weight_decay: float = 0.0
-    clip_norm: float = 1.0  # of the global gradient norm; 0: off
-    dropout: bool = True  # as the model's config says
-    lora: Lora = Lora()  # an adapter is trained instead of the weights
-    accumulation: int = 1  # parts that a step's batch is computed in
-    remat: str = "none"  # what the backward pass computes again: none, dots, full
-    layout: str = "pack"  # or pad; how a step's texts lie in rows
-    # float32; bfloat16: weights and moments in it, stochastically rounded; release: the released code's arithmetic
+    clip_norm: float = 1.0  # maximum global gradient norm; 0: off
+    dropout: bool = True  # at the rates of the model's config
+    lora: Lora = Lora()  # with a rank: train an adapter instead of the weights
+    accumulation: int = 1  # gradient accumulation: microbatches per step
+    remat: str = "none"  # what the backward pass recomputes: none, dots, full
+    layout: str = "pack"  # or pad: whether rows hold several texts or one
+    # float32; bfloat16: weights and moments, with stochastic rounding; release: the released code's arithmetic
     precision: str = "float32"
-    reproduce_release: bool = False  # the released code: precision "release", padding trained on, no end token
-    # Each text is an assistant's turn, as the tokenizer's chat template writes it, and not plain text; max_length is
-    # that of the conversation
+    reproduce_release: bool = False  # as the released code: precision "release", loss on padding, no end token
+    # Each text becomes an assistant's turn by the tokenizer's chat template; max_length is then the conversation's
     chat: bool = False
-    system_prompt: str = ""  # the system's turn in front; empty: as the template says
+    system_prompt: str = ""  # the system's turn; empty: the template's default
     user_prompt: str = ""  # the user's turn that the text answers
-    loss_on: str = "answer"  # the text and the end of its turn; or all, the turns before it as well
+    loss_on: str = "answer"  # the text and the end of its turn; or all: the turns before it as well
     save_minutes: float = 10.0  # between checkpoints; 0: one with every line of metrics.jsonl
-    keep: int = 2  # newest checkpoints kept; a stage's own go when it is complete
-    evaluate_every: int = 500  # steps between evaluations, where there is validation data
+    keep: int = 2  # number of checkpoints kept; a stage deletes its checkpoints when it is complete
+    evaluate_every: int = 500  # steps between evaluations, if there is validation data
     log_every: int = 10  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:

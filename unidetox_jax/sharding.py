@@ -1,8 +1,8 @@
-"""Meshes by a string, shardings by path rules.
+"""Meshes from strings, and shardings by path rules.
 
-Three axes: `data` copies the model and splits the batch, `fsdp` splits the model's matrices and the batch, `model`
-splits heads, feed-forward and vocabulary. A dimension that an axis does not divide stays whole on that axis. Meshes
-are in Auto mode: the compiler places what the rules leave open.
+Three axes: `data` replicates the model and splits the batch, `fsdp` splits matrices and the batch, `model` splits
+heads, feed-forward and vocabulary. A dimension that an axis does not divide is not split over it. Meshes are in Auto
+mode: the compiler places what the rules leave open.
 """
 
 import functools
@@ -23,11 +23,11 @@ BATCH = ("data", "fsdp")
 
 Axis = str | tuple[str, ...] | None
 
-# The end of a leaf's path -> the axes of its last dimensions; whatever stands in front (layers) stays whole.
+# A pattern of a leaf's path -> the mesh axes of its last dimensions; dimensions in front (layers) are not split.
 RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"(tokens|head)/embedding$", ("model", "fsdp")),
-    (r"\bhead$", ("fsdp", "model")),  # the same, transposed for decoding
+    (r"\bhead$", ("fsdp", "model")),  # its transposed copy for decoding
     (r"(query|key|value)/kernel$", ("fsdp", "model", None)),
     (r"(query|key|value)/bias$", ("model", None)),
     (r"attention/output/kernel$", ("model", None, "fsdp")),
@@ -35,23 +35,23 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"(up|gate)/bias$", ("model",)),
     (r"down/kernel$", ("model", "fsdp")),
     (r"project_(in|out)/kernel$", (None, "fsdp")),
-    (r"(query|key|value|up|gate)/lora_a$", ("fsdp", None)),  # a low-rank adapter's, as the kernel beside them …
+    (r"(query|key|value|up|gate)/lora_a$", ("fsdp", None)),  # a low-rank adapter attached to the kernels …
     (r"(query|key|value)/lora_b$", (None, "model", None)),
     (r"(up|gate)/lora_b$", (None, "model")),
     (r"attention/output/lora_a$", ("model", None, None)),
     (r"down/lora_a$", ("model", None)),
     (r"(output|down)/lora_b$", (None, "fsdp")),
-    (r"/A$", (None, ("fsdp", "model"))),  # … and as it is trained and stored: [rank, in], [out, rank]
+    (r"/A$", (None, ("fsdp", "model"))),  # … and as it is trained: [rank, in], [out, rank]
     (r"/B$", (("fsdp", "model"), None)),
     (r"(scale|bias)$", ()),
 )
 
 
 def make_mesh(layout: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh from "data:1,fsdp:-1,model:4"; one axis may be -1 (the rest), absent axes are 1.
+    """A mesh from "data:1,fsdp:-1,model:4"; one axis may be -1 (all remaining devices), absent axes are 1.
 
     Raises:
-      UserError: an unknown axis, a size that is no number, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, an invalid size, or sizes whose product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(AXES, 1)
@@ -62,31 +62,33 @@ def make_mesh(layout: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         if not re.fullmatch(r"-1|[1-9]\d*", size):
             raise UserError(f"mesh {layout!r}: {axis} has size {size!r}, expected a positive number or -1")
         sizes[axis] = int(size)
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
+    inferred = [axis for axis, size in sizes.items() if size == -1]
+    if len(inferred) > 1:
         raise UserError(f"mesh {layout!r}: only one axis may be -1")
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    if open_axes and len(devices) % fixed == 0:
-        sizes[open_axes[0]] = len(devices) // fixed
+    if inferred and len(devices) % fixed == 0:
+        sizes[inferred[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh {layout!r} needs a multiple of {fixed} devices, found {len(devices)}")
     shape = tuple(sizes[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
-    if len(devices) == 1 or devices[0].platform == "cpu":  # no interconnect to arrange them for
+    if len(devices) == 1 or devices[0].platform == "cpu":  # no interconnect to optimise for
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """A mesh of one device, by default the first."""
+    """A mesh of one device, by default the first local one."""
     return make_mesh("", [device or jax.local_devices()[0]])
 
 
 def device_of(mesh: Mesh | None = None) -> Any:
-    """What a program of the mesh runs on: its `platform` ("cpu", "gpu" or "tpu") and `device_kind`. None: the mesh that
-    `jax.set_mesh` set, inside a trace as well; the first device here where there is none."""
-    around = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
-    return around.abstract_device or jax.devices()[0]
+    """The kind of device that the mesh's programs run on, with `platform` ("cpu", "gpu", "tpu") and `device_kind`.
+
+    None: the mesh of `jax.set_mesh`, also within a trace; without one, the first device.
+    """
+    abstract = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    return abstract.abstract_device or jax.devices()[0]
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -95,13 +97,13 @@ def path_string(path: tuple[Any, ...]) -> str:
 
 
 def param_shardings(tree: Any, mesh: Mesh, gather: bool = False) -> Any:
-    """The tree's NamedShardings by `RULES`, for parameters and for optimizer states that mirror them.
+    """The tree's NamedShardings by `RULES`, for parameters and optimizer states that mirror them.
 
-    tree: arrays or ShapeDtypeStructs. What an axis does not divide stays whole on it, logged once per shape. gather:
-    whole over `fsdp`, for a loop that would gather them in every round.
+    tree: arrays or ShapeDtypeStructs. Dimensions that an axis does not divide are logged, once per shape.
+    gather: do not split over `fsdp`, for a loop that would gather the parameters in every iteration.
 
     Raises:
-      UserError: an axis larger than 1 (fsdp, model) of which nothing in the tree can make use.
+      UserError: an axis larger than 1 (fsdp, model) that splits nothing in the tree.
     """
     used: set[str] = set()
 
@@ -119,10 +121,10 @@ def param_shardings(tree: Any, mesh: Mesh, gather: bool = False) -> Any:
     return shardings
 
 
-def parts(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> int:
-    """Into how many parts axes of these sizes cut an array by `RULES`."""
-    ways = [math.prod(sizes.get(name, 1) for name in _names(axis)) for axis in _axes(path, len(shape))]
-    return math.prod(count for count, size in zip(ways, shape, strict=True) if size % count == 0)
+def num_shards(path: str, shape: Sequence[int], axis_sizes: Mapping[str, int]) -> int:
+    """Into how many shards mesh axes of these sizes split an array by `RULES`."""
+    shards = [math.prod(axis_sizes.get(name, 1) for name in _names(axis)) for axis in _axes(path, len(shape))]
+    return math.prod(count for count, size in zip(shards, shape, strict=True) if size % count == 0)
 
 
 def _names(axis: Axis) -> tuple[str, ...]:
@@ -130,24 +132,24 @@ def _names(axis: Axis) -> tuple[str, ...]:
 
 
 def _axes(path: str, ndim: int) -> tuple[Axis, ...]:
-    """The axis of each dimension, by `RULES`."""
+    """The mesh axis of each dimension, by `RULES`."""
     axes = next((axes for rule, axes in RULES if re.search(rule, path)), ())
     axes = axes[-ndim:] if ndim < len(axes) else axes
     return (None,) * (ndim - len(axes)) + tuple(axes)
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    chosen = []
+    spec: list[Axis] = []
     for axis, size in zip(_axes(path, len(shape)), shape, strict=True):
         names = tuple(name for name in _names(axis) if mesh.shape[name] > 1)
-        ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            _log_whole(re.sub(r"\d+/", "", path), size, " and ".join(names), ways)
+        shards = math.prod(mesh.shape[name] for name in names)
+        if size % shards:
+            _log_whole(re.sub(r"\d+/", "", path), size, " and ".join(names), shards)
             names = ()
-        chosen.append(names if len(names) > 1 else names[0] if names else None)
-    while chosen and chosen[-1] is None:
-        chosen.pop()
-    return PartitionSpec(*chosen)
+        spec.append(names if len(names) > 1 else names[0] if names else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
 
 
 @functools.cache
@@ -166,7 +168,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put(tree: Any, placement: NamedSharding) -> Any:
-    """Host arrays as global ones: every process holds them whole, and each device receives its own part and no more."""
+    """Host arrays, complete in every process, as global ones: each device receives only its shard."""
 
     def place(x):
         return jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index])
@@ -175,12 +177,12 @@ def put(tree: Any, placement: NamedSharding) -> Any:
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """How many parts a batch is split into; its rows must be a multiple."""
+    """How many shards a batch is split into; its rows must be a multiple."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree's arrays live on; None where they have no mesh."""
+    """The mesh of a tree's arrays; None if they have none."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
@@ -189,9 +191,9 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
-    """Places x's dimensions on the axes of the mesh that `jax.set_mesh` set; does nothing without one.
+    """Shards x's dimensions over axes of the mesh of `jax.set_mesh`; without one, x itself.
 
-    An axis that does not divide its dimension is left out.
+    Axes that do not divide their dimension are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
@@ -200,13 +202,12 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
         return x  # inside shard_map, where arrays are shards already
 
     def fits(axis, size):
-        ways = math.prod(mesh.shape[name] for name in _names(axis))
-        return axis if size % ways == 0 else None
+        return axis if size % math.prod(mesh.shape[name] for name in _names(axis)) == 0 else None
 
     spec = PartitionSpec(*(fits(axis, size) for axis, size in zip(axes, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def constrain_batch(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`constrain` with the first dimension over the batch's axes."""
+    """`constrain` with the first dimension over the batch axes."""
     return constrain(x, BATCH, *axes)

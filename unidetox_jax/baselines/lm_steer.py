@@ -103,7 +103,7 @@ class Steer(training.Criterion):
     rank: int
     epsilon: float
 
-    def keeps_base(self, cfg: ModelConfig) -> bool:
+    def has_base(self, cfg: ModelConfig) -> bool:
         return True
 
     def abstract(self, cfg: ModelConfig, param_dtype: str) -> Any:

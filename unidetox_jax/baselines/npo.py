@@ -57,7 +57,7 @@ class NegativePreference(training.Criterion):
 
     beta: float
 
-    def keeps_base(self, cfg: ModelConfig) -> bool:
+    def has_base(self, cfg: ModelConfig) -> bool:
         return True
 
     def count(self, batch: training.Batch, targets: jax.Array) -> jax.Array:

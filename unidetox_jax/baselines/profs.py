@@ -15,7 +15,7 @@ from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
-from unidetox_jax.models.transformer import read
+from unidetox_jax.models.transformer import extend_layers
 from unidetox_jax.recipe import Recipe
 
 BATCH = 16  # texts read at once
@@ -121,6 +121,6 @@ def _program(mesh: Mesh):
 def _means(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig) -> jax.Array:
     """[L, B, hidden] of tokens and mask [B, T], padded on the right."""
     rows, length = tokens.shape
-    _, states, _ = read(params, tokens, cfg, models.init_cache(cfg, rows, length), keep=True)
+    _, states, _ = extend_layers(params, tokens, cfg, models.init_cache(cfg, rows, length), all_layers=True)
     states = states[1:].astype(jnp.float32)  # without the embeddings
     return jnp.sum(states * mask[..., None], axis=2) / jnp.maximum(mask.sum(axis=1), 1)[:, None]

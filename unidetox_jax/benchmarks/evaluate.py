@@ -56,7 +56,7 @@ def _row(run: Run, name: str, prompts: int, texts: int, seconds: float) -> dict[
         "benchmark": "evaluate",
         "implementation": name,
         "model": run.shared.targets[0],
-        "devices": devices.here(),
+        "devices": devices.summary(),
         "prompts": prompts,
         "texts": texts,
         "seconds": seconds,

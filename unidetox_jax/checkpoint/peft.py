@@ -82,7 +82,7 @@ def write(directory: epath.Path, model: Model, base: str = "") -> None:
     if jax.process_index() == 0:
         tensors = {}
         for name, pair in adapter.items():
-            for layer in range(cfg.num_layers) if lora.is_stacked(name) else (None,):
+            for layer in range(cfg.num_layers) if lora.is_per_layer(name) else (None,):
                 for letter, matrix in pair.items():
                     tensors[_tensor(name, letter, layer)] = matrix if layer is None else matrix[layer]
         specs = {name: Spec(matrix.dtype, matrix.shape) for name, matrix in tensors.items()}
@@ -123,7 +123,7 @@ def _with_adapter(cfg: ModelConfig, directory: epath.Path) -> tuple[ModelConfig,
     expected = {
         _tensor(name, letter, layer): name
         for name in every
-        for layer in (range(cfg.num_layers) if lora.is_stacked(name) else (None,))
+        for layer in (range(cfg.num_layers) if lora.is_per_layer(name) else (None,))
         for letter in "AB"
     }
     for name in file.specs:
@@ -143,7 +143,7 @@ def _with_adapter(cfg: ModelConfig, directory: epath.Path) -> tuple[ModelConfig,
         raise UserError(f"{directory / ADAPTER}: {error}: {another}") from None
     for name, found in file.specs.items():
         letter = name.removesuffix(WEIGHT)[-1]
-        wanted = shapes[expected[name]][letter].shape[lora.is_stacked(expected[name]) :]
+        wanted = shapes[expected[name]][letter].shape[lora.is_per_layer(expected[name]) :]
         if tuple(found.shape) != wanted:
             sizes = f"shape {found.shape}, expected {wanted} (r is {settings.rank})"
             raise UserError(f"{file.path}: key {name!r} has {sizes}, or {another}")
@@ -186,6 +186,6 @@ def _tensor(name: str, letter: str, layer: int | None) -> str:
 
 def _stacked(file: SafetensorsFile | TorchFile, name: str, letter: str, cfg: ModelConfig) -> np.ndarray:
     """A matrix of all layers, [L, …], in the file's dtype."""
-    if not lora.is_stacked(name):
+    if not lora.is_per_layer(name):
         return np.array(file.open(_tensor(name, letter, None)).array)
     return np.stack([file.open(_tensor(name, letter, layer)).array for layer in range(cfg.num_layers)])

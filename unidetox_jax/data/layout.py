@@ -43,7 +43,7 @@ def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, len
 
     Packed rows may be longer than the longest text, up to `limit` tokens.
     """
-    max_rows = buckets.multiple(batch_size, row_multiple)
+    max_rows = buckets.round_up(batch_size, row_multiple)
     top = limit if layout == PACK else longest
     lengths = {min(length, limit) for length in range(length_multiple, top + length_multiple, length_multiple)}
     return Grid(layout, row_multiple, max_rows, tuple(sorted(lengths)))

@@ -164,7 +164,7 @@ def make_request(
         prompt_slots=prompt_slots,
         vocab_size=0 if all(model.cfg.vocab_size == vocab_size for model in models) else vocab_size or 0,
     )
-    prompt_rows = buckets.multiple(len(prompts[0]), sharding.batch_shards(mesh))
+    prompt_rows = buckets.round_up(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
     inputs = loop.Inputs(
         prompts=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),

@@ -100,7 +100,7 @@ def plan_segments(prompt_slots: int, new_tokens: int, whole: bool = False) -> tu
     segment, for steps that read live slots only.
     """
     if whole:
-        return (buckets.multiple(prompt_slots + new_tokens, SEGMENT) - prompt_slots,)
+        return (buckets.round_up(prompt_slots + new_tokens, SEGMENT) - prompt_slots,)
     slots = -(-(prompt_slots + new_tokens) // ROOM) * ROOM
     inner = [end - prompt_slots for end in range(prompt_slots // SEGMENT * SEGMENT + SEGMENT, slots, SEGMENT)]
     return (*(end for end in inner if ROOM <= end <= new_tokens - ROOM), slots - prompt_slots)
@@ -237,7 +237,7 @@ def _context(params: tuple[Any, ...], seen, caches, state: State, inputs: Inputs
     def head(hidden: jax.Array, model: int = 0, norm: bool = False) -> jax.Array:
         cfg, flat = plan.configs[model], hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
         if norm:
-            flat = models.final(tree(model), flat, cfg)
+            flat = models.head_input(tree(model), flat, cfg)
         if flat.shape[-1] != cfg.embedding_size:
             raise UserError(
                 f"context.head: states of {flat.shape[-1]}, the head's are {cfg.embedding_size}; use norm=True"

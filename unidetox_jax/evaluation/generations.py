@@ -187,7 +187,7 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int):
     less than `FEWEST_BATCHES` joins one up to four times as large: compiling takes as long as many a batch."""
     classes: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        classes.setdefault(max(buckets.power_of_two(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
+        classes.setdefault(max(buckets.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_CLASS), []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
 

@@ -133,11 +133,11 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     most = max(len(row.scored) for row in rows)
     scored_length = buckets.tail_length(most)
     widest = max(len(row.last) for row in rows)
-    width = 1 if widest == 1 else max(4, buckets.power_of_two(widest))
+    width = 1 if widest == 1 else max(4, buckets.next_power_of_two(widest))
     size = batch.size * batch.group
     configs = tuple(model.cfg for model in generator.models)
     piece = piece_length(configs, mesh, size, scored_length)
-    scored_length = buckets.multiple(scored_length, piece) if piece else 0
+    scored_length = buckets.round_up(scored_length, piece) if piece else 0
 
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)
@@ -184,7 +184,7 @@ def _filled(texts: Iterable[tuple[int, Any]], rows: int, length: int) -> tuple[n
 def piece_length(configs: Sequence[ModelConfig], mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
     per_device = max(1, rows // sharding.batch_shards(mesh)) * sum(cfg.vocab_size for cfg in configs) * 4
-    return min(scored_length, buckets.power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+    return min(scored_length, buckets.next_power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 
 @functools.cache

@@ -93,7 +93,7 @@ def batches_of(families: list[Family], batch_size: int, limit: int, ways: int):
     for family in families:
         for first in range(0, len(family.rows), batch_size):
             part = family._replace(rows=family.rows[first : first + batch_size])
-            sizes.setdefault(buckets.power_of_two(len(part.rows)) if len(part.prefix) else 0, []).append(part)
+            sizes.setdefault(buckets.next_power_of_two(len(part.rows)) if len(part.prefix) else 0, []).append(part)
     for _, same in sorted(sizes.items()):
         group = max(len(family.rows) for family in same)
         same = sorted(same, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
@@ -101,8 +101,8 @@ def batches_of(families: list[Family], batch_size: int, limit: int, ways: int):
         while at < len(same):
             full = max(1, _batch_rows(buckets.text_length(_longest(same[at]), limit), batch_size) // group)
             chosen = same[at : at + full]
-            size = min(buckets.power_of_two(len(chosen)), full)
-            yield Batch(chosen, group, buckets.multiple(size, ways))
+            size = min(buckets.next_power_of_two(len(chosen)), full)
+            yield Batch(chosen, group, buckets.round_up(size, ways))
             at += full
 
 
@@ -118,5 +118,5 @@ def _batch_rows(length: int, batch_size: int) -> int:
     return (
         batch_size
         if length <= FULL_BATCH_LENGTH
-        else buckets.power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
+        else buckets.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
     )

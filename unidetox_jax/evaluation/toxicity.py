@@ -60,7 +60,7 @@ class OtherScorers(Metric):
         return Result({"scorers": found, "agreement": agreement.of(compared, settings.threshold)}, arrays, columns)
 
     def _specs(self, settings: Any) -> dict[str, str]:
-        return extensions.named(settings.other_scorers, "config.evaluate.other_scorers", "SCORER")
+        return extensions.parse_named(settings.other_scorers, "config.evaluate.other_scorers", "SCORER")
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
         shown: dict[Quantity, Cell] = {}

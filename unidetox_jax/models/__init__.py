@@ -16,7 +16,7 @@ from unidetox_jax.models.parameters import Model, abstract_params, head, init, n
 from unidetox_jax.models.published import PUBLISHED, published_config
 from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix, ignored_keys, key_table, stored_in_out
 from unidetox_jax.models.states import decode_states, early_exit, look_ahead, prefill_states
-from unidetox_jax.models.transformer import decode_step, extend, final, forward, hidden_states, logits, prefill
+from unidetox_jax.models.transformer import decode_step, extend, forward, head_input, hidden_states, logits, prefill
 from unidetox_jax.models.weight_map import Key
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "default_dtype",
     "early_exit",
     "extend",
-    "final",
+    "head_input",
     "forward",
     "grow_cache",
     "has_decode_kernel",

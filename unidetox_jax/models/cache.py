@@ -1,13 +1,13 @@
-"""The key-value cache: an explicit pytree, given and returned.
+"""The key-value cache, an explicit pytree argument and result.
 
-All rows write to the same slot; which slots hold a real token is a row's own mask, so left-padded and right-padded
-prompts need no shifting. Keys and values are [B, N, length, D] a layer: attention reads them without a transposition.
-Stacked on axis 0 for the scanned layer loop, where they ride in the carry and take one-token writes in place; a tuple
-of layers for the unrolled loop, where nothing needs to be sliced.
+All rows write to the same slot; each row's mask says which slots hold its real tokens, so prompts padded on either side
+need no shifting. A layer's keys and values are [B, N, length, D], which attention reads without a transposition. For
+the scanned layer loop they are stacked on axis 0 and ride in the carry, where one-token writes happen in place; for the
+unrolled loop they are a tuple of layers, which needs no slicing.
 
-A local layer keeps its window only, as a ring: slot s lies at s modulo its length. (In a stack all layers are as long
-as the longest.) Which of its slots are real follows from a row's position, because the rows of models that have such
-layers stand right, without gaps.
+Local layers keep only their window, as a ring buffer: slot s lies at s modulo its length. (In a stack all layers have
+the same length.) Which of its slots are real follows from a row's position: models with such layers read prompts padded
+on the left, so rows have no gaps.
 """
 
 import functools
@@ -25,23 +25,23 @@ Layers = Any  # an array [L, B, N, length, D], or a tuple of L arrays [B, N, len
 
 class Cache(NamedTuple):
     """keys, values: `Layers`; mask: bool [B, length], the slots with a real token; positions: int32 [B], the next
-    token's position; slot: int32, the next slot to write; prefix: what P-ths of the rows have in common, or None."""
+    token's position; slot: int32, the next slot to write; prefix: what precedes the rows' own slots, or None."""
 
     keys: Layers
     values: Layers
     mask: jax.Array
     positions: jax.Array
     slot: jax.Array
-    prefix: "Branched | None" = None
+    prefix: "SharedPrefix | None" = None
 
     @property
     def length(self) -> int:
-        """Slots of a row's own, used and free."""
+        """A row's slots, used and free, without the prefix."""
         return self.mask.shape[1]
 
 
-class Branched(NamedTuple):
-    """A context's keys, values (`Layers` of P rows) and mask bool [P, its slots]: each row's goes before B/P rows."""
+class SharedPrefix(NamedTuple):
+    """Keys, values (`Layers` of P rows) and mask bool [P, slots], each row of which precedes B/P rows of a cache."""
 
     keys: Layers
     values: Layers
@@ -50,15 +50,15 @@ class Branched(NamedTuple):
 
 def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens; dtype None: the compute dtype."""
+    heads, size = wide_heads.shape(cfg)
 
     def empty(slots: int, *layers: int) -> jax.Array:
-        heads, size = wide_heads.shape(cfg)
         return _place(jnp.zeros((*layers, batch, heads, slots, size), dtype or cfg.dtype))
 
     def zeros() -> Layers:
         if cfg.layer_loop == "unroll":
-            return tuple(empty(slots(cfg, layer, length)) for layer in range(cfg.num_layers))
-        return empty(slots(cfg, 0, length), cfg.num_layers)
+            return tuple(empty(num_slots(cfg, layer, length)) for layer in range(cfg.num_layers))
+        return empty(num_slots(cfg, 0, length), cfg.num_layers)
 
     return Cache(
         keys=zeros(),
@@ -70,101 +70,104 @@ def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: str | None = No
 
 
 def cache_axes(branched: bool = False) -> Cache:
-    """For `jax.vmap` over models that read the same tokens, each with keys and values of its own: the axes of a cache.
+    """The cache's axes for `jax.vmap` over models that read the same tokens, each with its own keys and values.
 
-    branched: it has a prefix.
+    branched: the cache has a prefix.
     """
-    prefix = Branched(0, 0, None) if branched else None  # type: ignore[arg-type]  # axes in place of arrays
+    prefix = SharedPrefix(0, 0, None) if branched else None  # type: ignore[arg-type]  # axes in place of arrays
     return Cache(0, 0, None, None, None, prefix)  # type: ignore[arg-type]
 
 
 def share_cache_masks(cache: Cache) -> Cache:
-    """The caches of models that read the same tokens, stacked, as `cache_axes` has them."""
+    """Stacked caches of models that read the same tokens, with the axes of `cache_axes`: one mask for all models."""
     prefix = cache.prefix and cache.prefix._replace(mask=cache.prefix.mask[0])
     return cache._replace(mask=cache.mask[0], positions=cache.positions[0], slot=cache.slot[0], prefix=prefix)
 
 
 def cache_of(cache: Cache, model: int) -> Cache:
-    """One model's cache of those that `share_cache_masks` has stacked."""
+    """One model's cache out of those that `share_cache_masks` stacked."""
 
-    def take(part):
-        keys, values = jax.tree.map(lambda x: x[model], (part.keys, part.values))
-        return part._replace(keys=keys, values=values)
+    def take(stacked):
+        keys, values = jax.tree.map(lambda x: x[model], (stacked.keys, stacked.values))
+        return stacked._replace(keys=keys, values=values)
 
     return take(cache._replace(prefix=cache.prefix and take(cache.prefix)))
 
 
-def slots(cfg: ModelConfig, layer: int, length: int) -> int:
+def num_slots(cfg: ModelConfig, layer: int, length: int) -> int:
     """How many slots a layer has in a cache of `length`."""
-    own = cfg.layer_loop == "unroll" or len(set(cfg.local)) == 1
-    return min(length, cfg.window) if own and cfg.is_local(layer) else length
+    lengths_may_differ = cfg.layer_loop == "unroll" or len(set(cfg.local)) == 1
+    return min(length, cfg.window) if lengths_may_differ and cfg.is_local(layer) else length
 
 
-def _each(change, layers: Layers) -> Layers:
-    """change(layer, its keys or values) of all."""
-    return tuple(change(i, x) for i, x in enumerate(layers)) if isinstance(layers, tuple) else change(0, layers)
+def _map_layers(function, layers: Layers) -> Layers:
+    """function(layer, keys or values) of every layer, or of the whole stack as layer 0."""
+    return tuple(function(i, x) for i, x in enumerate(layers)) if isinstance(layers, tuple) else function(0, layers)
 
 
 def grow_cache(cache: Cache, cfg: ModelConfig, length: int) -> Cache:
-    """The same cache with `length` slots: what lets a decoding loop read live slots only."""
-    more = length - cache.length
-    if more == 0:
+    """The same cache with `length` slots, so that a decoding loop can begin with few and read only those."""
+    added = length - cache.length
+    if added == 0:
         return cache
 
     def grow(layer: int, x: jax.Array) -> jax.Array:
-        more = slots(cfg, layer, length) - x.shape[-2]
-        return _place(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])) if more else x
+        added = num_slots(cfg, layer, length) - x.shape[-2]
+        return _place(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, added), (0, 0)])) if added else x
 
     return cache._replace(
-        keys=_each(grow, cache.keys),
-        values=_each(grow, cache.values),
-        mask=jnp.pad(cache.mask, ((0, 0), (0, more))),
+        keys=_map_layers(grow, cache.keys),
+        values=_map_layers(grow, cache.values),
+        mask=jnp.pad(cache.mask, ((0, 0), (0, added))),
     )
 
 
 def branch_cache(cache: Cache, cfg: ModelConfig, times: int, length: int) -> Cache:
-    """`times` continuations of every row, one after another, with `length` slots of their own: what was read so far
-    stays as it is, their common prefix, and is read once for all of them in every step.
+    """A cache for `times` consecutive continuations of every row, with `length` slots each.
+
+    What the cache holds becomes their shared prefix, which a step reads once for all of them.
 
     Raises:
-      ValueError: the rows are branches already.
+      ValueError: the cache has a prefix already.
     """
     if cache.prefix is not None:
         raise ValueError("a cache with a prefix cannot branch again")
 
     def empty(layer: int, x: jax.Array) -> jax.Array:
         *layers, batch, heads, _, size = x.shape
-        return _place(jnp.zeros((*layers, batch * times, heads, slots(cfg, layer, length), size), x.dtype))
+        return _place(jnp.zeros((*layers, batch * times, heads, num_slots(cfg, layer, length), size), x.dtype))
 
-    before = Branched(cache.keys, cache.values, cache.mask)
-    if cfg.window:  # in order, the newest last: what is how far away needs no more than that
-        keys, values = (jax.tree.map(functools.partial(_in_order, slot=cache.slot), part) for part in before[:2])
-        before = Branched(keys, values, jnp.roll(cache.mask, -cache.slot, axis=1))
+    prefix = SharedPrefix(cache.keys, cache.values, cache.mask)
+    if cfg.window:  # newest last, so that distances follow from the slot alone
+        keys, values = (jax.tree.map(functools.partial(_in_order, slot=cache.slot), x) for x in prefix[:2])
+        prefix = SharedPrefix(keys, values, jnp.roll(cache.mask, -cache.slot, axis=1))
     return Cache(
-        keys=_each(empty, cache.keys),
-        values=_each(empty, cache.values),
+        keys=_map_layers(empty, cache.keys),
+        values=_map_layers(empty, cache.values),
         mask=jnp.zeros((cache.mask.shape[0] * times, length), bool),
         positions=jnp.repeat(cache.positions, times),
         slot=jnp.zeros((), jnp.int32),
-        prefix=before,
+        prefix=prefix,
     )
 
 
 def _in_order(x: jax.Array, slot: int | jax.Array) -> jax.Array:
-    """The slots of a layer from the oldest to the newest, which is the last before `slot`."""
+    """A layer's slots from the oldest to the newest, the one before `slot`."""
     return jnp.roll(x, -slot, axis=-2)
 
 
-def joined(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array) -> jax.Array:
-    """What a ring holds, in order, and new [B, N, T, D] after it."""
-    held = _in_order(read(layers, layer), slot)
-    return jnp.concatenate([held, new.astype(held.dtype)], axis=2)
+def append_to_ring(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array) -> jax.Array:
+    """The content of a ring buffer in order, followed by new [B, N, T, D]."""
+    old = _in_order(read(layers, layer), slot)
+    return jnp.concatenate([old, new.astype(old.dtype)], axis=2)
 
 
 def distances(slot: jax.Array, count: int, slots: int, ring: bool) -> jax.Array:
-    """How many tokens before each of `count` queries, at `slot` and after, stands what lies in a slot: int32
-    [count, slots]; of a ring and several queries, in what `joined` gives: [count, slots + count]. Before the first
-    token where a slot is empty, and below 0 for what comes after the query."""
+    """Distances in tokens from each of `count` queries, at `slot` and after, back to each slot: int32 [count, slots].
+
+    For several queries over a ring buffer: to each entry of `append_to_ring`, [count, slots + count]. Later tokens have
+    negative distances; empty slots have distances beyond the row's first token.
+    """
     query = jnp.arange(count)[:, None]
     if ring and count > 1:
         return slots + query - jnp.arange(slots + count)
@@ -172,13 +175,15 @@ def distances(slot: jax.Array, count: int, slots: int, ring: bool) -> jax.Array:
 
 
 def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array, ring: bool = False) -> Layers:
-    """Writes new [B, N, T, D] to slots slot… of one layer, in place where the compiler may. ring: beyond its last slot
-    it goes on at the first, and keeps the newest."""
+    """Writes new [B, N, T, D] to one layer's slots from `slot` on, in place where the compiler can.
+
+    ring: wrap around after the last slot, keeping the newest tokens.
+    """
     capacity, count = (layers[layer] if isinstance(layers, tuple) else layers).shape[-2], new.shape[2]
     if ring and count == 1:
         slot = slot % capacity
     elif ring:
-        new = joined(layers, layer, new, slot)[:, :, -capacity:]
+        new = append_to_ring(layers, layer, new, slot)[:, :, -capacity:]
         new, slot = jnp.roll(new, slot + count, axis=2), 0
     zero, slot = jnp.zeros((), jnp.int32), jnp.asarray(slot, jnp.int32)
     if isinstance(layers, tuple):
@@ -196,9 +201,10 @@ def _update(old: jax.Array, new: jax.Array, start: tuple[jax.Array, ...]) -> jax
 
 @_update.def_vmap
 def _update_all(size, batched, old, new, start):
-    """Models side by side write one slice; JAX's own rule makes a scatter of it."""
+    """One slice for all models under vmap, where JAX's rule would make a scatter."""
     old, new = (
-        x if has else jnp.broadcast_to(x, (size, *x.shape)) for x, has in zip((old, new), batched[:2], strict=True)
+        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_batched in zip((old, new), batched[:2], strict=True)
     )
     return jax.lax.dynamic_update_slice(old, new, (jnp.zeros_like(start[0]), *start)), True
 

@@ -1,8 +1,8 @@
-"""What a model costs, by its shapes alone: parameters, floating-point operations, bytes.
+"""A model's costs by its shapes: parameters, floating-point operations, bytes.
 
-FLOPs are those of matrix products, 2 a parameter and token, and of attention; biases, norms and activations are not
-counted. Bytes are in the compute dtype. `ways` is the size of the mesh's axis `model`: with it, costs are those of one
-of the devices that it splits the work over, and what it does not divide is whole on each.
+FLOPs count matrix products (2 per parameter and token) and attention, not biases, norms and activations. Bytes are in
+the compute dtype. `shards` is the size of the mesh axis `model`: costs are then per device, and a dimension that it
+does not divide counts in full.
 """
 
 import functools
@@ -18,18 +18,17 @@ from unidetox_jax.models.parameters import abstract_params
 
 
 @functools.cache
-def read_params(cfg: ModelConfig, matrices: bool = False, ways: int = 1) -> int:
-    """Parameters that a forward pass reads whole: all but tables whose rows are looked up (positions, and an embedding
-    that is not the head as well).
+def read_params(cfg: ModelConfig, matrices: bool = False, shards: int = 1) -> int:
+    """Parameters that a forward pass reads: all but tables that are only indexed (positions, untied embeddings).
 
-    matrices: of them only what is in a matrix product.
+    matrices: count only those in matrix products.
     """
     total = 0
     for name, shape in _leaves(cfg):
         tied_head = name == "embed/tokens/embedding" and cfg.tie_word_embeddings
         table = name.startswith("embed/") and name.endswith("embedding") and not tied_head
         if not table and (not matrices or name.endswith(("kernel", "embedding"))):
-            total += math.prod(shape) // sharding.parts(name, shape, {"model": ways})
+            total += math.prod(shape) // sharding.num_shards(name, shape, {"model": shards})
     return total
 
 
@@ -40,61 +39,62 @@ def _leaves(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def params_of_device(cfg: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Parameters that one device of a mesh with axes of these sizes holds."""
+    """Parameters on each device of a mesh with axes of these sizes."""
     return _params_of_device(cfg, tuple(sizes.items()))
 
 
 @functools.cache
 def _params_of_device(cfg: ModelConfig, items: tuple[tuple[str, int], ...]) -> int:
     sizes = dict(items)
-    return sum(math.prod(shape) // sharding.parts(name, shape, sizes) for name, shape in _leaves(cfg))
+    return sum(math.prod(shape) // sharding.num_shards(name, shape, sizes) for name, shape in _leaves(cfg))
 
 
-def split(count: int, ways: int) -> float:
-    """Of so many heads or tokens of a vocabulary, those of one of the devices."""
-    return count if count % ways else count / ways
+def split(count: int, shards: int) -> float:
+    """Heads or vocabulary entries per device; all of them if they do not divide."""
+    return count if count % shards else count / shards
 
 
-def forward_flops(cfg: ModelConfig, keys: float, logits: float = 1.0, ways: int = 1) -> float:
-    """FLOPs of a forward pass on one token that attends over `keys` tokens: in causal attention over a whole text, half
-    its length on average.
+def forward_flops(cfg: ModelConfig, keys: float, logits: float = 1.0, shards: int = 1) -> float:
+    """FLOPs of a forward pass on one token that attends to `keys` tokens (a text's average is half its length).
 
-    logits: the share of the tokens whose logits are computed.
+    logits: the fraction of tokens whose logits are computed.
     """
-    matrices = read_params(cfg, True, ways) - (1 - logits) * split(cfg.vocab_size, ways) * cfg.embedding_size
-    # queries · keys, and weights · values
-    attention = 4 * split(cfg.num_heads, ways) * cfg.head_size * _seen(cfg, keys)
+    matrices = read_params(cfg, True, shards) - (1 - logits) * split(cfg.vocab_size, shards) * cfg.embedding_size
+    # two products with the keys and values, 2 FLOPs per element
+    attention = 4 * split(cfg.num_heads, shards) * cfg.head_size * _attended(cfg, keys)
     return 2 * matrices + attention
 
 
-def _seen(cfg: ModelConfig, tokens: float) -> float:
-    """Of so many tokens, those that a query sees, or a cache holds, in all layers together."""
+def _attended(cfg: ModelConfig, tokens: float) -> float:
+    """How many of the last `tokens` tokens a query attends to, or a cache holds, summed over layers."""
     return sum(min(tokens, cfg.window) if cfg.is_local(layer) else tokens for layer in range(cfg.num_layers))
 
 
-def training_flops(cfg: ModelConfig, length: float, remat: str = "none", ways: int = 1) -> float:
-    """FLOPs of training on one token of a text of `length`: the backward pass costs two forward passes (Chowdhery et
-    al. 2022, appendix B), one where only an adapter is trained, and with remat "full" the forward pass runs again."""
+def training_flops(cfg: ModelConfig, length: float, remat: str = "none", shards: int = 1) -> float:
+    """FLOPs of training on one token of a text of `length`.
+
+    The backward pass costs two forward passes (Chowdhery et al. 2022, appendix B), one if only an adapter is trained;
+    remat "full" adds another forward pass.
+    """
     passes = (2 if cfg.lora.rank else 3) + (remat == "full")
-    return passes * forward_flops(cfg, length / 2, ways=ways)
+    return passes * forward_flops(cfg, length / 2, shards=shards)
 
 
-def param_bytes(cfg: ModelConfig, ways: int = 1) -> int:
+def param_bytes(cfg: ModelConfig, shards: int = 1) -> int:
     """Bytes of all parameters."""
-    return np.dtype(cfg.dtype).itemsize * params_of_device(cfg, {"model": ways})
+    return np.dtype(cfg.dtype).itemsize * params_of_device(cfg, {"model": shards})
 
 
-def read_bytes(cfg: ModelConfig, ways: int = 1) -> int:
-    """Bytes of parameters that a forward pass reads."""
-    return np.dtype(cfg.dtype).itemsize * read_params(cfg, ways=ways)
+def read_bytes(cfg: ModelConfig, shards: int = 1) -> int:
+    """Bytes of the parameters that a forward pass reads."""
+    return np.dtype(cfg.dtype).itemsize * read_params(cfg, shards=shards)
 
 
-def cache_bytes(cfg: ModelConfig, tokens: float, ways: int = 1) -> float:
-    """Bytes of the keys and values of a row of `tokens` tokens."""
-    return np.dtype(cfg.dtype).itemsize * 2 * split(cfg.num_kv_heads, ways) * cfg.head_size * _seen(cfg, tokens)
+def cache_bytes(cfg: ModelConfig, tokens: float, shards: int = 1) -> float:
+    """Bytes of the keys and values of one row of `tokens` tokens."""
+    return np.dtype(cfg.dtype).itemsize * 2 * split(cfg.num_kv_heads, shards) * cfg.head_size * _attended(cfg, tokens)
 
 
 def optimizer_bytes(params: float) -> float:
-    """Bytes of AdamW's update of so many parameters: weights, gradients and both moments in float32, each read and
-    written."""
+    """Bytes that AdamW's update moves: weights, gradients and both moments in float32, each read and written."""
     return 4 * 2 * 4 * params

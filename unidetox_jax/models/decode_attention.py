@@ -1,7 +1,7 @@
-"""Attention of one new token on a GPU, in one kernel that reads the live slots of a cache and no others.
+"""Attention of one new token on a GPU: a kernel that reads only the cache's used slots.
 
-XLA's own program for it reads all slots, keys and values in two kernels, at a third of the memory's bandwidth. With
-this one a cache has its full length from the beginning, and decoding is one loop in place of one for each segment.
+XLA's program reads all slots, keys and values in two kernels, at a third of the memory bandwidth. With this kernel a
+cache has its full length from the start, and decoding is one loop instead of one per segment.
 """
 
 import functools
@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 from unidetox_jax import sharding
 from unidetox_jax.models.config import ModelConfig
 
-BLOCK = 32  # slots read at a time; a cache has a multiple. On an H200 it reads 3.4 TB/s, 3.0 by 64 and 2.4 by 128
-_ROWS = 16  # query heads of a key-value head, filled up: the least that a matrix product takes
-_LOWEST = -1e30  # finite, as in `attention`
+BLOCK = 32  # slots per read, of which a cache has a multiple. An H200 reads 3.4 TB/s with 32, 3.0 with 64, 2.4 with 128
+_ROWS = 16  # query heads per key-value head after padding: the minimum for Triton's matrix product
+_MASKED = -1e30  # finite, as in `attention`
 
 
 def applies(cfg: ModelConfig, mesh: Mesh | None) -> bool:
-    """Whether steps take it: on one GPU, in half precision, with heads of 16, 32, 64, 128 or 256, and without biases,
-    soft caps and windows."""
+    """Whether decoding uses the kernel: on one GPU, in half precision, with head sizes of 16, 32, 64, 128 or 256 and
+    without ALiBi, soft caps and windows."""
     return (
         sharding.device_of(mesh).platform == "gpu"
         and (mesh is None or mesh.size == 1)
@@ -39,9 +39,9 @@ def decode_attention(
     """Scaled queries [B,1,H,D] over keys and values [B,N,K,D] → [B,1,H,D], softmax in float32.
 
     Args:
-      mask: bool [B,K], the slots that a row sees, at least one.
-      live: int32, how many slots there are to read; K is a multiple of `BLOCK`.
-      interpret: run it anywhere, for tests.
+      mask: bool [B,K], the slots that a row attends to, at least one.
+      live: int32, how many slots are in use; K is a multiple of `BLOCK`.
+      interpret: run on any device, for tests.
     """
     batch, _, heads, size = query.shape
     kv_heads, slots = key.shape[1:3]
@@ -68,21 +68,21 @@ def decode_attention(
 
 
 def _kernel(live, mask, query, key, value, out, *, groups: int):
-    """One row and key-value head; an online softmax over blocks of slots (Milakov & Gimelshein 2018)."""
+    """One row and key-value head: an online softmax over blocks of slots (Milakov & Gimelshein 2018)."""
     real = (jnp.arange(_ROWS) < groups)[:, None]
     queries = triton.load(query.at[...], mask=real, other=0.0)
 
     def block(index, carry):
-        highest, total, weighed = carry
-        at = pl.ds(index * BLOCK, BLOCK)
-        scores = triton.dot(queries, key[at, :].T)
-        scores = jnp.where(mask[at][None] > 0, scores, _LOWEST)
-        higher = jnp.maximum(highest, scores.max(-1))
-        weights, before = jnp.exp(scores - higher[:, None]), jnp.exp(highest - higher)
-        more = triton.dot(weights.astype(value.dtype), value[at, :])
-        return higher, total * before + weights.sum(-1), weighed * before[:, None] + more
+        maximum, total, weighted = carry
+        slots = pl.ds(index * BLOCK, BLOCK)
+        scores = triton.dot(queries, key[slots, :].T)
+        scores = jnp.where(mask[slots][None] > 0, scores, _MASKED)
+        new_maximum = jnp.maximum(maximum, scores.max(-1))
+        weights, rescale = jnp.exp(scores - new_maximum[:, None]), jnp.exp(maximum - new_maximum)
+        added = triton.dot(weights.astype(value.dtype), value[slots, :])
+        return new_maximum, total * rescale + weights.sum(-1), weighted * rescale[:, None] + added
 
     size = queries.shape[1]
-    start = (jnp.full(_ROWS, _LOWEST), jnp.zeros(_ROWS), jnp.zeros((_ROWS, size)))
-    _, total, weighed = jax.lax.fori_loop(0, pl.cdiv(live[()], BLOCK), block, start)
-    triton.store(out.at[...], (weighed / total[:, None]).astype(out.dtype), mask=real)
+    start = (jnp.full(_ROWS, _MASKED), jnp.zeros(_ROWS), jnp.zeros((_ROWS, size)))
+    _, total, weighted = jax.lax.fori_loop(0, pl.cdiv(live[()], BLOCK), block, start)
+    triton.store(out.at[...], (weighted / total[:, None]).astype(out.dtype), mask=real)

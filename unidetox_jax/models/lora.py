@@ -1,9 +1,9 @@
-"""Low-rank adapters (Hu et al. 2022), kept as PEFT keeps them and computed beside any family's kernels.
+"""Low-rank adapters (Hu et al. 2022): stored and trained in PEFT's layout, applied beside any family's kernels.
 
-An adapter is {module: {"A": [L, rank, in], "B": [L, out, rank]}}, float32, by the modules' names in transformers with
-{layer} in them, so that a fused projection has one A and training takes PEFT's steps. `attach` lays it out as the
-leaves `lora_a` and `lora_b` beside each kernel that it belongs to; all that takes a model's parameters takes such a
-tree, with `cfg.lora` saying what the leaves mean. Outside the blocks (OPT-350m's projections) there is no axis L.
+An adapter is {module: {"A": [L, rank, in], "B": [L, out, rank]}}, float32. Modules have their transformers names, with
+{layer}, so that a fused projection has one A and training takes the same steps as PEFT. Outside the blocks (OPT-350m's
+projections) there is no axis L. `attach` adds the adapter to a model's parameters, as leaves `lora_a` and `lora_b`
+beside each kernel; all model functions accept such parameters, with their `cfg.lora`.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ LEAVES = ("lora_a", "lora_b")
 
 
 def modules(cfg: ModelConfig) -> dict[str, Key]:
-    """The linear layers that `cfg.lora` adapts: name in transformers → its row of the key table.
+    """The linear layers that `cfg.lora` adapts: name in transformers → row of the key table.
 
     Raises:
-      UserError: a target that is the end of no linear layer's name.
+      UserError: a target that matches no linear layer.
     """
-    every = linear_layers(cfg)
+    linear = linear_layers(cfg)
     if not cfg.lora.targets:
-        return {name: key for name, key in every.items() if is_stacked(name)}
+        return {name: key for name, key in linear.items() if is_per_layer(name)}
     for target in cfg.lora.targets:
-        if not any(ends_with(name, target) for name in every):
-            known = {name.rpartition(".")[2] for name in every}
+        if not any(matches(name, target) for name in linear):
+            known = {name.rpartition(".")[2] for name in linear}
             raise UserError(f"lora.targets: no linear layer {target!r}{suggest(target, known)}")
-    return {name: key for name, key in every.items() if any(ends_with(name, target) for target in cfg.lora.targets)}
+    return {name: key for name, key in linear.items() if any(matches(name, target) for target in cfg.lora.targets)}
 
 
 def linear_layers(cfg: ModelConfig) -> dict[str, Key]:
-    """Every linear layer that an adapter may be for: name in transformers → its row of the key table."""
+    """All linear layers that can be adapted: name in transformers → row of the key table."""
     return {
         key.hf.removesuffix(WEIGHT): key
         for key in key_table(cfg)
@@ -56,8 +56,8 @@ def linear_layers(cfg: ModelConfig) -> dict[str, Key]:
     }
 
 
-def is_stacked(name: str) -> bool:
-    """Whether a module stands once a layer."""
+def is_per_layer(name: str) -> bool:
+    """Whether every layer has such a module."""
     return "{layer}" in name
 
 
@@ -66,38 +66,39 @@ def short_name(name: str) -> str:
     return name.rpartition("{layer}.")[2]
 
 
-def ends_with(name: str, target: str) -> bool:
-    """Whether PEFT takes a module for one of the target's."""
+def matches(name: str, target: str) -> bool:
+    """Whether PEFT would adapt the module for this target."""
     return name == target or name.endswith(f".{target}")
 
 
 def abstract(cfg: ModelConfig) -> Adapter:
-    """The adapter's shapes and dtypes, without any memory.
+    """The adapter as ShapeDtypeStructs.
 
     Raises:
-      UserError: an unknown target, or a rank that is not within 1 and the smaller side of a matrix.
+      UserError: an unknown target, or a rank that is not between 1 and the smaller side of a matrix.
     """
     by_path = _by_path(abstract_params(cfg))
     rank, adapter = cfg.lora.rank, {}
     for name, key in modules(cfg).items():
-        layers = (cfg.num_layers,) if is_stacked(name) else ()
+        layers = (cfg.num_layers,) if is_per_layer(name) else ()
         shapes = [by_path[path].shape[len(layers) :] for path in key.ours]
-        inputs = 2 if _reads_heads(key) else 1
-        wide = math.prod(shapes[0][:inputs]), sum(math.prod(shape[inputs:]) for shape in shapes)
-        if not 1 <= rank <= min(wide):
+        input_axes = 2 if _input_is_heads(key) else 1
+        inputs = math.prod(shapes[0][:input_axes])
+        outputs = sum(math.prod(shape[input_axes:]) for shape in shapes)
+        if not 1 <= rank <= min(inputs, outputs):
             raise UserError(
-                f"lora.rank: found {rank}, but {short_name(name)!r} is a matrix of {wide[0]} by {wide[1]}; "
-                f"expected 1 to {min(wide)}"
+                f"lora.rank: found {rank}, but {short_name(name)!r} is a matrix of {inputs} by {outputs}; "
+                f"expected 1 to {min(inputs, outputs)}"
             )
         adapter[name] = {
-            "A": jax.ShapeDtypeStruct((*layers, rank, wide[0]), jnp.float32),
-            "B": jax.ShapeDtypeStruct((*layers, wide[1], rank), jnp.float32),
+            "A": jax.ShapeDtypeStruct((*layers, rank, inputs), jnp.float32),
+            "B": jax.ShapeDtypeStruct((*layers, outputs, rank), jnp.float32),
         }
     return adapter
 
 
 def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Adapter:
-    """An adapter as PEFT begins one, on the mesh (None: the first device): A uniform within ±1/√in, B zero."""
+    """A new adapter as in PEFT, on the mesh (None: the first device): A uniform within ±1/√in, B zero."""
     return _init_program(cfg, mesh or sharding.single_device_mesh())(key)
 
 
@@ -105,44 +106,44 @@ def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> Adapter:
 def _init_program(cfg: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Adapter]:
     shapes = abstract(cfg)
 
-    def make(key):
-        made = {}
+    def initialise(key):
+        adapter = {}
         for name, pair in shapes.items():
-            own, bound = jax.random.fold_in(key, zlib.crc32(name.encode())), pair["A"].shape[-1] ** -0.5
-            a = jax.random.uniform(own, pair["A"].shape, jnp.float32, -bound, bound)
-            made[name] = {"A": a, "B": jnp.zeros(pair["B"].shape, jnp.float32)}
-        return made
+            module_key, bound = jax.random.fold_in(key, zlib.crc32(name.encode())), pair["A"].shape[-1] ** -0.5
+            a = jax.random.uniform(module_key, pair["A"].shape, jnp.float32, -bound, bound)
+            adapter[name] = {"A": a, "B": jnp.zeros(pair["B"].shape, jnp.float32)}
+        return adapter
 
-    return jax.jit(make, out_shardings=sharding.param_shardings(shapes, mesh))
+    return jax.jit(initialise, out_shardings=sharding.param_shardings(shapes, mesh))
 
 
 def attach(params: Any, adapter: Adapter, cfg: ModelConfig) -> Any:
-    """The parameters with the adapter's leaves beside the kernels; differentiable, and the rest are the same arrays.
+    """The parameters with the adapter's leaves beside the kernels; differentiable. All other leaves are shared.
 
-    params: the model's, or what `prepare` made of them for the scanned layer loop.
+    params: the model's, prepared or not, with stacked blocks.
     """
-    return _with_leaves(params, leaves(adapter, cfg))
+    return _with_leaves(params, _leaves(adapter, cfg))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def leaves(adapter: Adapter, cfg: ModelConfig) -> dict[str, jax.Array]:
-    """Path of a kernel's neighbour → lora_a [L, *in, rank] or lora_b [L, rank, *out]."""
-    found: dict[str, jax.Array] = {}
+def _leaves(adapter: Adapter, cfg: ModelConfig) -> dict[str, jax.Array]:
+    """Path → leaf: lora_a [L, *in, rank] and lora_b [L, rank, *out] for each kernel."""
+    leaves: dict[str, jax.Array] = {}
     for name, key in modules(cfg).items():
         lay_out = functools.partial(_lay_out, key, stored_in_out(cfg))
-        lay_out = jax.vmap(lay_out) if is_stacked(name) else lay_out
+        lay_out = jax.vmap(lay_out) if is_per_layer(name) else lay_out
         for path, pair in zip(key.ours, lay_out(adapter[name]["A"], adapter[name]["B"]), strict=True):
-            found |= {_neighbour(path, leaf): array for leaf, array in zip(LEAVES, pair, strict=True)}
-    return found
+            leaves |= {_beside(path, end): leaf for end, leaf in zip(LEAVES, pair, strict=True)}
+    return leaves
 
 
 def detach(params: Any, cfg: ModelConfig, fetch: Callable[[jax.Array], np.ndarray] = np.asarray) -> Adapter:
-    """The adapter of parameters that hold one, in host memory: what `attach` was given, bit for bit."""
+    """The inverse of `attach`, bit for bit: the adapter in host memory."""
     by_path = _by_path(params)
     adapter = {}
     for name, key in modules(cfg).items():
-        pairs = [[fetch(by_path[_neighbour(path, leaf)]) for leaf in LEAVES] for path in key.ours]
-        if is_stacked(name):
+        pairs = [[fetch(by_path[_beside(path, leaf)]) for leaf in LEAVES] for path in key.ours]
+        if is_per_layer(name):
             layers = [
                 _collect(key, stored_in_out(cfg), [[leaf[i] for leaf in pair] for pair in pairs])
                 for i in range(cfg.num_layers)
@@ -155,7 +156,7 @@ def detach(params: Any, cfg: ModelConfig, fetch: Callable[[jax.Array], np.ndarra
 
 
 def check(cfg: ModelConfig, recipe: Recipe) -> None:
-    """Raises UserError for an adapter that the model cannot have, or a recipe that cannot train one."""
+    """Raises UserError for an adapter that does not fit the model, or a recipe that cannot train one."""
     if not recipe.lora.rank:
         return
     abstract(dataclasses.replace(cfg, lora=recipe.lora))
@@ -172,7 +173,7 @@ def check(cfg: ModelConfig, recipe: Recipe) -> None:
 
 
 def merge(model: Model) -> Model:
-    """The same model without an adapter: W + scale · B A in float32, rounded to W's dtype."""
+    """The model with its adapter merged into the weights: W + scale · B A in float32, rounded to W's dtype."""
     params, cfg = model
     if not cfg.lora.rank:
         return model
@@ -185,8 +186,8 @@ def merge(model: Model) -> Model:
             }
         kernel = _merged(tree["kernel"], *(tree[leaf] for leaf in LEAVES), cfg.lora.scale, stacked)
         rest = {name: leaf for name, leaf in tree.items() if name not in LEAVES}
-        place = getattr(tree["kernel"], "sharding", None)  # NumPy's arrays have none
-        return {**rest, "kernel": jax.device_put(kernel, place)}
+        placement = getattr(tree["kernel"], "sharding", None)  # NumPy arrays have none
+        return {**rest, "kernel": jax.device_put(kernel, placement)}
 
     return Model(walk(params, False), dataclasses.replace(cfg, lora=type(cfg.lora)()))
 
@@ -202,43 +203,41 @@ def _merged(kernel, a, b, scale, stacked: bool):
     return (kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
 
 
-def _reads_heads(key: Key) -> bool:
-    """Whether the input side of a kernel is [heads, size]; of all others it is one axis, and the output side may be."""
+def _input_is_heads(key: Key) -> bool:
+    """Whether a kernel is [heads, size, out]. All others have one input axis."""
     return key.ours[0].endswith("attention/output/kernel")
 
 
 def _lay_out(key: Key, in_out: bool, a: Any, b: Any) -> list[tuple[Any, Any]]:
-    """(lora_a, lora_b) of each kernel that one layer's weight fills: A read as a weight with `rank` outputs, B as one
-    with `rank` inputs."""
-    if _reads_heads(key):
+    """(lora_a, lora_b) of each kernel that one layer's weight fills.
+
+    A is converted like a weight with `rank` outputs, B like one with `rank` inputs.
+    """
+    if _input_is_heads(key):
         return [(key.split(a.T if in_out else a)[0], b.T)]
     return [(a.T, part) for part in key.split(b.T if in_out else b)]
 
 
 def _collect(key: Key, in_out: bool, pairs: list[list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """The inverse of `_lay_out`."""
-    if _reads_heads(key):
+    if _input_is_heads(key):
         a, b = key.join(pairs[0][0]), pairs[0][1].T
         return (a.T if in_out else a), b
     b = key.join(*(b for _, b in pairs))
     return pairs[0][0].T, (b.T if in_out else b)
 
 
-def _neighbour(path: str, leaf: str) -> str:
+def _beside(path: str, leaf: str) -> str:
     return f"{path.removesuffix('kernel')}{leaf}"
 
 
-def _with_leaves(params: Mapping[str, Any], found: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """A copy of the dictionaries, not of the arrays, with leaves added by path."""
-    below: dict[str, dict[str, jax.Array]] = {}
-    here = dict(params)
-    for path, leaf in found.items():
-        first, slash, rest = path.partition("/")
-        if slash:
-            below.setdefault(first, {})[rest] = leaf
-        else:
-            here[first] = leaf
-    return {**here, **{name: _with_leaves(params[name], inner) for name, inner in below.items()}}
+def _with_leaves(params: Mapping[str, Any], leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The parameters with leaves added by path; dictionaries are copied, arrays are not."""
+    copy = dict(params)
+    for path, leaf in leaves.items():
+        name, slash, rest = path.partition("/")
+        copy[name] = _with_leaves(copy[name], {rest: leaf}) if slash else leaf
+    return copy
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A model's parameters: made at random, described without memory, prepared for decoding.
+"""A model's parameters: random initialisation, abstract shapes, preparation for decoding.
 
-Letters: V vocabulary.
+Axes: V vocabulary.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unidetox_jax import sharding
-from unidetox_jax.models import kinds
+from unidetox_jax.models import local_attention
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.layers import fuse_attention
 from unidetox_jax.models.registry import family
@@ -21,14 +21,14 @@ Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """Parameters (a plain nested dict, layers stacked on axis 0) and what they mean."""
+    """Parameters (a plain nested dict, layers stacked on axis 0) and their configuration."""
 
     params: Any
     cfg: ModelConfig
 
 
 def init(cfg: ModelConfig, key: jax.Array, mesh: Mesh | None = None, param_dtype: str = "float32") -> Params:
-    """Random parameters as the family initialises them, made in place on the mesh (None: the first device)."""
+    """Random parameters, initialised in place on the mesh (None: the first device)."""
     return _init_program(cfg, mesh or sharding.single_device_mesh(), param_dtype)(key)
 
 
@@ -39,8 +39,8 @@ def _init_program(cfg: ModelConfig, mesh: Mesh, param_dtype: str) -> Callable[[j
 
 
 def abstract_params(cfg: ModelConfig, param_dtype: str = "float32") -> Params:
-    """The parameters' shapes and dtypes, without any memory."""
-    return jax.tree.map(lambda leaf: leaf, _abstract_params(cfg, param_dtype))  # a tree of the caller's own
+    """The parameters as ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(cfg, param_dtype))  # copies the cached dictionaries
 
 
 @functools.cache
@@ -49,37 +49,39 @@ def _abstract_params(cfg: ModelConfig, param_dtype: str) -> Params:
 
 
 def num_params(cfg: ModelConfig) -> int:
-    """How many parameters the model has; a tied head counts once."""
+    """The number of parameters; a tied head counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
 
 
 def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
-    parts = family(cfg)
+    module = family(cfg)
     embed_key, block_key, final_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, cfg.hidden_size), cfg.dtype)
 
     def init_block(key):
-        return parts.Block(cfg).init(
-            key, x, lambda query, key, value, dropout: (query, None), kinds.rotaries(cfg, tokens)[0], 0, True
-        )["params"]
+        rotary, _ = local_attention.rotary_pair(cfg, tokens)
+        return module.Block(cfg).init(key, x, lambda query, key, value, dropout: (query, None), rotary, 0, True)[
+            "params"
+        ]
 
     params = {
-        "embed": parts.Embed(cfg).init(embed_key, tokens, tokens, True)["params"],
+        "embed": module.Embed(cfg).init(embed_key, tokens, tokens, True)["params"],
         "blocks": jax.vmap(init_block)(jax.random.split(block_key, cfg.num_layers)),
-        "final": parts.Final(cfg).init(final_key, x).get("params", {}),
+        "final": module.Final(cfg).init(final_key, x).get("params", {}),
     }
-    params = {name: part for name, part in params.items() if part}  # OPT without a final norm has nothing there
+    params = {name: tree for name, tree in params.items() if tree}  # "final" is empty in OPT without a final norm
     return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
 
 def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse: bool = False) -> Params:
-    """Parameters as a decoding loop wants them: matrices in the compute dtype, and for the unrolled layer loop the
-    blocks as a tuple of layers, so that nothing is cast or sliced within the loop. Every function here takes both
-    forms. Norms keep their dtype, as in `forward`.
+    """Parameters for a decoding loop, so that nothing is cast or sliced within it; all model functions accept them.
 
-    transpose_head: add the output matrix as `head`, [width, V]: a copy, and what XLA's products on CPU are fast with.
-    fuse: see `layers.fuse_attention`; not where there are adapters.
+    Matrices are in the compute dtype; norms keep theirs, as in `forward`. For the unrolled layer loop, blocks are a
+    tuple of layers.
+
+    transpose_head: add a copy of the output matrix as `head`, [width, V], which is faster on CPUs.
+    fuse: fuse attention's projections (`layers.fuse_attention`) unless there is an adapter.
     """
 
     def cast(path, leaf):
@@ -94,7 +96,7 @@ def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """The output matrix [V, width]: the embedding where tied."""
+    """The output matrix [V, width]: the token embedding if tied."""
     return params["embed"]["tokens"]["embedding"] if cfg.tie_word_embeddings else params["final"]["head"]["embedding"]
 
 

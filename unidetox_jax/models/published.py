@@ -1,7 +1,6 @@
-"""The configurations of well-known checkpoints: all that the hub's `config.json` says and the family reads.
+"""Configurations of well-known checkpoints, so that planning, benchmarks and dry runs need neither the hub nor weights.
 
-With these, planning, benchmarks and dry runs need neither the hub nor weights. Facts only; `models.config_from_hf`
-reads them like any other config.
+The options of the hub's `config.json` that the family reads, for `models.config_from_hf`.
 """
 
 from typing import Any
@@ -189,5 +188,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def published_config(hub_id: str) -> ModelConfig | None:
-    """The ModelConfig of a checkpoint that is known by its hub id; None for any other name."""
+    """The ModelConfig of a checkpoint by its hub id; None if unknown."""
     return config_from_hf(PUBLISHED[hub_id], where=hub_id) if hub_id in PUBLISHED else None

@@ -1,9 +1,9 @@
-"""Forward, prefill and one decoding step over any family's blocks: pure functions of (params, tokens, cfg).
+"""Forward, prefill and decoding steps over any family's blocks: pure functions of (params, tokens, cfg).
 
-Each is jitted with the configuration static: called alone it compiles once per shape, inside another jitted function it
-is part of that. The same `Block` runs in all three; they differ in the `attend` that they hand to it.
+Each is jitted with a static configuration and can be called alone or inside another jitted function. All run the same
+`Block`; they differ in the `attend` that they pass to it.
 
-Letters: B batch, T time, V vocabulary, L layers, N key-value heads, D head size.
+Axes: B batch, T time, V vocabulary, L layers, N key-value heads, D head size.
 """
 
 import functools
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from unidetox_jax import sharding
 from unidetox_jax.models import cache as kv
-from unidetox_jax.models import casting, kinds
+from unidetox_jax.models import casting, local_attention
 from unidetox_jax.models.attention import (
     Prefix,
     alibi_bias,
     attention,
     positions_from_segments,
-    soft_capped,
+    soft_cap,
 )
 from unidetox_jax.models.cache import Cache
 from unidetox_jax.models.config import ModelConfig
@@ -33,7 +33,7 @@ from unidetox_jax.models.wide_heads import narrow, widen, widen_query
 
 
 def _dots(primitive: Any, *values: Any, **settings: Any) -> bool:
-    """What matrix products give without a batch, and cuDNN's attention: to run that again costs as much."""
+    """Saves results of matrix products without batch axes, and of cuDNN's attention, which is as expensive."""
     is_attention = primitive.name.startswith("dot_product_attention_fwd")
     return is_attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *values, **settings)
 
@@ -56,7 +56,7 @@ def forward(
     dropout_key: jax.Array | None = None,
     remat: str = "none",
 ) -> jax.Array:
-    """Logits float32 [B,T,V] of tokens int32 [B,T]; the arguments are those of `hidden_states`."""
+    """Logits float32 [B,T,V] of tokens int32 [B,T]; arguments as in `hidden_states`."""
     hidden = hidden_states(
         params, tokens, cfg, attention_mask, segment_ids=segment_ids, dropout_key=dropout_key, remat=remat
     )
@@ -75,26 +75,26 @@ def hidden_states(
     remat: str = "none",
     layer: int | None = None,
 ) -> jax.Array:
-    """What meets the head, [B,T,width] in the compute dtype.
+    """The head's input, [B,T,width] in the compute dtype.
 
     Args:
       tokens: int32 [B,T].
-      attention_mask: bool or int [B,T], 1 for real tokens; padding may stand left or right.
-      segment_ids: int32 [B,T], several texts in a row, numbered from 1; 0 is padding. Attention stays inside a text
-        and positions start anew in each.
+      attention_mask: bool or int [B,T], 1 for real tokens; padding may be on either side.
+      segment_ids: int32 [B,T], texts packed in a row, numbered from 1; 0 is padding. Attention stays within a text, and
+        positions restart in each.
       dropout_key: None switches dropout off.
-      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "full".
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
       layer: stop after this many layers, before the final norm.
     """
     cfg.check_length(tokens.shape[1])
     segments, positions = _segments(tokens, attention_mask, segment_ids)
-    masks = kinds.masks(cfg, segments, positions)
+    masks = local_attention.masks(cfg, segments, positions)
     bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
     x = _embed(params, tokens, positions, cfg, dropout_key)
-    rotaries = kinds.rotaries(cfg, positions)
+    rotaries = local_attention.rotary_pair(cfg, positions)
 
     def body(block, x, state, index):
-        mask, rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
+        mask, rotary = local_attention.select(cfg, index, masks), local_attention.select(cfg, index, rotaries)
 
         def attend(query, key, value, dropout):
             out = attention(query, key, value, mask, bias, dropout, precision(cfg.dtype), cap=cfg.attention_cap)
@@ -103,7 +103,7 @@ def hidden_states(
         return _apply_block(cfg, block, x, attend, rotary, index, dropout_key)[0], state
 
     x, _ = _layers(params["blocks"], x, (), body, cfg, layer, remat)
-    return final(params, x, cfg) if layer is None else x
+    return head_input(params, x, cfg) if layer is None else x
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -111,29 +111,31 @@ def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """Reads prompts into an empty cache: logits float32 [B,V] at each row's last real token, and the cache."""
-    x, cache = read_prompt(params, tokens, cfg, cache, attention_mask, last=True)
-    return logits(params, final(params, x, cfg), cfg)[:, 0], cache
+    x, cache = prefill_layers(params, tokens, cfg, cache, attention_mask, last=True)
+    return logits(params, head_input(params, x, cfg), cfg)[:, 0], cache
 
 
-def read_prompt(
+def prefill_layers(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, attention_mask: jax.Array | None, last: bool
 ) -> tuple[jax.Array, Cache]:
-    """Prompts into an empty cache: the last layer's states of every token, [B,T,hidden], or with `last` those of each
-    row's last real one, [B,1,hidden]; and the cache."""
+    """`prefill` up to the last layer: its output at every token, [B,T,hidden], and the cache.
+
+    last: only at each row's last real token, [B,1,hidden].
+    """
     length = tokens.shape[1]
     cfg.check_length(length)
     if length > cache.length:
         raise ValueError(f"a prompt of {length} tokens does not fit a cache of {cache.length}")
     if cfg.window and attention_mask is not None:
-        tokens, attention_mask = kinds.to_the_right(tokens, attention_mask)
+        tokens, attention_mask = local_attention.left_padded(tokens, attention_mask)
     segments, positions = _segments(tokens, attention_mask, None)
-    masks = kinds.masks(cfg, segments, positions)
+    masks = local_attention.masks(cfg, segments, positions)
     bias = alibi_bias(cfg.num_heads, cfg.head_size, positions) if cfg.alibi else None
-    rotaries = kinds.rotaries(cfg, positions)
+    rotaries = local_attention.rotary_pair(cfg, positions)
 
     def body(block, x, state, index):
-        mask, rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
-        ring = kinds.is_ring(cfg, index, cache.length) and length > cfg.window
+        mask, rotary = local_attention.select(cfg, index, masks), local_attention.select(cfg, index, rotaries)
+        ring = local_attention.is_ring(cfg, index, cache.length) and length > cfg.window
 
         def attend(query, key, value, dropout):
             pairs = zip(state, (widen(cfg, key), widen(cfg, value)), strict=True)
@@ -161,75 +163,80 @@ def read_prompt(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def decode_step(params: Params, token: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
-    """One token int32 [B] more in every row: the next token's logits float32 [B,V], and the cache."""
+    """Appends a token int32 [B] to every row: the next token's logits float32 [B,V], and the cache."""
     hidden, cache = extend(params, token[:, None], cfg, cache)
     return logits(params, hidden, cfg)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def extend(params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Tokens int32 [B,T] more in every row: what meets the head, [B,T,width], and the cache. Padding may stand right,
-    where causality hides it, if nothing is read after it."""
-    x, _, cache = read(params, tokens, cfg, cache)
-    return final(params, x, cfg), cache
+    """Appends tokens int32 [B,T] to every row: the head's input [B,T,width], and the cache.
+
+    Right padding is allowed if nothing is appended after it.
+    """
+    x, _, cache = extend_layers(params, tokens, cfg, cache)
+    return head_input(params, x, cfg), cache
 
 
-def read(
-    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, keep: bool = False
+def extend_layers(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, all_layers: bool = False
 ) -> tuple[jax.Array, Any, Cache]:
-    """`extend` before the final norm: the last layer's states [B,T,hidden], with `keep` the embeddings and every
-    layer's states [L+1,B,T,hidden], and the cache."""
+    """`extend` up to the last layer: its output [B,T,hidden]; None or, with `all_layers`, the embeddings and every
+    layer's output [L+1,B,T,hidden]; and the cache."""
     length = tokens.shape[1]
     mask = jax.lax.dynamic_update_slice(
         cache.mask, jnp.ones(tokens.shape, bool), (jnp.zeros_like(cache.slot), cache.slot)
     )
-    seen = (
+    causal = (
         mask[:, None] & (jnp.arange(cache.length)[None] <= (cache.slot + jnp.arange(length))[:, None])[None]
     )  # [B,T,K]
     positions = cache.positions[:, None] + jnp.arange(length)[None]
-    rotaries = kinds.rotaries(cfg, positions)
-    bias = before = None
+    rotaries = local_attention.rotary_pair(cfg, positions)
+    bias = prefix_bias = None
     if cfg.alibi:
         first = cache.positions[:, None] - jnp.sum(cache.mask, axis=1, keepdims=True)  # position of slot 0
         bias = alibi_bias(cfg.num_heads, cfg.head_size, first + jnp.cumsum(mask, axis=1) - 1)
         if cache.prefix is not None:
-            before = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(cache.prefix.mask, axis=1) - 1)
+            prefix_bias = alibi_bias(cfg.num_heads, cfg.head_size, jnp.cumsum(cache.prefix.mask, axis=1) - 1)
 
-    masks = kinds.cache_masks(cfg, cache, seen, positions)
+    masks = local_attention.cache_masks(cfg, cache, causal, positions)
     kernel = cfg.decode_kernel and length == 1 and cache.prefix is None and cache.length % BLOCK == 0
 
     def body(block, x, state, index):
-        (seen, prefix_mask), rotary = kinds.of_kind(cfg, index, masks), kinds.of_kind(cfg, index, rotaries)
-        ring = kinds.is_ring(cfg, index, cache.length)
+        (visible, prefix_mask), rotary = (
+            local_attention.select(cfg, index, masks),
+            local_attention.select(cfg, index, rotaries),
+        )
+        ring = local_attention.is_ring(cfg, index, cache.length)
 
         def attend(query, key, value, dropout):
             query, key, value = widen_query(cfg, query), widen(cfg, key), widen(cfg, value)
             pairs = list(zip(state, (key, value), strict=True))
             keys, values = (kv.write(old, index, new, cache.slot, ring) for old, new in pairs)
             if ring and length > 1:
-                key, value = (kv.joined(old, index, new, cache.slot) for old, new in pairs)
+                key, value = (kv.append_to_ring(old, index, new, cache.slot) for old, new in pairs)
             else:
                 key, value = kv.read(keys, index), kv.read(values, index)
             prefix = None
             if cache.prefix is not None:
-                stored = [kv.read(part, index) for part in cache.prefix[:2]]
-                prefix = Prefix(stored[0], stored[1], prefix_mask, before)
+                prefix_key, prefix_value = kv.read(cache.prefix.keys, index), kv.read(cache.prefix.values, index)
+                prefix = Prefix(prefix_key, prefix_value, prefix_mask, prefix_bias)
             if kernel:
-                return decode_attention(query, key, value, seen[:, 0], cache.slot + 1), (keys, values)
-            out = attention(query, key, value, seen, bias, None, precision(cfg.dtype), prefix, cfg.attention_cap)
+                return decode_attention(query, key, value, visible[:, 0], cache.slot + 1), (keys, values)
+            out = attention(query, key, value, visible, bias, None, precision(cfg.dtype), prefix, cfg.attention_cap)
             return narrow(cfg, out), (keys, values)
 
         return _apply_block(cfg, block, x, attend, rotary, index, None)
 
-    def keeping(block, x, state, index):
+    def recording(block, x, state, index):
         x, caches = body(block, x, state[0], index)
         return x, (caches, state[1].at[index + 1].set(x))
 
     x = _embed(params, tokens, positions, cfg, None)
     states = None
-    if keep:
+    if all_layers:
         states = jnp.zeros((cfg.num_layers + 1, *x.shape), x.dtype).at[0].set(x)
-        x, ((keys, values), states) = _layers(params["blocks"], x, ((cache.keys, cache.values), states), keeping, cfg)
+        x, ((keys, values), states) = _layers(params["blocks"], x, ((cache.keys, cache.values), states), recording, cfg)
     else:
         x, (keys, values) = _layers(params["blocks"], x, (cache.keys, cache.values), body, cfg)
     positions, slot = cache.positions + length, cache.slot + length
@@ -237,15 +244,15 @@ def read(
 
 
 def logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """hidden [B,T,width] times the head: float32 [B,T,V], multiplied in the compute dtype, summed in float32."""
+    """Logits float32 [B,T,V] of the head's input [B,T,width]; multiplied in the compute dtype, summed in float32."""
     matrix, product = (params["head"], "btd,dv->btv") if "head" in params else (head(params, cfg), "btd,vd->btv")
     matrix = matrix.astype(cfg.dtype)
     out = jnp.einsum(product, hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32)
-    return soft_capped(sharding.constrain_batch(out, None, "model"), cfg.logit_cap)
+    return soft_cap(sharding.constrain_batch(out, None, "model"), cfg.logit_cap)
 
 
 def _segments(tokens, attention_mask, segment_ids) -> tuple[jax.Array | None, jax.Array]:
-    """Segments (None: one text a row, unpadded) and each token's position in its text."""
+    """Segment ids (None: one text per row, unpadded) and each token's position in its text."""
     if segment_ids is not None:
         return segment_ids, positions_from_segments(segment_ids)
     if attention_mask is None:
@@ -261,8 +268,8 @@ def _embed(params, tokens, positions, cfg, dropout_key) -> jax.Array:
     return sharding.constrain_batch(x, None, None)
 
 
-def final(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """The last layer's states [...,hidden] as they meet the head, [...,width]: normalised and projected."""
+def head_input(params: Params, x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The last layer's output [...,hidden], normalised and projected for the head: [...,width]."""
     if cfg.skip_final_norm:
         return x
     return family(cfg).Final(cfg).apply({"params": params.get("final", {})}, x)
@@ -279,8 +286,8 @@ def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, r
     """Runs body(block, x, state, layer) -> (x, state) over the first `stop` layers, scanned or unrolled."""
     stop = cfg.num_layers if stop is None else stop
     policy = REMAT[remat]
-    if casting.holds_late(blocks):
-        body, policy = _reading(body), policy or casting.saveable
+    if casting.has_deferred(blocks):
+        body, policy = _with_casts(body), policy or casting.save_all_but_casts
     if policy is not None:
         body = jax.checkpoint(body, policy=policy)
     if isinstance(blocks, tuple) or cfg.layer_loop == "unroll":
@@ -299,5 +306,5 @@ def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, r
     return x, state
 
 
-def _reading(body):
-    return lambda block, x, state, index: body(casting.read(block), x, state, index)
+def _with_casts(body):
+    return lambda block, x, state, index: body(casting.resolve(block), x, state, index)

@@ -1,7 +1,7 @@
-"""Transformers without PyTorch, for what this package takes from it: configurations and tokenizers.
+"""Imports transformers' configurations and tokenizers without PyTorch.
 
-Where PyTorch is installed, transformers imports it with every configuration, which takes as long as all else that a
-command imports, and no configuration uses it.
+Where PyTorch is installed, transformers imports it with every configuration, although none uses it. That takes as long
+as all other imports of a command together.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Torch(types.ModuleType):
-    """What `import torch` gives meanwhile: PyTorch is imported when something is asked of it."""
+    """A stand-in for torch that imports PyTorch at the first attribute access."""
 
     def __getattr__(self, name: str) -> Any:
         if sys.modules.get("torch") is self:
@@ -23,14 +23,14 @@ class _Torch(types.ModuleType):
 
 @contextlib.contextmanager
 def torch_on_demand() -> Iterator[None]:
-    """Context: what is imported here imports PyTorch when it uses it."""
+    """Within the context, `import torch` imports PyTorch only when it is used."""
     spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if spec is None:
         yield
         return
     torch, activations = _Torch("torch"), types.ModuleType("transformers.activations")
-    torch.__spec__ = spec  # by which transformers sees that it is installed
-    activations.__dict__["ACT2FN"] = {}  # by which LLaMA's configuration checks a name, as a family here does
+    torch.__spec__ = spec  # transformers checks this to see whether torch is installed
+    activations.__dict__["ACT2FN"] = {}  # LLaMA's configuration looks up its activation here
     stand_ins = {module.__name__: module for module in (torch, activations)}
     sys.modules.update(stand_ins)
     try:
@@ -42,11 +42,7 @@ def torch_on_demand() -> Iterator[None]:
 
 
 def config_class(model_type: str) -> Any:
-    """Transformers' configuration class.
-
-    Raises:
-      KeyError: it has none of that name.
-    """
+    """Transformers' configuration class of a model_type. Raises KeyError if there is none."""
     with torch_on_demand():
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

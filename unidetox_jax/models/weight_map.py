@@ -1,6 +1,6 @@
-"""One table per family says which Hugging Face tensor is which of ours; conversion reads it in both directions.
+"""Rows of a family's key table, which maps Hugging Face's tensors to our parameters for conversion both ways.
 
-Ours: linear kernels are [in, out], attention's [in, heads, size] and [heads, size, out], the rest unchanged.
+Our linear kernels are [in, out], attention's [in, heads, size] and [heads, size, out]; all else has the same layout.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class Key(NamedTuple):
-    """A Hugging Face tensor and our leaves that it fills.
+    """A Hugging Face tensor and the leaves of our parameters that it fills.
 
-    hf: its name in a *ForCausalLM checkpoint, with {layer} where it stands once a layer.
-    ours: paths of leaves; under blocks/ a leaf has one more axis in front, the layer.
-    split: the tensor -> our leaves (one layer's), as NumPy views where that is possible. join: the inverse.
+    hf: its name in a *ForCausalLM checkpoint, with {layer} if every layer has one.
+    ours: paths of leaves; those under blocks/ have layers on axis 0.
+    split: the tensor -> our leaves (one layer's), as NumPy views where possible. join: the inverse.
     """
 
     hf: str
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
 
 def same(hf: str, ours: str) -> Key:
-    """Stored alike."""
+    """The same layout."""
     return Key(hf, (ours,), lambda x: (x,), lambda x: x)
 
 
@@ -53,9 +53,9 @@ def heads_out(hf: str, ours: str, heads: int, size: int) -> Key:
     )
 
 
-def reshaped(hf: str, ours: str, there: tuple[int, ...], here: tuple[int, ...]) -> Key:
-    """The same numbers in the same order, in another shape (biases of heads; GPT-2's output kernel)."""
-    return Key(hf, (ours,), lambda x: (x.reshape(here),), lambda x: x.reshape(there))
+def reshaped(hf: str, ours: str, hf_shape: tuple[int, ...], our_shape: tuple[int, ...]) -> Key:
+    """The same elements in the same order, in another shape (biases of heads; GPT-2's output kernel)."""
+    return Key(hf, (ours,), lambda x: (x.reshape(our_shape),), lambda x: x.reshape(hf_shape))
 
 
 def norm(hf: str, ours: str, bias: bool = True) -> list[Key]:

@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 def filled(rows: int, sizes: Sizes, accumulation: int = 1) -> int:
     """Rows of a batch that the mesh, and the parts of an accumulation, divide."""
-    return buckets.multiple(rows, sizes["data"] * sizes["fsdp"] * accumulation)
+    return buckets.round_up(rows, sizes["data"] * sizes["fsdp"] * accumulation)
 
 
 def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: Sizes, fused: bool) -> Work:
@@ -81,8 +81,8 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int, 
         owned = _owned(cfg, sizes)
         prepared = costs.param_bytes(cfg, ways) if gather else size * owned
         together = wide_heads.width(cfg, ways) if lanes > 1 else 1
-        padded = buckets.multiple(together * cfg.head_size, lanes) / (together * cfg.head_size)
-        flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, ways=ways)
+        padded = buckets.round_up(together * cfg.head_size, lanes) / (together * cfg.head_size)
+        flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, shards=ways)
         traffic += weights + padded * rows * costs.cache_bytes(cfg, prompt + plan.size / 2, ways)
         memory += 4 * owned * stored + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, ways)
         memory += padded * GROWTH * rows * costs.cache_bytes(cfg, plan.size + prompt / plan.samples, ways)

@@ -78,7 +78,7 @@ def text_sets(run: Run) -> dict[str, str]:
     files = {name: directory / "texts.jsonl" for name, directory in directories.items()}
     sets = {name: f"distilled:{file}" for name, file in files.items() if file.exists()}
     taken = (DISTILLED, SAMPLES, "toxic_data", "leaning")
-    others = extensions.named(run.analyze.texts, "config.analyze.texts", "DATASET", taken)
+    others = extensions.parse_named(run.analyze.texts, "config.analyze.texts", "DATASET", taken)
     sets |= {name: run.path(spec) for name, spec in others.items()}
     if not sets:
         raise UserError(f"{files[DISTILLED]}: no such file, and config.analyze.texts is empty; run `unidetox distill`")
@@ -153,7 +153,7 @@ def _leaning(run: Run, settings: AnalyzeSettings, sets: Mapping[str, Sequence[st
 
 def scorers_of(run: Run, settings: AnalyzeSettings) -> dict[str, str]:
     """Name → scorer: the first one, without a name, and those that models are evaluated by as well."""
-    others = extensions.named(run.evaluate.other_scorers, "config.evaluate.other_scorers", "SCORER")
+    others = extensions.parse_named(run.evaluate.other_scorers, "config.evaluate.other_scorers", "SCORER")
     return {"": settings.scorer, **others} if settings.scorer else others
 
 

@@ -70,9 +70,9 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
             print(aligned([[task.name, state(task), str(task.directory)] for task in tasks], left=3))
         return []
     records = []
-    with preemption.ends_at_once():
+    with preemption.exit_on_sigterm():
         for task in tasks:
-            if devices.programs_fill_up():
+            if devices.memory_maps_run_out():
                 jax.clear_caches()
             records.append(run_task(task, force))
     return records
@@ -136,7 +136,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
         "figures": _plain(dict(figures)),
         "seconds": round(time.monotonic() - started, 3),  # of the last sitting, where there were several
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": devices.here(),
+        "devices": devices.summary(),
         "versions": versions(),
     }
     if first:

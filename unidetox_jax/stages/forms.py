@@ -63,7 +63,7 @@ def forms(run: Run) -> list[Form]:
     candidates = {**rivals, **candidates}
     planned = [form for target in run.shared.targets for form in _of_target(run, target, candidates)]
     taken = [one.name if one.form == ORIGINAL else f"{one.name}.{one.form}" for one in planned]
-    extra = extensions.named(run.evaluate.extra_models, "config.evaluate.extra_models", "PATH", taken)
+    extra = extensions.parse_named(run.evaluate.extra_models, "config.evaluate.extra_models", "PATH", taken)
     return planned + [Form(name, ORIGINAL, Candidate((source,))) for name, source in extra.items()]
 
 

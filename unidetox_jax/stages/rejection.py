@@ -75,7 +75,7 @@ def is_asked(settings: RejectSettings) -> bool:
 
 def named(settings: RejectSettings) -> dict[str, str]:
     """Name → scorer."""
-    return extensions.named(settings.scorers, f"{FIELD}.scorers", "SCORER")
+    return extensions.parse_named(settings.scorers, f"{FIELD}.scorers", "SCORER")
 
 
 def check(settings: RejectSettings) -> None:

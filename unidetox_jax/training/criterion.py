@@ -1,4 +1,4 @@
-"""What training makes smaller, and which parameters it changes for it."""
+"""What training minimises, and the parameters that it changes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,37 +14,37 @@ from unidetox_jax.training.loss import Batch, total_loss
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """The language-modelling loss, of the whole model or, with `cfg.lora`, of an adapter of it.
+    """The language-modelling loss, as a function of all weights or, with `cfg.lora`, of an adapter.
 
-    Another loss, or other parameters to train, are a subclass: a frozen dataclass, since programs are kept by it.
-    Weights are a model's own parameters, `params` what is trained, `base` the weights that stay as they are, prepared
-    for the compute dtype, or None.
+    A subclass defines another loss or other trained parameters; it must be a frozen dataclass, since compiled programs
+    are cached by it. In its methods, `weights` are a model's parameters, `params` what is trained, and `base` the
+    frozen weights in the compute dtype, or None.
     """
 
-    def keeps_base(self, cfg: ModelConfig) -> bool:
-        """Whether there are weights that stay beside what is trained."""
+    def has_base(self, cfg: ModelConfig) -> bool:
+        """Whether there are frozen weights beside the trained parameters."""
         return bool(cfg.lora.rank)
 
     def abstract(self, cfg: ModelConfig, param_dtype: str) -> Any:
-        """Shapes and dtypes of what is trained."""
+        """The trained parameters as ShapeDtypeStructs."""
         return lora.abstract(cfg) if cfg.lora.rank else models.abstract_params(cfg, param_dtype)
 
     def initial(self, cfg: ModelConfig, weights: Callable[[], Any], seed: int, mesh: Mesh) -> Any:
-        """What training begins with, on the mesh; `weights` gives arrays that may be taken over."""
+        """The initial parameters, on the mesh; `weights()` gives arrays that may be donated."""
         return lora.init(cfg, jax.random.key(seed), mesh) if cfg.lora.rank else weights()
 
     def count(self, batch: Batch, targets: jax.Array) -> jax.Array:
-        """What `total` is divided by, float32; targets: the number of the batch's."""
+        """The divisor of `total`, float32; targets: how many the batch has."""
         return targets
 
     def total(
         self, params: Any, base: Any, batch: Batch, cfg: ModelConfig, *, dropout_key: jax.Array | None, remat: str
     ) -> jax.Array:
-        """The loss summed over what `count` counts, float32; the arguments are those of `training.loss`."""
+        """The summed loss, float32; arguments as in `training.loss`."""
         return total_loss(self.model(base, params, cfg), batch, cfg, dropout_key=dropout_key, remat=remat)[0]
 
     def model(self, base: Any, params: Any, cfg: ModelConfig) -> Any:
-        """The weights of the model that was trained."""
+        """The weights of the trained model."""
         return lora.attach(base, params, cfg) if cfg.lora.rank else params
 
 

@@ -1,9 +1,8 @@
-"""AdamW with a linear decay, as transformers.Trainer steps with torch.optim.AdamW; in three precisions.
+"""AdamW with linear decay, equal to transformers.Trainer with torch.optim.AdamW, in three precisions.
 
-float32: weights, moments and arithmetic. bfloat16: weights and moments are kept in it, a step is computed in float32
-and rounded stochastically, so that on average no update is lost. release: torch's arithmetic on bfloat16 tensors, one
-rounding after each of its operations, to reproduce the released code; at a learning rate of 1e-5 most of those updates
-round to nothing.
+float32: weights, moments and arithmetic. bfloat16: weights and moments; steps are computed in float32 and rounded
+stochastically, so that on average no update is lost. release: PyTorch's arithmetic on bfloat16 tensors, which rounds
+after every operation, to reproduce the released code; at a learning rate of 1e-5 most of its updates round to zero.
 """
 
 import dataclasses
@@ -27,13 +26,13 @@ PRECISIONS = ("float32", "bfloat16", "release")
 )
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW's settings; as a pytree, its leaves are the schedule's numbers, which a program takes as arguments.
+    """AdamW's settings; a pytree whose leaves are the schedule's numbers, which programs take as arguments.
 
-    learning_rate: the highest; 0 at first and rising for `warmup_steps`, then falling linearly to 0 at `steps`, or
-      without `decay` staying.
+    learning_rate: the peak: it rises linearly from 0 over `warmup_steps`, then falls linearly to 0 at `steps`, or stays
+      constant without `decay`.
     weight_decay: on matrices and embeddings, not on biases and norms.
-    clip_norm: of the global gradient norm; 0 switches clipping off.
-    precision: one of PRECISIONS. seed: of the stochastic rounding.
+    clip_norm: maximum global gradient norm; 0 switches clipping off.
+    precision: one of PRECISIONS. seed: of stochastic rounding.
     """
 
     learning_rate: float
@@ -49,30 +48,30 @@ class Optimizer:
     seed: int = 0
 
     @property
-    def form(self) -> "Optimizer":
-        """The same for all that share a compiled program."""
-        seed = self.seed if self.precision == "bfloat16" else 0  # else nothing is drawn
+    def static(self) -> "Optimizer":
+        """Equal for all settings that share a compiled program."""
+        seed = self.seed if self.precision == "bfloat16" else 0  # unused in the other precisions
         return dataclasses.replace(self, learning_rate=0.0, steps=1, warmup_steps=0, seed=seed)
 
     @property
     def param_dtype(self) -> str:
-        """What the weights are kept in."""
+        """The dtype of the weights."""
         return "float32" if self.precision == "float32" else "bfloat16"
 
     @property
     def gradient_dtype(self) -> str:
-        """What an update starts from."""
+        """The dtype of gradients in the update."""
         return "bfloat16" if self.precision == "release" else "float32"
 
     @property
     def compute_dtype(self) -> str | None:
-        """What the model computes in; None: as its configuration says."""
+        """The dtype that the model computes in; None: its configuration's."""
         return "bfloat16" if self.precision == "release" else None
 
     def learning_rate_at(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """The learning rate of the update number `step`, from 0; float32."""
+        """The learning rate of update `step`, counted from 0; float32."""
         step = jnp.asarray(step, jnp.float32)
-        # By the reciprocal, as XLA divides by a constant: so it is the same whether the numbers are arguments or not
+        # By reciprocals, as XLA divides by constants, so that results do not depend on whether these are arguments
         rising = step * (1.0 / jnp.maximum(1, self.warmup_steps))
         falling = (self.steps - step) * (1.0 / jnp.maximum(1, self.steps - self.warmup_steps))
         warms_up = step < self.warmup_steps
@@ -80,18 +79,18 @@ class Optimizer:
 
 
 def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
-    """Clipping, AdamW and the schedule, to be used with `optax.apply_updates`; its state mirrors the parameters."""
-    parts = [_clip(settings.clip_norm)] if settings.clip_norm else []
+    """Clipping, AdamW and the schedule, for use with `optax.apply_updates`; its state mirrors the parameters."""
+    transforms = [_clip(settings.clip_norm)] if settings.clip_norm else []
     if settings.precision != "float32":
-        return optax.chain(*parts, _bfloat16_adamw(settings))
-    parts.append(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon))
+        return optax.chain(*transforms, _bfloat16_adamw(settings))
+    transforms.append(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon))
     if settings.weight_decay:
-        parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decayed))
-    return optax.chain(*parts, optax.scale_by_learning_rate(settings.learning_rate_at))
+        transforms.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask))
+    return optax.chain(*transforms, optax.scale_by_learning_rate(settings.learning_rate_at))
 
 
-def decayed(params: Any) -> Any:
-    """Which leaves decay, as the Trainer decides it: all but biases and norms."""
+def decay_mask(params: Any) -> Any:
+    """Which leaves decay, as in transformers.Trainer: all but biases and norms."""
 
     def decays(path, leaf):
         return sharding.path_string(path).rsplit("/", 1)[-1] not in ("bias", "scale")
@@ -100,7 +99,7 @@ def decayed(params: Any) -> Any:
 
 
 def _clip(norm: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_: times norm / (global norm + 1e-6) where that is less than 1."""
+    """torch.nn.utils.clip_grad_norm_: scales by norm / (global norm + 1e-6) if that is less than 1."""
 
     def update(updates, state, params=None):
         scale = jnp.minimum(1.0, norm / (global_norm(updates) + 1e-6))
@@ -110,20 +109,20 @@ def _clip(norm: float) -> optax.GradientTransformation:
 
 
 def global_norm(gradients: Any) -> jax.Array:
-    """The norm over all leaves, float32."""
+    """The norm over all leaves, computed in float32."""
     return optax.global_norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients))
 
 
 class Bfloat16State(NamedTuple):
     """The number of updates, and both moments in bfloat16."""
 
-    count: jax.Array  # type: ignore[assignment]  # optax's name, and of checkpoints; a tuple has a method of it
+    count: jax.Array  # type: ignore[assignment]  # optax's name, used in checkpoints; shadows a method of tuple
     mu: Any
     nu: Any
 
 
 def _bfloat16_adamw(settings: Optimizer) -> optax.GradientTransformation:
-    """AdamW whose weights and moments are bfloat16."""
+    """AdamW with bfloat16 weights and moments."""
     step = _release_step if settings.precision == "release" else _stochastic_step
 
     def init(params):
@@ -134,35 +133,36 @@ def _bfloat16_adamw(settings: Optimizer) -> optax.GradientTransformation:
         def leaf(path, *arrays):
             return step(settings, state.count, sharding.path_string(path), *arrays)
 
-        found = jax.tree_util.tree_map_with_path(leaf, gradients, state.mu, state.nu, params, decayed(params))
-        changes, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), found)
+        triples = jax.tree_util.tree_map_with_path(leaf, gradients, state.mu, state.nu, params, decay_mask(params))
+        changes, mu, nu = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), triples)
         return changes, Bfloat16State(state.count + 1, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def _release_step(settings: Optimizer, count, path, gradient, mu, nu, param, decays):
-    """A leaf's change and moments as torch.optim.AdamW makes them on bfloat16 tensors: each operation in float32, its
-    result rounded to bfloat16."""
+    """A leaf's change and moments as by torch.optim.AdamW on bfloat16 tensors: float32 operations, each rounded."""
 
-    def rounded(x):  # not a cast there and back, which XLA may drop
+    def rounded(x):  # XLA may remove a cast to bfloat16 and back
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
     rate = settings.learning_rate_at(count)
     bias1 = 1 - settings.b1 ** (count + 1)
     bias2 = jnp.sqrt(1 - settings.b2 ** (count + 1))
     gradient, mu, nu, param = (x.astype(jnp.float32) for x in (gradient, mu, nu, param))
-    kept = rounded(param * (1 - rate * settings.weight_decay)) if decays and settings.weight_decay else param
+    shrunk = rounded(param * (1 - rate * settings.weight_decay)) if decays and settings.weight_decay else param
     mu = rounded(mu + (1 - settings.b1) * (gradient - mu))
     nu = rounded(rounded(nu * settings.b2) + (1 - settings.b2) * gradient * gradient)
     denominator = rounded(rounded(rounded(jnp.sqrt(nu)) / bias2) + settings.epsilon)
-    change = kept - param - rate / bias1 * (mu / denominator)
+    change = shrunk - param - rate / bias1 * (mu / denominator)
     return change, mu.astype(jnp.bfloat16), nu.astype(jnp.bfloat16)
 
 
 def _stochastic_step(settings: Optimizer, count, path, gradient, mu, nu, param, decays):
-    """A leaf's change and moments, computed in float32 and rounded stochastically, the moments too: with b2 = 0.999
-    the second would stand still otherwise. The change leads to a bfloat16 number exactly."""
+    """A leaf's change and moments, computed in float32 and rounded stochastically; param + change is a bfloat16 number.
+
+    Rounded to nearest, the second moment would never change with b2 = 0.999.
+    """
     rate = settings.learning_rate_at(count)
     mu = settings.b1 * mu.astype(jnp.float32) + (1 - settings.b1) * gradient
     nu = settings.b2 * nu.astype(jnp.float32) + (1 - settings.b2) * gradient * gradient
@@ -171,6 +171,6 @@ def _stochastic_step(settings: Optimizer, count, path, gradient, mu, nu, param, 
     if decays and settings.weight_decay:
         direction += settings.weight_decay * param.astype(jnp.float32)
     for_param, for_moments = rounding.random_bits(settings.seed, count, path, param.shape)
-    after = rounding.add(param, -rate * direction, for_param)
-    change = after.astype(jnp.float32) - param.astype(jnp.float32)
+    updated = rounding.add(param, -rate * direction, for_param)
+    change = updated.astype(jnp.float32) - param.astype(jnp.float32)
     return change, rounding.to_bfloat16(mu, for_moments), rounding.to_bfloat16(nu, for_moments >> 16)

@@ -1,8 +1,8 @@
-"""SIGTERM: the scheduler wants the machine back.
+"""SIGTERM from a scheduler that reclaims the machine.
 
-Inside the training loop it is noted, and the loop saves at a step's end; everywhere else nothing is lost by ending at
-once, since what is on disk is whole. With several processes jax's own notifier listens, and all of them learn the one
-step at which to save, whichever of them was told.
+The training loop saves at the end of a step. Everywhere else the process exits at once, which loses nothing, since
+files on disk are always complete. With several processes, JAX's own notifier listens, and all of them agree on the step
+at which to save.
 """
 
 import contextlib
@@ -18,30 +18,30 @@ from jax.experimental import multihost_utils
 
 from unidetox_jax.errors import Preempted
 
-# The sync point is a number of calls, the same for all processes, and must not start again with the next model.
+# JAX identifies sync points by a number, which all processes must count alike and never reuse.
 _calls = itertools.count()
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Callable[[], bool]]:
-    """Context: a function that says whether to save and stop now.
+def sigterm_flag() -> Iterator[Callable[[], bool]]:
+    """Context: a function that tells whether to save and stop, to be called by every process once per step.
 
-    Every process calls it once a step; the answer is the same for all.
+    All processes get the same answer.
     """
     if jax.process_count() > 1:
         yield lambda: multihost_utils.reached_preemption_sync_point(next(_calls))
         return
-    asked = threading.Event()
-    with _handler(lambda *_: asked.set()):
-        yield asked.is_set
+    received = threading.Event()
+    with _handler(lambda *_: received.set()):
+        yield received.is_set
 
 
 @contextlib.contextmanager
-def ends_at_once() -> Iterator[None]:
-    """Context: SIGTERM ends the process with `Preempted`'s exit code, for work that the same command does again."""
+def exit_on_sigterm() -> Iterator[None]:
+    """Context: SIGTERM ends the process with `Preempted`'s exit code, for work that the same command repeats."""
 
-    def end(*_) -> None:
-        # Not an exception: libraries with a broad `except` would swallow it, and threads would hold the process.
+    def terminate(*_) -> None:
+        # Not an exception: libraries with a broad `except` would swallow it, and threads would keep the process alive
         sys.stderr.write("unidetox: stopped by SIGTERM; the same command continues\n")
         sys.stderr.flush()
         os._exit(Preempted.exit_code)
@@ -49,13 +49,13 @@ def ends_at_once() -> Iterator[None]:
     if jax.process_count() > 1:
         yield
         return
-    with _handler(end):
+    with _handler(terminate):
         yield
 
 
 @contextlib.contextmanager
 def _handler(handler: Callable) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can
         yield
         return
     previous = signal.signal(signal.SIGTERM, handler)

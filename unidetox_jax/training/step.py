@@ -1,9 +1,9 @@
-"""One optimizer step as one compiled, donated, sharded program.
+"""One optimizer step as one compiled, sharded program that donates its state.
 
-It can be lowered from `abstract_state` and an abstract batch, for a mesh whose devices are not here. Derivatives are
-taken with respect to the weights in the compute dtype, and no copy of the weights in it stands beside them
-(`models.casting`). Layers are scanned whatever `cfg.layer_loop` says: on two CPU cores at GPT-2 small's shape
-unrolled ones took 6 to 13 % more processor time a step, and three times as long to compile.
+It can be lowered from `abstract_state` and an abstract batch, also for devices that are not here. Derivatives are with
+respect to the weights in the compute dtype, without a copy of the weights in it (`models.casting`). Layers are always
+scanned: unrolled, a step of GPT-2 small on two CPU cores took 6 to 13 % more processor time, and compilation three
+times as long.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from unidetox_jax.training.optimizer import Optimizer, global_norm, make_optimiz
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. step: int32, updates done; params: in `Optimizer.param_dtype`."""
+    """What a step updates. step: int32, updates so far; params: in `Optimizer.param_dtype`."""
 
     step: Any
     params: Any
@@ -37,17 +37,14 @@ Batch = dict[str, jax.Array]
 
 
 def init_state(params: Any, optimizer: Optimizer) -> TrainState:
-    """The state before the first step, on the mesh that the parameters live on.
-
-    It takes the parameters over: the first step donates their memory.
-    """
+    """The state before the first step, on the parameters' mesh. The first step donates the parameters' memory."""
     mesh = sharding.mesh_of(params) or sharding.single_device_mesh()
     shardings = sharding.param_shardings(params, mesh)
     params = jax.tree.map(
         lambda leaf, place: jax.device_put(jnp.asarray(leaf, optimizer.param_dtype), place), params, shardings
     )
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, params, _init_optimizer(params, optimizer.form, mesh))
+    return TrainState(step, params, _init_optimizer(params, optimizer.static, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "mesh"))
@@ -59,7 +56,7 @@ def _init_optimizer(params: Any, optimizer: Optimizer, mesh: Mesh) -> Any:
 def abstract_state(
     cfg: ModelConfig, optimizer: Optimizer, mesh: Mesh | None, criterion: Criterion = LANGUAGE_MODELLING
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings, without any memory; None: the first device."""
+    """The state as ShapeDtypeStructs with shardings; mesh None: the first device."""
     mesh = mesh or sharding.single_device_mesh()
     params = criterion.abstract(cfg, optimizer.param_dtype)
     opt_state = jax.eval_shape(make_optimizer(optimizer).init, params)
@@ -74,8 +71,10 @@ def abstract_state(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step and the numbers that it takes: jitted, lowered or compiled. Called, or lowered, with a state, a batch and
-    a model's frozen parameters or nothing; all else is jax's own."""
+    """A jitted, lowered or compiled step with its optimizer and seed bound; other attributes are the program's.
+
+    Called or lowered with a state, a batch and, if the criterion has any, the frozen weights.
+    """
 
     program: Any
     optimizer: Optimizer
@@ -85,12 +84,12 @@ class TrainStep:
         return self.program(self.optimizer, self.dropout_seed, *arguments)
 
     def lower(self, *arguments: Any) -> "TrainStep":
-        """The program for arguments of these shapes, which may be abstract."""
+        """Lowered for arguments of these shapes, which may be abstract."""
         lowered = self.program.lower(self.optimizer, self.dropout_seed, *arguments)
         return dataclasses.replace(self, program=lowered)
 
     def compile(self, **options: Any) -> "TrainStep":
-        """What was lowered, for the devices."""
+        """Compiled, after `lower`."""
         return dataclasses.replace(self, program=self.program.compile(**options))
 
     def __getattr__(self, name: str) -> Any:
@@ -109,39 +108,39 @@ def make_train_step(
     dropout_seed: int | None = None,
     criterion: Criterion = LANGUAGE_MODELLING,
 ) -> TrainStep:
-    """A jitted step(state, batch) -> (state, metrics): TrainState, Batch -> TrainState, Metrics. It donates the state.
-    Steps that differ in the learning rate, its schedule or the dropout's seed share one program.
+    """A jitted step(state, batch) -> (state, metrics) that donates the state.
 
-    With `cfg.lora` the state's parameters are the adapter (`models.lora`), and a third argument is the model's own,
-    which stay as they are; so it is with any criterion that keeps them.
+    Steps that differ only in the learning rate, its schedule or the dropout seed share one program. With `cfg.lora` the
+    state's parameters are the adapter (`models.lora`) and the model's frozen parameters are a third argument, as for
+    any criterion with a base.
 
     Args:
       cfg: its dtype is the compute dtype (bfloat16 in precision "release").
       mesh: None is the first device.
-      accumulation: parts that the batch's rows are computed in, one after another; the loss is a mean over the
-        targets of all. Rows must be a multiple of it times the mesh's batch axes.
-      remat: what the backward pass computes again: "none", "dots", "full".
-      dropout_seed: the noise of a step depends on it and on the step's number alone; None: no dropout.
-      criterion: what is trained, and by which loss.
+      accumulation: microbatches that the rows are split into; the loss is the mean over all targets. Rows must be a
+        multiple of it times the mesh's batch axes.
+      remat: what the backward pass recomputes: "none", "dots", "full".
+      dropout_seed: a step's noise depends only on it and on the step's number; None: no dropout.
+      criterion: the loss and the parameters that are trained.
 
-    The batch is as `loss` wants it, its rows over the mesh's batch axes. Metrics are float32 scalars: "loss" (nats a
-    target, if the criterion is the language model's), "grad_norm" (before clipping), "learning_rate", "targets".
+    The batch is as in `loss`, with rows over the mesh's batch axes. Metrics are float32 scalars: "loss" (by default in
+    nats per target), "grad_norm" (before clipping), "learning_rate", "targets".
     """
     cfg = dataclasses.replace(cfg, layer_loop="scan", dtype=optimizer.compute_dtype or cfg.dtype)
     mesh = mesh or sharding.single_device_mesh()
-    program = _program(cfg, optimizer.form, mesh, accumulation, remat, criterion)
+    program = _program(cfg, optimizer.static, mesh, accumulation, remat, criterion)
     seed = None if dropout_seed is None else np.asarray(dropout_seed).astype(np.int32)[()]
-    return TrainStep(program, dataclasses.replace(optimizer, seed=optimizer.form.seed), seed)
+    return TrainStep(program, dataclasses.replace(optimizer, seed=optimizer.static.seed), seed)
 
 
 @functools.cache
 def _program(
-    cfg: ModelConfig, form: Optimizer, mesh: Mesh, accumulation: int, remat: str, criterion: Criterion
+    cfg: ModelConfig, static: Optimizer, mesh: Mesh, accumulation: int, remat: str, criterion: Criterion
 ) -> jax.stages.Wrapped:
-    """What optimizers of one form share: a jitted step(optimizer, dropout_seed, state, batch[, base])."""
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, form, mesh, criterion))
+    """The jitted step(optimizer, dropout_seed, state, batch[, base]) of optimizers with these static settings."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, static, mesh, criterion))
     numbers = sharding.replicated(mesh)
-    frozen = (None,) if criterion.keeps_base(cfg) else ()  # where they are
+    frozen = (None,) if criterion.has_base(cfg) else ()  # any sharding
 
     @functools.partial(
         jax.jit,
@@ -160,7 +159,7 @@ def _program(
             loss, targets, gradients = _gradients(criterion, state.params, base, batch, cfg, accumulation, key, remat)
             gradients = jax.tree.map(lambda leaf: leaf.astype(optimizer.gradient_dtype), gradients)
             gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
-            with jax.numpy_dtype_promotion("standard"):  # which optax needs, whatever the user's code is held to
+            with jax.numpy_dtype_promotion("standard"):  # optax needs it; user code may have set another
                 updates, opt_state = transformation.update(gradients, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -194,36 +193,36 @@ def make_eval_step(cfg: ModelConfig, mesh: Mesh | None = None) -> Callable[[Any,
 
 
 def _gradients(criterion: Criterion, params, base, batch: Batch, cfg: ModelConfig, accumulation: int, key, remat: str):
-    """The mean loss over the batch, the number of its targets, and the gradients in the compute dtype, or in float32
-    where they are sums over several parts; base: the weights beside `params` that stay as they are, or None."""
+    """The batch's mean loss, its number of targets, and the gradients: in the compute dtype, or in float32 if they are
+    accumulated."""
     targets = target_mask(batch).sum(dtype=jnp.float32)
     count = criterion.count(batch, targets)
-    variables = casting.variables(params, cfg)
+    placeholders = casting.placeholders(params, cfg)
     frozen = None if base is None else models.prepare(base, cfg)
 
-    def mean(variables, part, key):
-        total = criterion.total(casting.late(params, variables), frozen, part, cfg, dropout_key=key, remat=remat)
+    def mean(placeholders, batch, key):
+        total = criterion.total(casting.defer(params, placeholders), frozen, batch, cfg, dropout_key=key, remat=remat)
         return total / jnp.maximum(count, 1.0)
 
     if accumulation == 1:
-        loss, gradients = jax.value_and_grad(mean)(variables, batch, key)
+        loss, gradients = jax.value_and_grad(mean)(placeholders, batch, key)
         return loss, targets, gradients
 
     def add(carry, inputs):
-        part, index = inputs
-        part_key = None if key is None else jax.random.fold_in(key, index)
-        loss, gradients = jax.value_and_grad(mean)(variables, part, part_key)
+        microbatch, index = inputs
+        microbatch_key = None if key is None else jax.random.fold_in(key, index)
+        loss, gradients = jax.value_and_grad(mean)(placeholders, microbatch, microbatch_key)
         return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    parts = jax.tree.map(functools.partial(_parts, number=accumulation), batch)
-    (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), (parts, jnp.arange(accumulation)))
+    inputs = jax.tree.map(functools.partial(_microbatches, number=accumulation), batch), jnp.arange(accumulation)
+    (loss, gradients), _ = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), inputs)
     return loss, targets, gradients
 
 
-def _parts(rows: jax.Array, number: int) -> jax.Array:
-    """[R,T] -> [number, R/number, T]: every number-th row, so that each device takes its parts from its own rows."""
+def _microbatches(rows: jax.Array, number: int) -> jax.Array:
+    """[R,T] -> [number, R/number, T]: every number-th row, so that each device keeps its own rows."""
     if rows.shape[0] % number:
         raise ValueError(f"a batch of {rows.shape[0]} rows cannot be computed in {number} parts")
-    parts = rows.reshape(rows.shape[0] // number, number, *rows.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(parts, None, sharding.BATCH, *(None,) * (rows.ndim - 1))
+    split = rows.reshape(rows.shape[0] // number, number, *rows.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(split, None, sharding.BATCH, *(None,) * (rows.ndim - 1))

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import sharding
-from unidetox_jax.buckets import multiple, power_of_two
+from unidetox_jax.buckets import next_power_of_two, round_up
 from unidetox_jax.checkpoint import hf, load_tokenizer
 from unidetox_jax.checkpoint.safetensors_file import Spec, Stored
 from unidetox_jax.checkpoint.source import CONFIG, TOKENIZER_FILES, TORCH_FILES, WEIGHT_FILES, find
@@ -150,11 +150,11 @@ def _batches(rows: Sequence[Sequence[int]], cfg: encoder.EncoderConfig, mesh: ja
     budget = BATCH_TOKENS.get(mesh.devices.flat[0].platform, BATCH_TOKENS_ACCELERATOR)
     buckets: dict[int, list[int]] = {}
     for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):
-        length = min(max(SHORTEST, power_of_two(len(rows[at]))), cfg.length_limit)
+        length = min(max(SHORTEST, next_power_of_two(len(rows[at]))), cfg.length_limit)
         buckets.setdefault(length, []).append(at)
     for length, members in buckets.items():
-        size = max(1, min(budget // length, power_of_two(len(members))))
-        size = multiple(size, ways)
+        size = max(1, min(budget // length, next_power_of_two(len(members))))
+        size = round_up(size, ways)
         for start in range(0, len(members), size):
             chosen = members[start : start + size]
             tokens, mask = np.full((size, length), max(cfg.pad_token_id, 0), np.int32), np.zeros((size, length), bool)
