@@ -213,7 +213,7 @@ def test_what_does_not_fit_together_is_refused():
     small = models.Model(gpt2.params, models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 99}))
     contrastive = objectives.get("contrastive")
     ones = np.ones((2, 3), np.int32)
-    elsewhere = [jax.device_put(gpt2.params, sharding.replicated(sharding.single_device_mesh(device)))
+    elsewhere = [jax.device_put(gpt2.params, sharding.replicated(sharding.make_mesh("", [device])))
                  for device in jax.devices()[:2]]  # fmt: skip
     for message, chosen, prompts, settings in (
         ("has a vocabulary of 99 tokens, model 0 .* of 131", [gpt2, small], ones, {"objective": contrastive}),

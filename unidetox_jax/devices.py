@@ -74,10 +74,10 @@ def summary() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def fastest(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of `repeats` calls, after one that compiles."""
+def fastest(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of `REPEATS` calls, after one that compiles."""
     jax.block_until_ready(work())
-    return min(seconds(work) for _ in range(repeats))
+    return min(seconds(work) for _ in range(REPEATS))
 
 
 def seconds(work: Callable[..., Any], *arguments: Any) -> float:

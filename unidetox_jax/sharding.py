@@ -77,9 +77,9 @@ def make_mesh(layout: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
 
 
-def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """A mesh of one device, by default the first local one."""
-    return make_mesh("", [device or jax.local_devices()[0]])
+def single_device_mesh() -> Mesh:
+    """A mesh of the first local device."""
+    return make_mesh("", [jax.local_devices()[0]])
 
 
 def device_of(mesh: Mesh | None = None) -> Any:

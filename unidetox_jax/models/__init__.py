@@ -1,4 +1,4 @@
-"""Language models as pure functions of (params, tokens, cfg); the only room where Flax types live."""
+"""Language models as pure functions of (params, tokens, cfg); Flax is used only inside this package."""
 
 from unidetox_jax.models import casting, lora, wide_heads
 from unidetox_jax.models.cache import (
@@ -18,46 +18,3 @@ from unidetox_jax.models.registry import config_from_hf, config_to_hf, hf_prefix
 from unidetox_jax.models.states import decode_states, early_exit, look_ahead, prefill_states
 from unidetox_jax.models.transformer import decode_step, extend, forward, head_input, hidden_states, logits, prefill
 from unidetox_jax.models.weight_map import Key
-
-__all__ = [
-    "PUBLISHED",
-    "Cache",
-    "Key",
-    "Model",
-    "ModelConfig",
-    "abstract_params",
-    "as_ids",
-    "branch_cache",
-    "cache_axes",
-    "cache_of",
-    "casting",
-    "config_from_hf",
-    "config_to_hf",
-    "decode_states",
-    "decode_step",
-    "default_dtype",
-    "early_exit",
-    "extend",
-    "head_input",
-    "forward",
-    "grow_cache",
-    "has_decode_kernel",
-    "head",
-    "hf_prefix",
-    "hidden_states",
-    "ignored_keys",
-    "init",
-    "init_cache",
-    "key_table",
-    "logits",
-    "look_ahead",
-    "lora",
-    "num_params",
-    "prefill",
-    "prefill_states",
-    "prepare",
-    "published_config",
-    "share_cache_masks",
-    "stored_in_out",
-    "wide_heads",
-]

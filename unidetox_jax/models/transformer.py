@@ -63,7 +63,7 @@ def forward(
     return logits(params, hidden, cfg)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "remat", "layer"))
+@functools.partial(jax.jit, static_argnames=("cfg", "remat"))
 def hidden_states(
     params: Params,
     tokens: jax.Array,
@@ -73,7 +73,6 @@ def hidden_states(
     segment_ids: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     remat: str = "none",
-    layer: int | None = None,
 ) -> jax.Array:
     """The head's input, [B,T,width] in the compute dtype.
 
@@ -84,7 +83,6 @@ def hidden_states(
         positions restart in each.
       dropout_key: None switches dropout off.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
-      layer: stop after this many layers, before the final norm.
     """
     cfg.check_length(tokens.shape[1])
     segments, positions = _segments(tokens, attention_mask, segment_ids)
@@ -102,8 +100,8 @@ def hidden_states(
 
         return _apply_block(cfg, block, x, attend, rotary, index, dropout_key)[0], state
 
-    x, _ = _layers(params["blocks"], x, (), body, cfg, layer, remat)
-    return head_input(params, x, cfg) if layer is None else x
+    x, _ = _layers(params["blocks"], x, (), body, cfg, remat)
+    return head_input(params, x, cfg)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -282,16 +280,15 @@ def _apply_block(cfg, block, x, attend, rotary, index, dropout_key):
     return sharding.constrain_batch(x, None, None), state
 
 
-def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, remat: str = "none"):
-    """Runs body(block, x, state, layer) -> (x, state) over the first `stop` layers, scanned or unrolled."""
-    stop = cfg.num_layers if stop is None else stop
+def _layers(blocks, x, state, body, cfg: ModelConfig, remat: str = "none"):
+    """Runs body(block, x, state, layer) -> (x, state) over all layers, scanned or unrolled."""
     policy = REMAT[remat]
     if casting.has_deferred(blocks):
         body, policy = _with_casts(body), policy or casting.save_all_but_casts
     if policy is not None:
         body = jax.checkpoint(body, policy=policy)
     if isinstance(blocks, tuple) or cfg.layer_loop == "unroll":
-        for index in range(stop):
+        for index in range(cfg.num_layers):
             block = blocks[index] if isinstance(blocks, tuple) else one_layer(blocks, index)
             x, state = body(block, x, state, index)
         return x, state
@@ -300,9 +297,7 @@ def _layers(blocks, x, state, body, cfg: ModelConfig, stop: int | None = None, r
         block, index = inputs
         return body(block, *carry, index), None
 
-    if stop < cfg.num_layers:
-        blocks = jax.tree.map(lambda leaf: leaf[:stop], blocks)
-    (x, state), _ = jax.lax.scan(step, (x, state), (blocks, jnp.arange(stop)))
+    (x, state), _ = jax.lax.scan(step, (x, state), (blocks, jnp.arange(cfg.num_layers)))
     return x, state
 
 

@@ -15,23 +15,3 @@ from unidetox_jax.training.loop import CHECKPOINTS, LoopSettings, fit
 from unidetox_jax.training.loss import Batch, loss, target_losses, target_mask
 from unidetox_jax.training.optimizer import PRECISIONS, Optimizer, make_optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
-
-__all__ = [
-    "CHECKPOINTS",
-    "LANGUAGE_MODELLING",
-    "PRECISIONS",
-    "Batch",
-    "Criterion",
-    "Optimizer",
-    "LoopSettings",
-    "TrainState",
-    "abstract_state",
-    "fit",
-    "init_state",
-    "loss",
-    "make_eval_step",
-    "make_optimizer",
-    "make_train_step",
-    "target_losses",
-    "target_mask",
-]
