@@ -1,4 +1,4 @@
-"""Adapters against PEFT: the same logits, gradients and steps; and what the package's own functions make of them."""
+"""Adapters against PEFT: the same logits, gradients and steps; and all model functions with an adapter."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ VARIANT_NAMES = ["gpt2", "opt-350m", "falcon-7b", "falcon-40b", "falcon-rw-1b", 
 
 
 def peft_model(model, settings: Lora = LORA, seed: int = 1, random_b: bool = True):
-    """PEFT's model of a PyTorch model; B is random unless it should be zero, as PEFT begins."""
+    """A PyTorch model with a PEFT adapter. B is random, or zero as PEFT initialises it."""
     cfg = with_lora(model, settings)
     torch.manual_seed(seed)
     options = peft.LoraConfig(
@@ -51,10 +51,10 @@ def adapter_of(adapted, cfg, values=lambda parameter: parameter) -> lora.Adapter
     named = {name: values(p).detach().numpy() for name, p in adapted.named_parameters() if "lora_" in name}
 
     def matrix(name: str, letter: str) -> np.ndarray:
-        there = f"base_model.model.{name}.lora_{letter}.default.weight"
+        peft_name = f"base_model.model.{name}.lora_{letter}.default.weight"
         if not lora.is_per_layer(name):
-            return named.pop(there).copy()
-        return np.stack([named.pop(there.format(layer=layer)) for layer in range(cfg.num_layers)])
+            return named.pop(peft_name).copy()
+        return np.stack([named.pop(peft_name.format(layer=layer)) for layer in range(cfg.num_layers)])
 
     adapter = {name: {letter: matrix(name, letter) for letter in "AB"} for name in lora.modules(cfg)}
     assert not named
@@ -99,7 +99,7 @@ def test_rank_stabilised_scale_is_pefts():
 
 
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
-def test_detach_gives_back_what_was_attached(variant):
+def test_detach_is_the_inverse_of_attach(variant):
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA)
     params = models.init(cfg, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -110,13 +110,13 @@ def test_detach_gives_back_what_was_attached(variant):
 
 
 def base_leaves(params) -> list:
-    """The leaves that are not an adapter's."""
+    """The leaves outside the adapter."""
     named = jax.tree_util.tree_leaves_with_path(params)
     return [leaf for path, leaf in named if "lora" not in sharding.path_string(path)]
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "falcon-40b"])
-def test_zero_b_is_the_base_model_exactly(variant):
+def test_with_zero_b_the_logits_are_exactly_the_base_models(variant):
     plain = models.config_from_hf(VARIANTS[variant])
     cfg, tokens = dataclasses.replace(plain, lora=LORA), make_tokens()
     params = models.init(plain, jax.random.key(0))
@@ -128,8 +128,8 @@ def test_zero_b_is_the_base_model_exactly(variant):
     assert (models.forward(lora.attach(params, nudged, cfg), tokens, cfg) != expected).any()
 
 
-def test_an_adapter_begins_as_pefts():
-    """A uniform within ±1/√in, whatever its shape, and B zero; another seed, another A."""
+def test_an_adapter_is_initialised_as_in_peft():
+    """A is uniform within ±1/√in and depends on the seed; B is zero."""
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=LORA)
     first, again, other = (lora.init(cfg, jax.random.key(seed)) for seed in (0, 0, 1))
     theirs = adapter_of(peft_model(torch_model(VARIANTS["llama-3"]), random_b=False), cfg)
@@ -161,7 +161,7 @@ def test_prefill_and_decode_are_forward(variant, loop):
     assert (models.forward(early.params, tokens, early.cfg) != expected).any()
 
 
-def test_dropout_is_on_what_a_reads_and_in_training_alone():
+def test_dropout_is_on_the_input_of_a_and_in_training_only():
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=dataclasses.replace(LORA, dropout=0.5))
     params, tokens = models.init(cfg, jax.random.key(0)), make_tokens()
     zero = lora.init(cfg, jax.random.key(1))
@@ -184,14 +184,14 @@ def test_dropout_is_on_what_a_reads_and_in_training_alone():
         (Lora(rank=17, targets=("v_proj",)), "lora.rank: found 17, but 'self_attn.v_proj' is a matrix of 32 by 16"),
     ],
 )  # fmt: skip
-def test_settings_that_no_adapter_can_have(settings, line):
+def test_invalid_settings_are_named(settings, line):
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=settings)
     with pytest.raises(UserError, match=line) as caught:
         lora.abstract(cfg)
     assert "\n" not in str(caught.value)
 
 
-def test_targets_are_ends_of_names():
+def test_targets_are_suffixes_of_names():
     cfg = models.config_from_hf(VARIANTS["gpt2"])
 
     def names(*targets):
@@ -203,15 +203,15 @@ def test_targets_are_ends_of_names():
     assert names("c_attn", "mlp.c_fc") == ["attn.c_attn", "mlp.c_fc"]
 
 
-def train(model_params, adapter, cfg, settings, steps, mesh=None, **options):
-    """(losses, adapter) of our steps."""
+def train(params, adapter, cfg, settings, batches, mesh=None, **options):
+    """(losses, final state) of one step per batch."""
     state = training.init_state(jax.tree.map(jnp.array, adapter), settings)
     step = training.make_train_step(cfg, settings, mesh, **options)
     losses = []
-    for number in range(steps):
-        state, metrics = step(state, make_batch(number), model_params)
+    for batch in batches:
+        state, metrics = step(state, batch, params)
         losses.append(float(metrics["loss"]))
-    return losses, state.params
+    return losses, state
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -221,13 +221,13 @@ def test_fifty_steps_are_pefts(family):
     cfg = with_lora(adapted.get_base_model())
     params = params_from_torch(torch_model(CONFIGS[family]), cfg)
     before = jax.tree.map(np.copy, params)
-    losses, adapter = train(params, adapter_of(adapted, cfg), cfg, settings, STEPS)
+    losses, state = train(params, adapter_of(adapted, cfg), cfg, settings, map(make_batch, range(STEPS)))
     expected = train_torch(adapted, settings, STEPS)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert abs(losses[-1] - losses[0]) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, params, before)
     theirs = adapter_of(adapted, cfg)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-4), adapter, theirs)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=1e-4), state.params, theirs)
     assert all(pair["B"].any() for pair in theirs.values())
 
 
@@ -260,18 +260,14 @@ ON_MESHES = dataclasses.replace(
 )
 
 
-def train_on(mesh, **options):
-    """(losses, last state) of ten steps on one batch of eight rows."""
+def train_on(mesh, cfg=ON_MESHES, param_dtype="float32", **options):
+    """(losses, final state) of ten steps on one batch of eight rows."""
     settings = training.Optimizer(learning_rate=1e-2, steps=10)
-    params = models.init(ON_MESHES, jax.random.key(0), mesh)
-    state = training.init_state(lora.init(ON_MESHES, jax.random.key(1), mesh), settings)
-    step = training.make_train_step(ON_MESHES, settings, mesh, **options)
+    params = models.init(cfg, jax.random.key(0), mesh, param_dtype)
     batch = {name: np.tile(rows, (2, 1)) for name, rows in make_batch(0).items()}
-    losses = []
-    for _ in range(10):
-        state, metrics = step(state, batch, params)
-        losses.append(float(metrics["loss"]))
-    abstract = training.abstract_state(ON_MESHES, settings, mesh)
+    adapter = lora.init(cfg, jax.random.key(1), mesh)
+    losses, state = train(params, adapter, cfg, settings, 10 * [batch], mesh, **options)
+    abstract = training.abstract_state(cfg, settings, mesh)
     for leaf, described in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(described.sharding, leaf.ndim) and leaf.dtype == described.dtype
     return losses, state
@@ -289,49 +285,39 @@ def test_steps_on_eight_devices_are_those_on_one(one_device, layout):
     mesh = sharding.make_mesh(layout)
     losses, state = train_on(mesh)
     np.testing.assert_allclose(losses, one_device, rtol=1e-5)
-    ways = mesh.shape["fsdp"] * mesh.shape["model"]
+    shards = mesh.shape["fsdp"] * mesh.shape["model"]
     moment = state.opt_state[1].mu["model.layers.{layer}.mlp.up_proj"]["A"]
     for leaf in (moment, *jax.tree.leaves(lora.init(ON_MESHES, jax.random.key(1), mesh))):
-        assert leaf.addressable_shards[0].data.size == leaf.size // ways
+        assert leaf.addressable_shards[0].data.size == leaf.size // shards
 
 
-def test_parts_of_a_batch_are_the_whole(one_device):
+def test_microbatches_equal_the_batch(one_device):
     np.testing.assert_allclose(train_on(None, accumulation=2)[0], one_device, rtol=1e-5)
 
 
 def test_in_bfloat16_the_adapter_stays_in_float32(one_device):
-    """Weights stored in bfloat16, computed in it: adapter and moments are float32, and the losses about the same."""
-    cfg = dataclasses.replace(ON_MESHES, dtype="bfloat16")
-    settings = training.Optimizer(learning_rate=1e-2, steps=10)
-    params = models.init(cfg, jax.random.key(0), param_dtype="bfloat16")
-    state = training.init_state(lora.init(cfg, jax.random.key(1)), settings)
-    step = training.make_train_step(cfg, settings)
-    batch = {name: np.tile(rows, (2, 1)) for name, rows in make_batch(0).items()}
-    losses = []
-    for _ in range(10):
-        state, metrics = step(state, batch, params)
-        losses.append(float(metrics["loss"]))
+    """With bfloat16 weights and arithmetic, adapter and moments are float32, and losses about the same."""
+    losses, state = train_on(None, dataclasses.replace(ON_MESHES, dtype="bfloat16"), "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {"float32"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     np.testing.assert_allclose(losses, one_device, rtol=0.01)
     assert losses[-1] < losses[0] - 0.01
 
 
 def test_a_step_computes_no_gradient_of_the_models_weights():
-    """Not even of the head, whose gradient the loss makes in its forward pass: the compiler drops it."""
+    """Not even of the head, whose gradient the loss computes in its forward pass: the compiler removes it."""
     cfg = models.config_from_hf({**VARIANTS["llama-3"], "vocab_size": 4096})
     batch = {"tokens": jax.ShapeDtypeStruct((2, 16), jnp.int32), "loss_mask": jax.ShapeDtypeStruct((2, 16), bool)}
     settings = training.Optimizer(learning_rate=1e-3, steps=10)
 
-    def made(cfg, *base):
-        """What the compiled step computes in the shape of embedding and head."""
+    def operations(cfg, *base):
+        """The compiled step's operations with the shape of embedding and head."""
         state = training.abstract_state(cfg, settings, None)
         text = training.make_train_step(cfg, settings, remat="full").lower(state, batch, *base).compile().as_text()
         return set(re.findall(r"= f32\[4096,32\]\S* ([\w-]+)\(", text)) - {"parameter", "get-tuple-element"}
 
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        assert "dot" in made(cfg) or "fusion" in made(cfg)
-        assert not made(dataclasses.replace(cfg, lora=LORA), models.abstract_params(cfg))
+        assert operations(cfg) & {"dot", "fusion"}
+        assert not operations(dataclasses.replace(cfg, lora=LORA), models.abstract_params(cfg))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)

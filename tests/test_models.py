@@ -1,4 +1,4 @@
-"""Every family against PyTorch, for every variant, on random weights; and what must hold of any causal model."""
+"""All variants of all families against PyTorch on random weights, and properties of any causal model."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def build(name):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request):
-    """Every variant: for what depends on a variant's arithmetic."""
+    """Every variant, for tests of its arithmetic."""
     return build(request.param)
 
 
@@ -43,7 +43,7 @@ SAMPLE = chosen("gpt2", "opt-350m", "falcon-40b", "falcon-rw-1b", "llama-3.1", "
 
 @pytest.fixture(scope="module", params=SAMPLE)
 def sample(request):
-    """One variant for each kind of positions and blocks: for what depends on the stack alone."""
+    """A variant for each kind of positions and blocks, for tests of the shared transformer."""
     return build(request.param)
 
 
@@ -55,8 +55,7 @@ LOOPED = [
 
 @pytest.fixture(scope="module", params=LOOPED, ids="-".join)
 def looped(request):
-    """(parameters, config) of each of the sample and, for the two kinds of caches, of some with either loop over the
-    layers."""
+    """(parameters, config) of the sample, and of some variants with either layer loop, for both kinds of caches."""
     name, layer_loop = request.param
     _, params, cfg = build(name)
     return params, dataclasses.replace(cfg, layer_loop=layer_loop)
@@ -153,7 +152,7 @@ def test_prefill_and_steps_equal_forward(looped, record_property):
 
 
 def test_branches_of_a_prompt_equal_forward(looped, record_property):
-    """Two continuations of each prompt, which share its keys and values: at once, and token by token."""
+    """Two continuations of each prompt that share its keys and values, read at once and token by token."""
     params, cfg = looped
     near = functools.partial(assert_near, record=record_property, what="shared prefix", cfg=cfg)
     prompts, new = tokens_of(cfg, 3, 8), tokens_of(cfg, 10, 4)[4:]
@@ -235,7 +234,7 @@ def test_rematerialised_gradients_are_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear", "gemma-3"])
-def test_scan_equals_unrolled_and_dropout_drops(name):
+def test_scan_equals_unrolled_with_and_without_dropout(name):
     cfg = models.config_from_hf({**VARIANTS[name], "attention_dropout": 0.5} if name != "gpt2" else VARIANTS[name])
     params = models.init(cfg, jax.random.key(0))
     tokens = tokens_of(cfg, 2, 8)
@@ -274,7 +273,7 @@ def test_dynamic_rope_is_refused_beyond_its_original_length():
         models.forward(params, np.zeros((1, 33), np.int32), cfg)
 
 
-def test_real_model_tells_the_same_greedy_story(shared):
+def test_a_real_model_continues_greedily_as_in_pytorch(shared):
     from transformers import AutoModelForCausalLM
 
     source = shared / "models" / "stories260K"
@@ -283,7 +282,7 @@ def test_real_model_tells_the_same_greedy_story(shared):
     params = params_from_torch(reference, cfg)
     expected = reference.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0, 1:].tolist()
 
-    def tell(params, cache):
+    def generate(params, cache):
         logits, cache = models.prefill(params, jnp.array([[1]]), cfg, cache)
 
         def step(carry, _):
@@ -293,9 +292,9 @@ def test_real_model_tells_the_same_greedy_story(shared):
 
         return jax.lax.scan(step, (logits, cache), None, length=200)[1]
 
-    told = jax.jit(tell)(params, models.init_cache(cfg, 1, 256)).tolist()
-    told = told[: told.index(2) + 1] if 2 in told else told
-    assert told == expected and len(expected) > 100
+    tokens = jax.jit(generate)(params, models.init_cache(cfg, 1, 256)).tolist()
+    tokens = tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+    assert tokens == expected and len(expected) > 100
 
 
 @pytest.mark.parametrize(
@@ -308,7 +307,7 @@ def test_real_model_tells_the_same_greedy_story(shared):
         ({"num_key_value_heads": 3}, "not a multiple of 3"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(change, message):
+def test_unimplemented_options_are_named(change, message):
     with pytest.raises(UserError, match=message):
         models.config_from_hf({**VARIANTS["llama-2-linear"], "rope_scaling": None, **change})
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's files here, ours in PEFT, MODEL+ADAPTER wherever a model is named, and what is refused."""
+"""Adapters on disk: reading PEFT's files, PEFT reading ours, MODEL+ADAPTER as a model, and what is refused."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def there(request, tmp_path_factory):
-    """(model's directory, adapter's directory that PEFT wrote, PEFT's model)."""
+    """(directory of the model, directory of an adapter that PEFT wrote, PEFT's model)."""
     directory = tmp_path_factory.mktemp(request.param)
     model = torch_model(VARIANTS[FAMILIES[request.param]])
     model.save_pretrained(directory / "model")
@@ -36,7 +36,7 @@ def there(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """As `there`, of one family."""
+    """As `there`, for one family."""
     directory = tmp_path_factory.mktemp("llama")
     model = torch_model(VARIANTS["llama-3"])
     model.save_pretrained(directory / "model")
@@ -96,7 +96,7 @@ def test_convert_merges_and_splits_off(llama, tmp_path, capsys):
     for other in (tmp_path / "hf", tmp_path / "orbax", f"{base}+{tmp_path / 'split'}"):
         assert cli.main(["verify", f"{base}+{adapter}", str(other)]) == 0
     assert cli.main(["verify", f"{base}+{adapter}", str(base)]) == 1
-    # an adapter of the merged model stands on it as on any other
+    # a merged model takes an adapter like any other
     assert cli.main(["convert", f"{base}+{adapter}+{adapter}", str(tmp_path / "twice")]) == 0
     assert cli.main(["verify", f"{tmp_path / 'hf'}+{adapter}", str(tmp_path / "twice")]) == 0
     assert cli.main(["convert", str(base), str(tmp_path / "none"), "--to=adapter"]) == 2
@@ -158,7 +158,7 @@ def test_a_plus_in_a_name_divides_nothing(llama, tmp_path):
 
 
 def change(adapter, there, tensors=None, **config):
-    """A copy of an adapter with other options, and its tensors changed."""
+    """A copy of an adapter with other options and changed tensors."""
     found = json.loads((adapter / "adapter_config.json").read_text()) | config
     (there / "adapter_config.json").write_text(json.dumps(found))
     save_file((tensors or (lambda x: x))(load_file(adapter / WEIGHTS)), there / WEIGHTS)

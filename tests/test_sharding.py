@@ -1,4 +1,4 @@
-"""Meshes and placements: the same logits on any of them, each parameter where the table says, nothing made whole."""
+"""Meshes and shardings: the same logits on any mesh, each parameter sharded as in a table, initialisation in place."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ CONFIGS = {
     "falcon-40b's 16 heads": {**NEW_FALCON, "hidden_size": 64, "num_attention_heads": 16, "num_kv_heads": 2},
     **{name: doubled(VARIANTS[name]) for name in chosen("gpt2", "opt-125m", "llama-3", *NEWER)},
 }
-# What "data:2,fsdp:2,model:2" does to a LLaMA whose dimensions all divide.
+# "data:2,fsdp:2,model:2" and a LLaMA whose dimensions all divide
 LLAMA_TABLE = {
     "embed/tokens/embedding": P("model", "fsdp"),
     "blocks/attention_norm/scale": P(),
@@ -38,7 +38,7 @@ LLAMA_TABLE = {
     "final/norm/scale": P(),
     "final/head/embedding": P("model", "fsdp"),
 }
-# What "model:8" does to GPT-2 XL's shape: heads and vocabulary stay whole, the feed-forward layer is split.
+# "model:8" and GPT-2 XL's shape: only the feed-forward layer can be split
 GPT2_TABLE = {
     "embed/tokens/embedding": P(),
     "embed/positions/embedding": P(),
@@ -58,15 +58,15 @@ def specs(tree, mesh):
     return {sharding.path_string(path): leaf.spec for path, leaf in leaves}
 
 
-# Every model on all axes at once, and alone on an axis what it may treat in its own way
-ALONE = [
+# Every model on all axes at once, and on single axes those to which the axis matters
+SINGLE_AXIS = [
     ("gpt2", "data:8"),
     ("llama-3", "fsdp:8"),
     *((name, "model:8") for name in CONFIGS if "heads" in name or name == "llama-3"),
 ]
 PLACED = [
     *((name, "data:2,fsdp:2,model:2") for name in CONFIGS),
-    *(itertools.product(CONFIGS, ("data:8", "fsdp:8", "model:8")) if EVERY else ALONE),
+    *(itertools.product(CONFIGS, ("data:8", "fsdp:8", "model:8")) if EVERY else SINGLE_AXIS),
 ]
 
 
@@ -89,14 +89,14 @@ def test_logits_and_steps_equal_one_device(single, layout, record_property):
     with jax.set_mesh(mesh):
         near(models.forward(placed, rows, cfg), expected)
         if cfg.window:
-            cfg = dataclasses.replace(cfg, layer_loop="unroll")  # in which every local layer's cache is a ring
+            cfg = dataclasses.replace(cfg, layer_loop="unroll")  # in which local layers' caches are ring buffers
         logits, cache = models.prefill(placed, rows[:, :8], cfg, models.init_cache(cfg, 8, 16))
         near(logits, expected[:, 7])
         logits, _ = models.decode_step(placed, rows[:, 8], cfg, cache)
         near(logits, expected[:, 8])
 
 
-def test_every_leaf_is_where_the_table_says():
+def test_parameters_are_sharded_as_in_the_tables():
     llama = models.abstract_params(models.config_from_hf(CONFIGS["llama-3"]))
     assert specs(llama, sharding.make_mesh("data:2,fsdp:2,model:2")) == LLAMA_TABLE
     gpt2 = specs(
@@ -106,7 +106,7 @@ def test_every_leaf_is_where_the_table_says():
     assert {path: gpt2[path] for path in GPT2_TABLE} == GPT2_TABLE
 
 
-def test_parameters_are_made_in_place():
+def test_parameters_are_initialised_in_place():
     cfg = models.config_from_hf(CONFIGS["llama-3"])
     mesh = sharding.make_mesh("fsdp:4,model:2")
     params = models.init(cfg, jax.random.key(0), mesh)
@@ -117,7 +117,7 @@ def test_parameters_are_made_in_place():
     np.testing.assert_allclose(kernel, same["blocks"]["mlp"]["up"]["kernel"], atol=1e-7)
 
 
-def test_what_does_not_divide_is_logged_once(caplog):
+def test_dimensions_that_do_not_divide_are_logged_once(caplog):
     abstract = models.abstract_params(models.config_from_hf(CONFIGS["falcon-7b's 71 heads, one of keys"]))
     mesh = sharding.make_mesh("model:8")
     sharding._log_whole.cache_clear()
@@ -129,7 +129,7 @@ def test_what_does_not_divide_is_logged_once(caplog):
     assert len([r for r in caplog.records if "keeps its 71 whole" in r.getMessage()]) == len(lines)
 
 
-def test_an_axis_that_nothing_can_use_is_refused():
+def test_an_axis_that_splits_nothing_is_refused():
     odd = {**GPT2, "n_embd": 35, "n_head": 5, "n_inner": 33, "vocab_size": 131}
     abstract = models.abstract_params(models.config_from_hf(odd))
     with pytest.raises(UserError, match="nothing of this model can be split 8 ways over 'model'"):
@@ -151,6 +151,6 @@ def test_bad_meshes_are_named(layout, message):
         sharding.make_mesh(layout)
 
 
-def test_open_axis_takes_the_rest():
+def test_an_open_axis_takes_the_remaining_devices():
     assert dict(sharding.make_mesh("model:2,fsdp:-1").shape) == {"data": 1, "fsdp": 4, "model": 2}
     assert sharding.make_mesh("", jax.devices()[:1]).size == 1

@@ -1,4 +1,4 @@
-"""The loss: its pieces equal the plain form, gradients too; no logits of a whole batch; texts may share a row."""
+"""The loss: chunks equal the plain form, with gradients; no logits of a whole batch; several texts per row."""
 
 import functools
 import importlib
@@ -26,28 +26,28 @@ CONFIGS = {
 def random_batch(cfg, rows=3, length=10, seed=0) -> dict:
     rng = np.random.default_rng(seed)
     mask = rng.random((rows, length)) < 0.7
-    mask[:, 0] = True  # a row's first token is no target, whatever the mask says
+    mask[:, 0] = True  # a row's first token is never a target
     return {"tokens": rng.integers(3, cfg.vocab_size, (rows, length)).astype(np.int32), "loss_mask": mask}
 
 
 @jit
 @jax.value_and_grad
 def plain_loss(params, batch, cfg):
-    """The definition, by log_softmax over all logits."""
+    """The definition: log_softmax over all logits."""
     logprobs = jax.nn.log_softmax(models.forward(params, batch["tokens"], cfg)[:, :-1])
     picked = jnp.take_along_axis(logprobs, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
     return -jnp.where(batch["loss_mask"][:, 1:], picked, 0.0).sum() / batch["loss_mask"][:, 1:].sum()
 
 
-@pytest.mark.parametrize("positions", [1, 4, 10])  # of a piece: 10 pieces, 3 with a short last one, and all at once
+@pytest.mark.parametrize("positions", [1, 4, 10])  # per chunk: 10 chunks, 3 with a short last one, and all at once
 @pytest.mark.parametrize("name", CONFIGS)
-def test_pieces_equal_the_plain_loss(name, positions, monkeypatch):
+def test_chunks_equal_the_plain_loss(name, positions, monkeypatch):
     cfg = models.config_from_hf(CONFIGS[name])
     params, batch = models.init(cfg, jax.random.key(1)), random_batch(cfg)
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * 3 * cfg.vocab_size * positions)
     expected, expected_gradients = plain_loss(params, batch, cfg)
-    (found, aux), gradients = jit(jax.value_and_grad(training.loss, has_aux=True))(params, batch, cfg)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    (loss, aux), gradients = jit(jax.value_and_grad(training.loss, has_aux=True))(params, batch, cfg)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
     without_derivatives = jit(lambda *inputs: training.loss(*inputs))(params, batch, cfg)[0]
     np.testing.assert_allclose(without_derivatives, expected, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, expected_gradients)
@@ -68,7 +68,7 @@ def test_without_targets_the_loss_is_zero():
 
 @pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
 def test_no_logits_of_a_whole_batch_are_stored(layout):
-    """In the compiled step of a large vocabulary, no buffer has as many elements as a device's share of the logits."""
+    """With a large vocabulary, no buffer of the compiled step is as large as a device's share of the logits."""
     cfg = models.config_from_hf({**GPT2, "n_layer": 1, "vocab_size": 50_264})
     mesh = sharding.make_mesh(layout, None if layout else jax.devices()[:1])
     rows, length = 16, 512 if layout else 80
@@ -85,10 +85,12 @@ def test_no_logits_of_a_whole_batch_are_stored(layout):
 
 @pytest.mark.parametrize("layout", ["pack", "pad"])
 @pytest.mark.parametrize("name", ["gpt2", "llama, untied"])
-def test_every_token_has_the_loss_it_has_alone(name, layout):
+def test_a_tokens_loss_does_not_depend_on_other_texts(name, layout):
     cfg = models.config_from_hf(CONFIGS[name])
     params = models.init(cfg, jax.random.key(2))
-    params = jax.tree.map(lambda leaf: leaf * 4, params)  # far from uniform: a wrong neighbour would be seen
+    params = jax.tree.map(
+        lambda leaf: leaf * 4, params
+    )  # far from uniform, so that a wrong neighbour would change the loss
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 14, 6)
     tokens = data.Tokens(
@@ -110,17 +112,17 @@ def test_every_token_has_the_loss_it_has_alone(name, layout):
         return jax.vmap(lambda mask: training.loss(params, {**batch, "loss_mask": mask}, cfg)[0])(masks)
 
     together = np.asarray(token_losses(batch)).reshape(shape)
-    seen = np.zeros(shape, bool)
+    checked = np.zeros(shape, bool)
     for row, texts in enumerate(rows):
         start = 0
         for text in texts:
-            piece = np.full((1, 16), 2, np.int32)
-            piece[0, : lengths[text]] = tokens[text]
-            alone = np.asarray(token_losses({"tokens": piece, "loss_mask": np.ones((1, 16), bool)}))
+            row_alone = np.full((1, 16), 2, np.int32)
+            row_alone[0, : lengths[text]] = tokens[text]
+            alone = np.asarray(token_losses({"tokens": row_alone, "loss_mask": np.ones((1, 16), bool)}))
             end = start + lengths[text]
             np.testing.assert_allclose(together[row, start + 1 : end], alone[1 : lengths[text]], rtol=1e-5, atol=1e-6)
-            seen[row, start + 1 : end] = True
+            checked[row, start + 1 : end] = True
             start = end
-    assert (seen == batch["loss_mask"]).all()
+    assert (checked == batch["loss_mask"]).all()
     total = jit(training.loss)(params, batch, cfg)[1]["total"]
-    np.testing.assert_allclose(total, together[seen].sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, together[checked].sum(), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The training step against PyTorch: what transformers.Trainer does, in a loop of torch alone, for every family."""
+"""The training step against PyTorch: transformers.Trainer's steps in a plain torch loop, for every family."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 
 
 def train_torch(model, settings: training.Optimizer, steps: int, scale: float = 1.0) -> list[float]:
-    """What the Trainer does, step by step; returns the losses."""
+    """The Trainer's steps; returns the losses."""
     decay = set(get_parameter_names(model, [torch.nn.LayerNorm], NO_DECAY))
     groups = [
         {"params": [p for n, p in model.named_parameters() if n in decay], "weight_decay": settings.weight_decay},
@@ -59,7 +59,7 @@ def train_torch(model, settings: training.Optimizer, steps: int, scale: float = 
 
 
 def train(model, settings: training.Optimizer, steps: int):
-    """The same by our step, from the same weights: losses, parameters, metrics of the last step."""
+    """Our steps from the same weights: losses, parameters, metrics of the last step."""
     cfg = models.config_from_hf(model.config.to_dict())
     state = training.init_state(params_from_torch(model, cfg), settings)
     step = training.make_train_step(cfg, settings)
@@ -71,8 +71,11 @@ def train(model, settings: training.Optimizer, steps: int):
 
 
 def assert_same_parameters(ours, model) -> None:
-    """To 1e-5, but for the keys' biases. Their exact gradient is zero, since what they add to a query's scores is the
-    same for all keys: AdamW divides rounding by rounding there, in PyTorch as here, and no output depends on them."""
+    """Within 1e-5, except for biases of keys.
+
+    These shift all scores of a query equally, so that no output depends on them and their exact gradient is zero: AdamW
+    divides rounding errors by rounding errors, in PyTorch as well.
+    """
 
     def compare(path, ours, theirs):
         name = sharding.path_string(path)
@@ -90,7 +93,7 @@ def test_fifty_steps_are_the_trainers(family):
     losses, params, metrics = train(model, settings, STEPS)
     expected = train_torch(model, settings, STEPS)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert float(metrics["grad_norm"]) > settings.clip_norm  # or clipping would not have been seen
+    assert float(metrics["grad_norm"]) > settings.clip_norm  # so that clipping is tested
     assert_same_parameters(params, model)
 
 
@@ -125,8 +128,8 @@ def test_biases_and_norms_do_not_decay(family):
     assert decay_mask(models.abstract_params(cfg)) == expected
 
 
-def test_official_is_torchs_bfloat16():
-    """Gradients of our own, so that what is compared is the optimizer's arithmetic, bit for bit."""
+def test_release_precision_is_torchs_bfloat16():
+    """With given gradients, so that only the optimizer's arithmetic is compared, bit for bit."""
     settings = training.Optimizer(learning_rate=1e-5, steps=40, weight_decay=0.1, clip_norm=0.0, precision="release")
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(64, 32)).astype(np.float32) * 0.02
@@ -144,13 +147,13 @@ def test_official_is_torchs_bfloat16():
         schedule.step()
         changes, state = update({"kernel": jax.numpy.asarray(gradient, "bfloat16")}, state, ours)
         ours = optax.apply_updates(ours, changes)
-    found, expected = np.asarray(ours["kernel"], np.float32), theirs.detach().float().numpy()
+    actual, expected = np.asarray(ours["kernel"], np.float32), theirs.detach().float().numpy()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim} == {"bfloat16"}
     assert (expected != np.asarray(jax.numpy.asarray(weights, "bfloat16"), np.float32)).any()
-    assert (found != expected).mean() < 1e-3
+    assert (actual != expected).mean() < 1e-3
 
 
-def test_official_trains_as_torchs_bfloat16_model():
+def test_release_precision_trains_as_torchs_bfloat16_model():
     settings = training.Optimizer(learning_rate=1e-3, steps=20, precision="release")
     model = torch_model(CONFIGS["gpt2"])
     losses, params, _ = train(model.bfloat16(), settings, 20)

@@ -1,4 +1,4 @@
-"""The step as a program: the same on every mesh and in any number of parts; what it keeps, gives back and compiles."""
+"""The training step on meshes and in microbatches; its state, metrics and compiled programs."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ def make_batch(step: int, rows: int = 8, length: int = 16) -> dict[str, np.ndarr
 
 
 def train(cfg, steps, mesh=None, optimizer=OPTIMIZER, **options):
-    """(metrics of every step, last state) from one seed."""
+    """(metrics of every step, final state) from a fixed seed."""
     state = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
     step = training.make_train_step(cfg, optimizer, mesh, **options)
     history, compiled = [], step.program._cache_size()
@@ -87,48 +87,52 @@ def test_the_loss_curve_is_one_devices(one_device, layout):
     assert column(expected, "loss")[-1] != column(expected, "loss")[0]
     kernel = state.opt_state[1].mu["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding == state.params["blocks"]["mlp"]["up"]["kernel"].sharding
-    ways = mesh.shape["fsdp"] * mesh.shape["model"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // ways
+    shards = mesh.shape["fsdp"] * mesh.shape["model"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // shards
 
 
 @pytest.mark.parametrize(("layout", "count"), [("", 4), ("data:2,fsdp:2,model:2", 2)])
-def test_parts_equal_the_whole(cfg, layout, count):
-    """Eight rows at once, and as four parts of two (or two of four, which a mesh of four batch shards can take)."""
+def test_microbatches_equal_the_batch(cfg, layout, count):
+    """Eight rows at once, and as four microbatches of two (or two of four, for a mesh of four batch shards)."""
     mesh = sharding.make_mesh(layout) if layout else None
-    whole, one = train(cfg, 4, mesh, PUBLISHED)
-    parts, other = train(cfg, 4, mesh, PUBLISHED, accumulation=count)
+    expected, expected_state = train(cfg, 4, mesh, PUBLISHED)
+    history, state = train(cfg, 4, mesh, PUBLISHED, accumulation=count)
     for name in ("loss", "grad_norm", "targets"):
-        np.testing.assert_allclose(column(parts, name), column(whole, name), rtol=2e-6)
-    assert_same_moments(one, other)
+        np.testing.assert_allclose(column(history, name), column(expected, name), rtol=2e-6)
+    assert_same_moments(state, expected_state)
 
 
-def assert_same_moments(one, other):
-    """The mean gradients (their norm is 1) agree in every leaf. Not the parameters: AdamW divides a gradient that is
-    all rounding by itself."""
+def assert_same_moments(state, expected):
+    """Compares mean gradients, whose norm is 1. Parameters may differ where a gradient is only rounding error, which
+    AdamW divides by itself."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), one.opt_state[1].mu, other.opt_state[1].mu
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+        state.opt_state[1].mu,
+        expected.opt_state[1].mu,
     )
 
 
 @pytest.fixture(scope="module")
-def kept(cfg):
+def without_remat(cfg):
     return train(dataclasses.replace(cfg, residual_dropout=0.1), 3, None, PUBLISHED, dropout_seed=3)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_what_is_computed_again_is_the_same(cfg, kept, remat):
+def test_rematerialisation_changes_nothing(cfg, without_remat, remat):
     history, state = train(
         dataclasses.replace(cfg, residual_dropout=0.1), 3, None, PUBLISHED, remat=remat, dropout_seed=3
     )
-    np.testing.assert_allclose(column(history, "loss"), column(kept[0], "loss"), rtol=1e-6)
-    assert_same_moments(state, kept[1])
+    np.testing.assert_allclose(column(history, "loss"), column(without_remat[0], "loss"), rtol=1e-6)
+    assert_same_moments(state, without_remat[1])
 
 
 def test_dropout_is_a_function_of_the_step(cfg):
     cfg = dataclasses.replace(cfg, embedding_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1)
-    optimizer = training.Optimizer(learning_rate=0.0, steps=10)  # the weights stay; the noise alone changes
+    optimizer = training.Optimizer(learning_rate=0.0, steps=10)  # weights stay, so that only the noise changes
     step = training.make_train_step(cfg, optimizer, dropout_seed=1, accumulation=2)
-    batch = {name: np.tile(array[:1], (2, 1)) for name, array in make_batch(0).items()}  # both parts are the same row
+    batch = {
+        name: np.tile(array[:1], (2, 1)) for name, array in make_batch(0).items()
+    }  # both microbatches are the same row
 
     def start(number):
         state = training.init_state(models.init(cfg, jax.random.key(0)), optimizer)
@@ -137,7 +141,7 @@ def test_dropout_is_a_function_of_the_step(cfg):
     state, first = step(start(0), batch)
     _, second = step(state, batch)
     assert float(first["loss"]) != float(second["loss"])
-    assert float(step(start(1), batch)[1]["loss"]) == float(second["loss"])  # as if it had been resumed
+    assert float(step(start(1), batch)[1]["loss"]) == float(second["loss"])  # as after resuming
     quiet = loss(models.init(cfg, jax.random.key(0)), batch, cfg)[0]
     assert abs(float(first["loss"]) - float(quiet)) > 1e-4
 
@@ -148,7 +152,7 @@ def test_bfloat16_compute_keeps_float32_masters(cfg):
     np.testing.assert_allclose(column(history, "loss"), column(train(cfg, 5)[0], "loss"), rtol=2e-2)
 
 
-def test_a_step_gives_back_its_state(cfg):
+def test_a_step_donates_its_state(cfg):
     state = training.init_state(models.init(cfg, jax.random.key(0)), OPTIMIZER)
     step = training.make_train_step(cfg, OPTIMIZER)
     after, metrics = step(state, make_batch(0))
@@ -161,7 +165,7 @@ def test_a_step_gives_back_its_state(cfg):
 
 @pytest.mark.parametrize("precision", training.PRECISIONS)
 @pytest.mark.parametrize("layout", ["", "fsdp:4,model:2"])
-def test_the_abstract_state_is_the_real_ones_description(cfg, layout, precision):
+def test_the_abstract_state_describes_the_real_one(cfg, layout, precision):
     mesh = sharding.make_mesh(layout) if layout else None
     optimizer = dataclasses.replace(OPTIMIZER, precision=precision)
     real = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
@@ -184,19 +188,19 @@ def test_evaluation_totals_are_the_losses(cfg, layout):
     assert float(totals["targets"]) == float(expected["targets"]) == batch["loss_mask"][:, 1:].sum()
 
 
-def test_rows_that_do_not_divide_into_parts_are_refused(cfg):
+def test_rows_that_do_not_divide_into_microbatches_are_refused(cfg):
     with pytest.raises(ValueError, match="8 rows cannot be computed in 3 parts"):
         train(cfg, 1, accumulation=3)
 
 
 def test_schedules_and_dropout_seeds_share_a_program(cfg):
     settings = [training.Optimizer(1e-3, 10, warmup_steps=2), training.Optimizer(5e-5, 7, seed=3)]
-    steps = [training.make_train_step(cfg, one, dropout_seed=seed) for seed, one in enumerate(settings)]
+    steps = [training.make_train_step(cfg, optimizer, dropout_seed=seed) for seed, optimizer in enumerate(settings)]
     steps[0].program.clear_cache()
-    for one, step in zip(settings, steps, strict=True):
-        state = training.init_state(models.init(cfg, jax.random.key(0)), one)._replace(step=jnp.int32(1))
+    for optimizer, step in zip(settings, steps, strict=True):
+        state = training.init_state(models.init(cfg, jax.random.key(0)), optimizer)._replace(step=jnp.int32(1))
         _, metrics = step(state, make_batch(0))
-        assert float(metrics["learning_rate"]) == pytest.approx(float(one.learning_rate_at(1)))
+        assert float(metrics["learning_rate"]) == pytest.approx(float(optimizer.learning_rate_at(1)))
     assert steps[0].program._cache_size() == 1
     unclipped = dataclasses.replace(settings[0], clip_norm=0.0)
     assert training.make_train_step(cfg, unclipped, dropout_seed=0).program is not steps[0].program

@@ -1,4 +1,4 @@
-"""Every published variant of every family, small: what the hub's configs say, at a size that a test can afford."""
+"""All published variants of all families, with the options of the hub's configs at sizes that tests can afford."""
 
 import os
 
@@ -99,27 +99,25 @@ VARIANTS = {
 
 
 def chosen(*sample: str) -> tuple[str, ...]:
-    """The variants that a test takes: a sample of them, or all."""
+    """The variants that a test covers: a sample, or all of them."""
     return tuple(VARIANTS) if EVERY else sample
 
 
 def doubled(config: dict) -> dict:
-    """With twice as many heads, so that a mesh can split them, and a vocabulary that it can."""
+    """The config with twice as many heads and an even vocabulary, so that a mesh can split them."""
     width, heads = ("n_embd", "n_head") if "n_embd" in config else ("hidden_size", "num_attention_heads")
     return {**config, width: 2 * config[width], heads: 2 * config[heads], "vocab_size": 128}
 
 
 def assert_near(ours, expected, record, what: str, cfg, tolerance: float = TOLERANCE):
-    """That no logit is further off than the tolerance; how far they are goes into the table of `launch/proofs.sh
-    families` by pytest's `record_property`."""
+    """Asserts the tolerance and records the deviation (pytest's `record_property`) for `launch/proofs.sh families`."""
     deviation = float(np.abs(ours - expected).max())
     record(f"{what}, {cfg.family}", deviation)
     assert deviation <= tolerance
 
 
 def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
-    """A PyTorch model of the config with random weights; biases and norms are made random too, so that a test sees
-    them."""
+    """A PyTorch model of the config with random weights, including biases and norms, so that tests exercise them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -127,7 +125,7 @@ def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
     options = {name: value for name, value in config.items() if name != "model_type"}
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config["model_type"], **options),
-        # transformers' eager Falcon adds ALiBi twice, to the mask and to the scores; its sdpa knows no soft caps
+        # transformers' eager Falcon adds ALiBi twice, to the mask and the scores; its sdpa has no soft caps
         attn_implementation="eager" if config["model_type"] == "gemma2" else "sdpa",
         dtype=torch.float32,
     )
@@ -143,7 +141,7 @@ def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
 
 
 def params_from_torch(model, cfg) -> dict:
-    """Our parameters of a PyTorch model, straight through the key table."""
+    """A PyTorch model's weights as our parameters, by the key table."""
     from unidetox_jax import models
 
     tensors = {name_in_file(name, cfg): tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
@@ -151,23 +149,23 @@ def params_from_torch(model, cfg) -> dict:
 
 
 def name_in_file(name: str, cfg) -> str:
-    """What transformers calls a parameter of its model in the files that it writes and reads."""
+    """A parameter's name in transformers' checkpoints."""
     return "embed_out.weight" if (name, cfg.family) == ("lm_head.weight", "gpt_neox") else name
 
 
 def params_from_tensors(tensors: dict[str, np.ndarray], cfg, table) -> dict:
-    """A tree of our parameters from Hugging Face's tensors (or gradients), by name."""
+    """Our parameter tree from Hugging Face's tensors (or gradients) by name."""
     tree: dict = {}
     for key in table:
         if "{layer}" in key.hf:
             layers = [key.split(tensors[key.hf.format(layer=layer)]) for layer in range(cfg.num_layers)]
-            leaves = [np.stack(parts) for parts in zip(*layers, strict=True)]
+            leaves = [np.stack(arrays) for arrays in zip(*layers, strict=True)]
         else:
             leaves = key.split(tensors[key.hf])
         for path, leaf in zip(key.ours, leaves, strict=True):
             *parents, last = path.split("/")
-            place = tree
+            node = tree
             for name in parents:
-                place = place.setdefault(name, {})
-            place[last] = leaf
+                node = node.setdefault(name, {})
+            node[last] = leaf
     return tree
