@@ -236,9 +236,10 @@ def windows(layer_types: Sequence[str], window: int | None, where: str) -> dict[
     return {"local": local[:period], "window": window}
 
 
-def layer_types(cfg: ModelConfig) -> list[str]:
+def windows_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The inverse of `windows`."""
-    return [LOCAL if cfg.is_local(layer) else GLOBAL for layer in range(cfg.num_layers)]
+    layer_types = [LOCAL if cfg.is_local(layer) else GLOBAL for layer in range(cfg.num_layers)]
+    return {"sliding_window": cfg.window or None, "layer_types": layer_types}
 
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:

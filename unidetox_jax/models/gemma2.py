@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import gemma
-from unidetox_jax.models.config import ROPE, from_options, layer_types, read_hf, to_options, windows
+from unidetox_jax.models.config import ROPE, from_options, read_hf, to_options, windows, windows_to_hf
 from unidetox_jax.models.gemma import OFF, PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
@@ -42,9 +42,4 @@ def from_hf(config: dict[str, Any], where: str) -> Gemma2Config:
 
 def to_hf(cfg: Gemma2Config) -> dict[str, Any]:
     """The Hugging Face config of a Gemma2Config."""
-    return {
-        **to_options(cfg, OPTIONS),
-        "sliding_window": cfg.window or None,
-        "layer_types": layer_types(cfg),
-        **cfg.rotary.to_hf(),
-    }
+    return {**to_options(cfg, OPTIONS), **windows_to_hf(cfg), **cfg.rotary.to_hf()}

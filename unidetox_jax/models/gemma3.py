@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import gemma
-from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, from_options, layer_types, read_hf, to_options, windows
+from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, from_options, read_hf, to_options, windows, windows_to_hf
 from unidetox_jax.models.gemma import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
@@ -54,8 +54,7 @@ def to_hf(cfg: Gemma3Config) -> dict[str, Any]:
     """The Hugging Face config of a Gemma3Config."""
     return {
         **to_options(cfg, OPTIONS),
-        "sliding_window": cfg.window or None,
-        "layer_types": layer_types(cfg),
+        **windows_to_hf(cfg),
         **cfg.rotary.to_hf(),
         "rope_local_base_freq": cfg.local_rotary.theta,
     }

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import olmo2
-from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, layer_types, read_hf, windows
+from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, read_hf, windows, windows_to_hf
 from unidetox_jax.models.olmo2 import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
@@ -38,8 +38,4 @@ def from_hf(config: dict[str, Any], where: str) -> Olmo3Config:
 
 def to_hf(cfg: Olmo3Config) -> dict[str, Any]:
     """The Hugging Face config of an Olmo3Config."""
-    return {
-        **olmo2.to_hf(cfg),
-        "sliding_window": cfg.window or None,
-        "layer_types": layer_types(cfg),
-    }
+    return {**olmo2.to_hf(cfg), **windows_to_hf(cfg)}

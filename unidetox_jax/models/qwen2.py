@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from unidetox_jax.models import llama
-from unidetox_jax.models.config import LOCAL, ROPE, from_options, head_size, layer_types, read_hf, to_options, windows
+from unidetox_jax.models.config import LOCAL, ROPE, from_options, head_size, read_hf, to_options, windows, windows_to_hf
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
@@ -37,15 +37,11 @@ def from_hf(config: dict[str, Any], where: str) -> Qwen2Config:
 
 def to_hf(cfg: Qwen2Config) -> dict[str, Any]:
     """The Hugging Face config of a Qwen2Config."""
-    return {**to_options(cfg, OPTIONS), **windows_to_hf(cfg), **cfg.rotary.to_hf()}
+    return {**to_options(cfg, OPTIONS), **window_options(cfg), **cfg.rotary.to_hf()}
 
 
-def windows_to_hf(cfg: llama.LlamaConfig) -> dict[str, Any]:
-    """Qwen's options of local layers."""
-    types = layer_types(cfg)
-    return {
-        "use_sliding_window": bool(cfg.window),
-        "sliding_window": cfg.window or None,
-        "max_window_layers": types.index(LOCAL) if cfg.window else cfg.num_layers,  # for older versions
-        "layer_types": types,
-    }
+def window_options(cfg: llama.LlamaConfig) -> dict[str, Any]:
+    """Qwen's options of local layers; older versions know max_window_layers in place of layer_types."""
+    options = windows_to_hf(cfg)
+    first = options["layer_types"].index(LOCAL) if cfg.window else cfg.num_layers
+    return {"use_sliding_window": bool(cfg.window), "max_window_layers": first, **options}

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from unidetox_jax.models import llama
 from unidetox_jax.models.config import ROPE, from_options, read_hf, to_options, windows
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
-from unidetox_jax.models.qwen2 import WINDOWS, windows_to_hf
+from unidetox_jax.models.qwen2 import WINDOWS, window_options
 from unidetox_jax.models.rotary import Rotary
 
 OPTIONS = {
@@ -42,4 +42,4 @@ def from_hf(config: dict[str, Any], where: str) -> Qwen3Config:
 
 def to_hf(cfg: Qwen3Config) -> dict[str, Any]:
     """The Hugging Face config of a Qwen3Config."""
-    return {**to_options(cfg, OPTIONS), **windows_to_hf(cfg), **cfg.rotary.to_hf()}
+    return {**to_options(cfg, OPTIONS), **window_options(cfg), **cfg.rotary.to_hf()}
