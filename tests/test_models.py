@@ -135,19 +135,19 @@ def test_prefill_and_steps_equal_forward(looped, record_property):
     mask = np.ones((3, 12), np.int32)
     mask[1, :3] = 0  # left
     mask[2, 5:8] = 0  # right, within the prompt of eight tokens
-    whole = models.forward(params, tokens, cfg, mask)
+    expected = models.forward(params, tokens, cfg, mask)
     prepared = models.prepare(params, cfg)
     cache = models.init_cache(cfg, 3, 10)
     logits, cache = models.prefill(prepared, tokens[:, :8], cfg, cache, mask[:, :8])
     last = [7, 7, 4]
-    near(logits, whole[np.arange(3), last])
+    near(logits, expected[np.arange(3), last])
     cache = models.grow_cache(cache, cfg, 14)
     hidden, extended = models.extend(prepared, tokens[:, 8:], cfg, cache)  # the same four tokens at once
-    near(models.logits(params, hidden, cfg), whole[:, 8:])
+    near(models.logits(params, hidden, cfg), expected[:, 8:])
     assert int(extended.slot) == 12 and extended.positions.tolist() == [12, 9, 9]
     for t in range(8, 12):
         logits, cache = models.decode_step(prepared, tokens[:, t], cfg, cache)
-        near(logits, whole[:, t])
+        near(logits, expected[:, t])
     assert int(cache.slot) == 12 and cache.positions.tolist() == [12, 9, 9]
 
 
@@ -160,16 +160,18 @@ def test_branches_of_a_prompt_equal_forward(looped, record_property):
     mask[1, :3] = 0
     mask[2, 5:] = 0
     tokens = np.concatenate([np.repeat(prompts, 2, axis=0), new], axis=1)
-    whole = models.forward(params, tokens, cfg, np.pad(np.repeat(mask, 2, axis=0), ((0, 0), (0, 4)), constant_values=1))
+    expected = models.forward(
+        params, tokens, cfg, np.pad(np.repeat(mask, 2, axis=0), ((0, 0), (0, 4)), constant_values=1)
+    )
     prepared = models.prepare(params, cfg)
     _, cache = models.prefill(prepared, prompts, cfg, models.init_cache(cfg, 3, 8), mask)
     cache = models.branch_cache(cache, cfg, 2, 6)
     hidden, extended = models.extend(prepared, new, cfg, cache)
-    near(models.logits(params, hidden, cfg), whole[:, 8:])
+    near(models.logits(params, hidden, cfg), expected[:, 8:])
     assert int(extended.slot) == 4 and extended.positions.tolist() == [12, 12, 9, 9, 9, 9]
     for t in range(4):
         logits, cache = models.decode_step(prepared, new[:, t], cfg, cache)
-        near(logits, whole[:, 8 + t])
+        near(logits, expected[:, 8 + t])
     with pytest.raises(ValueError, match="cannot branch again"):
         models.branch_cache(cache, cfg, 2, 6)
 

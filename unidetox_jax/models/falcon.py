@@ -130,14 +130,14 @@ def key_table(cfg: FalconConfig) -> list[Key]:
         if not cfg.parallel:
             table += norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm")
     table += [
-        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{part}/kernel" for part in FUSED]),
+        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{projection}/kernel" for projection in FUSED]),
         heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
         linear(f"{layer}.mlp.dense_h_to_4h.weight", f"{block}/mlp/up/kernel"),
         linear(f"{layer}.mlp.dense_4h_to_h.weight", f"{block}/mlp/down/kernel"),
     ]
     if cfg.bias:
         table += [
-            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{part}/bias" for part in FUSED]),
+            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{projection}/bias" for projection in FUSED]),
             same(f"{name}.dense.bias", f"{path}/output/bias"),
             same(f"{layer}.mlp.dense_h_to_4h.bias", f"{block}/mlp/up/bias"),
             same(f"{layer}.mlp.dense_4h_to_h.bias", f"{block}/mlp/down/bias"),

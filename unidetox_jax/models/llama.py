@@ -125,8 +125,8 @@ def attention_keys(cfg: LlamaConfig) -> list[Key]:
 def mlp_keys(cfg: LlamaConfig) -> list[Key]:
     """The feed-forward layer."""
     table = []
-    for part in ("gate", "up", "down"):
-        table.append(linear(f"{LAYER}.mlp.{part}_proj.weight", f"{BLOCK}/mlp/{part}/kernel"))
+    for projection in ("gate", "up", "down"):
+        table.append(linear(f"{LAYER}.mlp.{projection}_proj.weight", f"{BLOCK}/mlp/{projection}/kernel"))
         if cfg.mlp_bias:
-            table.append(same(f"{LAYER}.mlp.{part}_proj.bias", f"{BLOCK}/mlp/{part}/bias"))
+            table.append(same(f"{LAYER}.mlp.{projection}_proj.bias", f"{BLOCK}/mlp/{projection}/bias"))
     return table

@@ -66,7 +66,7 @@ def key_table(cfg: Phi3Config) -> list[Key]:
         *llama.layer_keys(norms),
         Key(
             f"{layer}.self_attn.qkv_proj.weight",
-            tuple(f"{block}/attention/{part}/kernel" for part in ("query", "key", "value")),
+            tuple(f"{block}/attention/{name}/kernel" for name in ("query", "key", "value")),
             lambda x: tuple(
                 part.reshape(count, size, -1).transpose(2, 0, 1)
                 for part, count in zip(np.split(x, boundaries), heads, strict=True)
