@@ -136,8 +136,9 @@ def _attention_with_prefix(query, scores, value, prefix: Prefix, precision, cap)
     bias = prefix.bias
     if bias is not None:
         bias = jnp.tile(bias.reshape(prefixes, kv_heads, groups, -1), (1, 1, samples, 1))
+    queries = gather(query)
     mask = prefix.mask[:, None] if prefix.mask.ndim == 2 else prefix.mask
-    prefix_scores = _scores(gather(query), prefix.key, mask, bias, precision, cap)
+    prefix_scores = _scores(queries, prefix.key, mask, bias, precision, cap)
     maximum = jnp.maximum(scores.max(-1, keepdims=True), scatter(prefix_scores.max(-1, keepdims=True)))
     weights, prefix_weights = jnp.exp(scores - maximum), jnp.exp(prefix_scores - gather(maximum))
     total = weights.sum(-1, keepdims=True) + scatter(prefix_weights.sum(-1, keepdims=True))
