@@ -37,7 +37,7 @@ def get_config(argument=None):
     chosen = parse_argument(argument, seed=0, controls=False, later=False, comparison=False)
     config = default_config()
     config.name = "quickstart"
-    families = (FAMILIES[0], *toymodels.LATER) if chosen.later else FAMILIES
+    families = (FAMILIES[0], *toymodels.OTHER_FAMILIES) if chosen.later else FAMILIES
     pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in families)
     config.base = pretrained[0]
     config.targets = pretrained

@@ -1,4 +1,4 @@
-"""An emulator of Google's storage, as Orbax (through tensorstore), gcsfs and tensorboardX see it."""
+"""An emulator of Google Cloud Storage for Orbax (through tensorstore), gcsfs and tensorboardX."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from processes import free_port
 
 @contextlib.contextmanager
 def emulator() -> Iterator[dict[str, str]]:
-    """Context: an empty `gs://bucket`; gives the environment in which programs find it."""
+    """Context: an empty `gs://bucket`; yields the environment variables through which programs find it."""
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it logs every request
     port = free_port()
     with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
@@ -20,24 +20,24 @@ def emulator() -> Iterator[dict[str, str]]:
         yield {
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask for the bucket's kind by gRPC, for a minute
-            "NO_GCE_CHECK": "true",  # nor is there a metadata server to ask for credentials
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs would query the bucket's kind by gRPC for a minute
+            "NO_GCE_CHECK": "true",  # there is no metadata server with credentials either
         }
 
 
 def _download(request, response, storage):
-    """Google says which generation of an object it sends; tensorstore cannot replace one without that."""
+    """As Google does, sends the object's generation, which tensorstore needs to replace it."""
     _downloaded(request, response, storage)
     if response.status < HTTPStatus.MULTIPLE_CHOICES:
-        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["x-goog-generation"] = found["generation"]
+        stored = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = stored["generation"]
 
 
 def _insert(request, response, storage):
-    """Google writes only in place of the generation that the writer expects, which keeps two from losing one's work."""
+    """As Google does, replaces only the generation that the writer expects, so that no concurrent write is lost."""
     name, expected = (request.query.get(key, [None])[0] for key in ("name", "ifGenerationMatch"))
-    found = storage.objects.get(request.params["bucket_name"], {}).get(name, {"generation": "0"})
-    if name is not None and expected not in (None, found["generation"]):
+    stored = storage.objects.get(request.params["bucket_name"], {}).get(name, {"generation": "0"})
+    if name is not None and expected not in (None, stored["generation"]):
         response.status = HTTPStatus.PRECONDITION_FAILED
     else:
         _inserted(request, response, storage)

@@ -1,4 +1,4 @@
-"""Several real processes on this machine, for tests: each with devices of its own, joined by jax.distributed."""
+"""Several real processes on this machine for tests, each with its own devices, joined by jax.distributed."""
 
 import os
 import socket
@@ -19,18 +19,18 @@ class Ended(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        """The last line of what it said on standard error."""
+        """The last line of standard error."""
         return self.err.strip().rsplit("\n", 1)[-1]
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """An unused local port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 def environment(devices: int) -> dict[str, str]:
-    """The environment of a process with that many devices, which keeps what it compiled."""
+    """Environment variables of a process with that many CPU devices."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -40,7 +40,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def joined(address: str, count: int, index: int) -> list[str]:
-    """The command line's arguments for one of several processes."""
+    """Command-line arguments of one of several processes."""
     return [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
 
 
@@ -56,7 +56,7 @@ def start(commands: list[list[str]], devices: int = 2) -> list[subprocess.Popen]
 
 
 def wait(processes: list[subprocess.Popen], timeout: float = HANGS) -> list[Ended]:
-    """Waits for all of them; whatever runs longer is killed, and the test fails."""
+    """Waits for all of them; kills those that exceed the timeout, and the test fails."""
     deadline = time.monotonic() + timeout
     try:
         outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in processes]

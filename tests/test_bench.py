@@ -1,4 +1,4 @@
-"""The benchmark command on tiny shapes, and what it counts against counts made otherwise."""
+"""The benchmark command on tiny models, and its bounds compared with NumPy's."""
 
 import json
 import sys
@@ -58,18 +58,18 @@ def test_decoding_beside_pytorch(config, capsys):
     assert "times_torch" in header and len([line for line in printed.splitlines() if line[:1] == " "]) == 3
 
 
-def test_the_contenders_do_the_same_work(config):
+def test_contenders_do_the_same_work(config):
+    """JAX and PyTorch both generate all requested tokens."""
     pytest.importorskip("torch")
-    """Both give as many tokens as asked for, PyTorch too, and never the end alone."""
     cfg = models.config_from_hf(str(config.parent / "gpt2"))
     pair = [models.Model(models.init(cfg, jax.random.key(i)), cfg) for i in range(2)]
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)]
-    assert decode._ours(pair, 3, 5, 0).lengths.tolist() == [5] * 3
-    assert decode._theirs(torch_pair, cfg, 3, 5, 0).shape == (3, 6)
+    assert decode._generate(pair, 3, 5, 0).lengths.tolist() == [5] * 3
+    assert decode._generate_torch(torch_pair, cfg, 3, 5, 0).shape == (3, 6)
 
 
-def test_the_machines_bounds_are_those_of_numpy():
-    """Within a margin that a busy machine needs: bytes and operations a second, of a copy and of a product."""
+def test_measured_bounds_agree_with_numpy():
+    """Bytes per second of a copy and FLOPs per second of a product, within the margin that a busy machine needs."""
     large = np.ones(1 << 26, np.float32)
     seconds = devices.fastest(lambda: np.multiply(large, np.float32(1.0001), out=large))
     assert 0.02 < devices.copy_bandwidth() / (2 * large.nbytes / seconds) < 50
@@ -78,7 +78,7 @@ def test_the_machines_bounds_are_those_of_numpy():
     assert 0.02 < devices.matmul_rate("float32") / (2 * 1024**3 / seconds) < 50
 
 
-def test_what_is_dispatched(config, capsys, monkeypatch):
+def test_benchmark_is_dispatched_by_name(config, capsys, monkeypatch):
     stand_in = types.ModuleType("stand_in")
     stand_in.measure = lambda run: [{"benchmark": "train", "batch": run.bench.train_batch_sizes[0], "x": 1.23456789}]
     monkeypatch.setitem(sys.modules, "stand_in", stand_in)
@@ -104,11 +104,11 @@ def test_mistakes(config, capsys, change, expected):
     assert len(lines) == 1 and expected in lines[0]
 
 
-def test_a_table_shows_what_a_row_lacks():
+def test_table_marks_missing_values():
     lines = bench.table([{"a": 1, "b": 2.0}, {"a": 10}]).splitlines()
     assert lines == [" a  b", " 1  2", "10  -"]
 
 
-def test_the_published_benchmark_is_the_default():
+def test_default_configuration_is_the_published_benchmark():
     config = cli.load_config("configs/bench.py").bench
     assert (config.model, tuple(config.batch_sizes), config.new_tokens) == ("openai-community/gpt2", (16, 64), 128)

@@ -1,4 +1,4 @@
-"""The training benchmark on a tiny shape, beside PyTorch."""
+"""The training benchmark on a tiny model, beside PyTorch."""
 
 import json
 

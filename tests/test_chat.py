@@ -36,7 +36,7 @@ def test_prompts_are_tokenised_as_transformers_does(real_models, system):
     theirs = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
     prompts = ["Why is the sky blue?", " Zwei  Wörter\n", "", "I said <|im_end|> and 猫"]
     turns = [{"role": "system", "content": system}] if system else []
-    found = chat.ask(checkpoint.load_tokenizer(real_models / "smollm2-135m"), prompts, system)
+    found = chat.encode_prompts(checkpoint.load_tokenizer(real_models / "smollm2-135m"), prompts, system)
     for prompt, tokens in zip(prompts, found, strict=True):
         conversation = [*turns, {"role": "user", "content": prompt}]
         assert tokens == theirs.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
@@ -76,20 +76,20 @@ CUT = {"text": "it was very", "ended": False}
 def test_a_text_is_trained_on_as_the_template_writes_a_finished_conversation(real_models, system):
     theirs = transformers.AutoTokenizer.from_pretrained(real_models / "smollm2-135m")
     ours = checkpoint.load_tokenizer(real_models / "smollm2-135m")
-    turns = [*chat.opening("Write something.", system), {"role": "assistant", "content": SAMPLED["text"]}]
-    around = chat.turn(ours, "Write something.", system)
-    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), ours, 64, around=around)
+    turns = [*chat.prompt_messages("Write something.", system), {"role": "assistant", "content": SAMPLED["text"]}]
+    affixes = chat.response_affixes(ours, "Write something.", system)
+    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), ours, 64, affixes=affixes)
     assert tokens[0].tolist() == theirs.apply_chat_template(turns)["input_ids"]
     assert theirs.decode(tokens[1]).endswith("<|im_start|>assistant\nit was very"), "a text that was cut has no end"
-    (asked,) = chat.ask(ours, ["Write something."], system)
+    (asked,) = chat.encode_prompts(ours, ["Write something."], system)
     assert tokens[0].tolist()[: len(asked)] == asked, "it answers what an evaluation asks"
 
 
 @pytest.mark.parametrize(("loss_on", "learned"), [("answer", ["the cat sat</s>", "it was very"]), ("all", None)])
 def test_what_the_loss_is_on(tokenizer, loss_on, learned):
-    around = chat.turn(tokenizer, "a dog ran", loss_on=loss_on)
-    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), tokenizer, 96, around=around)
-    batch = data.fill(tokens, (1, 96), ((0, 1),), segments=True)  # both in one row
+    affixes = chat.response_affixes(tokenizer, "a dog ran", loss_on=loss_on)
+    tokens = data.tokenize(data.Texts((SAMPLED, CUT)), tokenizer, 96, affixes=affixes)
+    batch = data.collate(tokens, (1, 96), ((0, 1),), segments=True)  # both in one row
     learned_ids = [batch["tokens"][batch["loss_mask"] & (batch["segment_ids"] == text)] for text in (1, 2)]
     before = "the user: a dog ran</s>the assistant: "
     assert [tokenizer.decode(ids) for ids in learned_ids] == (
@@ -115,7 +115,7 @@ def test_a_recipe_with_chat_trains_on_turns(tokenizer, monkeypatch):
 def test_distilled_texts_are_answers(tokenizer):
     """Greedy, PyTorch's answer; its row begins with BOS in place of the conversation, and its tokens are trained on."""
     torch_model, model = make_pair()
-    asked = torch.tensor(chat.ask(tokenizer, ["a dog ran"]))
+    asked = torch.tensor(chat.encode_prompts(tokenizer, ["a dog ran"]))
     texts = method.distill(
         method.LanguageModel(model.params, model.cfg, tokenizer),
         objective="base",
@@ -129,17 +129,17 @@ def test_distilled_texts_are_answers(tokenizer):
     answer = torch_model.generate(asked, max_new_tokens=6, do_sample=False)[0, asked.shape[1] :].tolist()
     assert texts.rows[0]["tokens"] == [0, *answer] and texts[0] == tokenizer.decode(answer, skip_special_tokens=True)
     assert not texts.ended[0]
-    trained = data.tokenize(texts, tokenizer, 96, around=chat.turn(tokenizer, "a dog ran"))
+    trained = data.tokenize(texts, tokenizer, 96, affixes=chat.response_affixes(tokenizer, "a dog ran"))
     assert trained[0].tolist() == [*asked[0].tolist(), *answer]
 
 
 def test_a_mistake_is_one_line(tokenizer):
-    with pytest.raises(UserError, match="max_length: found 20, but 24 tokens stand before each text"):
-        data.tokenize(["a"], tokenizer, 20, around=chat.turn(tokenizer, "a dog ran"))
+    with pytest.raises(UserError, match="max_length: found 20, but 24 tokens precede each text"):
+        data.tokenize(["a"], tokenizer, 20, affixes=chat.response_affixes(tokenizer, "a dog ran"))
     with pytest.raises(UserError, match="refuses a conversation of system, user .System role not supported"):
-        chat.ask(tokenizer, PROMPTS, "Be brief.")
+        chat.encode_prompts(tokenizer, PROMPTS, "Be brief.")
     with pytest.raises(UserError, match="has no chat template; leave chat out"):
-        chat.ask(make_tokenizer(), PROMPTS)
+        chat.encode_prompts(make_tokenizer(), PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def lines(path):
 
 def conversation(tokenizer, prompt, answer=None):
     """Token ids of it as transformers' template has it: up to the answer, or with the whole of it."""
-    turns = chat.opening(prompt, SYSTEM) + ([] if answer is None else [{"role": "assistant", "content": answer}])
+    turns = chat.prompt_messages(prompt, SYSTEM) + (
+        [] if answer is None else [{"role": "assistant", "content": answer}]
+    )
     return tokenizer.apply_chat_template(turns, add_generation_prompt=answer is None)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: not a bit is lost, whatever the variant, the dtype, the mesh or the files."""
+"""Hugging Face checkpoints round-trip bit-exactly, for every variant, dtype, mesh and kind of file."""
 
 import json
 
@@ -11,7 +11,7 @@ import transformers
 from variants import VARIANTS, chosen, params_from_torch, torch_model
 
 from unidetox_jax import checkpoint, models, sharding
-from unidetox_jax.checkpoint import hf, leaves
+from unidetox_jax.checkpoint import hf, streaming
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.errors import UserError
 
@@ -45,7 +45,7 @@ def assert_same_params(left, right):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_returns_bit_identical(variant, tmp_path):
+def test_every_variant_round_trips_bit_exactly(variant, tmp_path):
     reference = torch_model(VARIANTS[variant])
     reference.save_pretrained(tmp_path / "there")
     model = checkpoint.load(tmp_path / "there")
@@ -65,7 +65,7 @@ ONE_EACH = chosen("gpt2", "opt-350m", "falcon-rw-1b", "llama-3.2-transformers-5"
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", ONE_EACH)
-def test_half_precision_returns_bit_identical(variant, dtype, tmp_path):
+def test_half_precision_round_trips_bit_exactly(variant, dtype, tmp_path):
     torch_model(VARIANTS[variant], dtype=dtype).save_pretrained(tmp_path / "there")
     model = checkpoint.load(tmp_path / "there", mesh=sharding.make_mesh("data:2,fsdp:2,model:2"))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {dtype}
@@ -76,7 +76,7 @@ def test_half_precision_returns_bit_identical(variant, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "falcon-40b", "opt-no-final-norm"])
-def test_orbax_on_one_mesh_is_read_on_another(variant, tmp_path):
+def test_orbax_checkpoint_is_read_on_another_mesh(variant, tmp_path):
     torch_model(VARIANTS[variant], dtype="bfloat16").save_pretrained(tmp_path / "there")
     model = checkpoint.load(tmp_path / "there", mesh=sharding.make_mesh("fsdp:4,model:2"))
     checkpoint.save(tmp_path / "orbax", model)
@@ -87,7 +87,7 @@ def test_orbax_on_one_mesh_is_read_on_another(variant, tmp_path):
     assert_same_bits(tensors_of(tmp_path / "there"), tensors_of(tmp_path / "back"))
 
 
-def test_asked_dtype_is_the_rounding_of_the_stored(tmp_path):
+def test_requested_dtype_is_the_rounding_of_the_stored(tmp_path):
     reference = torch_model(VARIANTS["llama-3"])
     reference.save_pretrained(tmp_path / "there")
     model = checkpoint.load(tmp_path / "there", param_dtype="bfloat16")
@@ -139,13 +139,13 @@ def test_bin_weights(layout, tmp_path):
     assert_same_bits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict(), tensors)
 
 
-def test_bin_that_is_more_than_tensors_is_refused(tmp_path):
+def test_bin_with_more_than_tensors_is_refused(tmp_path):
     torch_model(VARIANTS["gpt2"]).config.save_pretrained(tmp_path)
     torch.save({"a": pytest.raises}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin: damaged, or more than tensors"):
+    with pytest.raises(UserError, match="pytorch_model.bin: damaged, or holds more than tensors"):
         checkpoint.load(tmp_path)
     torch.save({"a": 1}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="key 'a' is a int, expected a tensor"):
+    with pytest.raises(UserError, match="key 'a': found int, expected a tensor"):
         checkpoint.load(tmp_path)
 
 
@@ -172,14 +172,14 @@ def test_checkpoint_of_the_bare_model(variant, bare, tmp_path):
     assert_same_params(model.params, params_from_torch(reference, model.cfg))
 
 
-def test_tied_head_in_the_file(tmp_path):
+def test_tied_checkpoint_that_stores_the_head(tmp_path):
     reference = torch_model(VARIANTS["gpt2"])
     reference.config.save_pretrained(tmp_path)
     tensors = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     expected = params_from_torch(reference, models.config_from_hf(VARIANTS["gpt2"]))
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert_same_params(checkpoint.load(tmp_path).params, expected)
-    embedding = tensors.pop("transformer.wte.weight")  # some writers keep the head's name of the two
+    embedding = tensors.pop("transformer.wte.weight")  # some writers store the pair under the head's name
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert_same_params(checkpoint.load(tmp_path).params, expected)
     tensors["transformer.wte.weight"] = embedding + 1
@@ -188,7 +188,7 @@ def test_tied_head_in_the_file(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_layers_of_two_dtypes_take_the_wider(tmp_path):
+def test_layers_of_mixed_dtypes_take_the_wider_one(tmp_path):
     reference = torch_model(VARIANTS["gpt2"])
     reference.config.save_pretrained(tmp_path)
     tensors = {name: tensor.clone() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
@@ -204,24 +204,24 @@ def test_layers_of_two_dtypes_take_the_wider(tmp_path):
 @pytest.mark.parametrize(
     "shape, axes", [((48, 24), ("model", "fsdp")), ((5, 16, 24), (None, "fsdp", "model")), ((7,), ())]
 )
-def test_leaf_in_pieces(mesh, shape, axes, monkeypatch):
-    """Pieces of a few rows, over every way of sharding the first axis, there and back."""
+def test_array_written_and_read_in_pieces(mesh, shape, axes, monkeypatch):
+    """Pieces of a few rows, for every sharding of the first axis, written and read back."""
     mesh = sharding.make_mesh(mesh)
     axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=False)]
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-    monkeypatch.setattr(leaves, "PIECE_BYTES", 700)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     stacked = len(shape) == 3
-    leaf = leaves.allocate(shape, np.float32, placed)
-    forgotten = []
+    leaf = streaming.allocate(shape, np.float32, placed)
+    released = []
     for first in range(len(values)) if stacked else [0]:
         rows = values[first : first + 1] if stacked else values
         transposed = np.moveaxis(np.ascontiguousarray(np.moveaxis(rows, 0, -1)), -1, 0)  # any strides will do
-        leaf = leaves.fill(leaf, first, transposed, lambda: forgotten.append(1))
+        leaf = streaming.write_rows(leaf, first, transposed, lambda: released.append(1))
     assert leaf.sharding == placed and np.array_equal(leaf, values)
-    assert forgotten
+    assert released
     for first, count in [(3, 1)] if stacked else [(0, len(values))]:
-        assert np.array_equal(leaves.fetch(leaf, first, count), values[first : first + count])
+        assert np.array_equal(streaming.read_rows(leaf, first, count), values[first : first + count])
 
 
 def test_pieces_of_a_sharded_vocabulary_are_not_gathered():
@@ -232,8 +232,8 @@ def test_pieces_of_a_sharded_vocabulary_are_not_gathered():
     part = jax.ShapeDtypeStruct((4, 8, 64), np.float32, sharding=piece)
     start = jax.ShapeDtypeStruct((), np.int32)
     for program in (
-        leaves._update(placed, 4).lower(leaf, part, start),
-        leaves._slice(piece, 4, 8).lower(leaf, start),
+        streaming._update(placed, 4).lower(leaf, part, start),
+        streaming._slice(piece, 4, 8).lower(leaf, start),
     ):
         text = program.compile().as_text()
         assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
@@ -242,20 +242,20 @@ def test_pieces_of_a_sharded_vocabulary_are_not_gathered():
 def test_existing_directories(tmp_path, shared):
     model = checkpoint.load(shared / "models" / "stories260K")
     checkpoint.save_hf(tmp_path / "out", model, checkpoint.load_tokenizer(shared / "models" / "stories260K"))
-    checkpoint.save(tmp_path / "out", model)  # a checkpoint gives way to a checkpoint, whole
+    checkpoint.save(tmp_path / "out", model)  # replaces all of the other checkpoint's files
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["generation_config.json", "model.json", "params"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     (tmp_path / "out" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="holds 'thesis.tex', which no checkpoint does"):
+    with pytest.raises(UserError, match="holds 'thesis.tex', which is no part of a checkpoint"):
         checkpoint.save_hf(tmp_path / "out", model)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: a file; expected a directory"):
+    with pytest.raises(UserError, match="file: found a file, expected a directory"):
         checkpoint.save(tmp_path / "file", model)
 
 
 def test_sources(tmp_path, shared):
-    """A finished stage stands for its export; an unfinished one, a file, nothing and an unknown hub id are errors."""
+    """A finished stage means its export; an unfinished one, a file, nothing and an unknown hub id are errors."""
     real = shared / "models" / "stories260K"
     model = checkpoint.load(real)
     checkpoint.save_hf(tmp_path / "stage" / "hf", model)
@@ -267,9 +267,9 @@ def test_sources(tmp_path, shared):
     for source, message in (
         (tmp_path / "stage", "this stage is not finished"),
         (tmp_path / "nothing", "nothing: no such directory"),
-        (tmp_path / "stage" / "hf" / "config.json", "a file; expected the directory"),
+        (tmp_path / "stage" / "hf" / "config.json", "found a file, expected the directory"),
         (tmp_path / "empty", "no checkpoint; expected config.json"),
-        ("nobody/nothing", "nobody/nothing: no such directory, and the hub does not give it"),
+        ("nobody/nothing", "nobody/nothing: no such directory, and no download from the hub"),
     ):
         with pytest.raises(UserError, match=message):
             checkpoint.load(source)
@@ -277,7 +277,7 @@ def test_sources(tmp_path, shared):
             checkpoint.load_tokenizer(source)
 
 
-def test_params_of_numpy_can_be_saved(tmp_path):
+def test_numpy_params_can_be_saved(tmp_path):
     cfg = models.config_from_hf(VARIANTS["llama-3"])
     params = params_from_torch(torch_model(VARIANTS["llama-3"]), cfg)
     checkpoint.save_hf(tmp_path / "numpy", models.Model(params, cfg))

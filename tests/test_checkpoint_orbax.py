@@ -1,4 +1,4 @@
-"""Orbax trees and series: any mesh, donated arrays, damaged and missing files, disks that are full."""
+"""Orbax trees and checkpoint series: any mesh, donated arrays, damaged and missing files, full disks."""
 
 import asyncio
 import gc
@@ -48,34 +48,34 @@ def same(left, right):
     )
 
 
-def test_tree_returns_on_another_mesh(tmp_path, state):
+def test_tree_is_restored_on_another_mesh(tmp_path, state):
     orbax_io.save_tree(tmp_path / "tree", state)
-    wanted = target(state, mesh(2, 4), "model", "data")
-    restored = orbax_io.restore_tree(tmp_path / "tree", wanted)
+    target_tree = target(state, mesh(2, 4), "model", "data")
+    restored = orbax_io.restore_tree(tmp_path / "tree", target_tree)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert same(restored, state)
-    assert restored["params"]["kernel"].sharding == wanted["params"]["kernel"].sharding
+    assert restored["params"]["kernel"].sharding == target_tree["params"]["kernel"].sharding
     assert orbax_io.saved_dtypes(tmp_path / "tree")["params/norm/scale"] == "bfloat16"
 
 
 @pytest.mark.parametrize("fault", ["shape", "missing", "surplus", "absent"])
-def test_tree_of_another_model_is_named(tmp_path, state, fault):
+def test_tree_of_another_model_is_an_error(tmp_path, state, fault):
     orbax_io.save_tree(tmp_path / "tree", state["params"])
-    wanted = target(state["params"], mesh(8))
+    target_tree = target(state["params"], mesh(8))
     directory, message = tmp_path / "tree", ""
     if fault == "shape":
-        wanted["kernel"] = jax.ShapeDtypeStruct((64, 95), jnp.float32, sharding=wanted["kernel"].sharding)
+        target_tree["kernel"] = jax.ShapeDtypeStruct((64, 95), jnp.float32, sharding=target_tree["kernel"].sharding)
         message = r"kernel has shape \(64, 96\), expected \(64, 95\)"
     elif fault == "missing":
-        wanted["bias"] = wanted["norm"]["scale"]
+        target_tree["bias"] = target_tree["norm"]["scale"]
         message = "leaf bias is missing"
     elif fault == "surplus":
-        del wanted["norm"]
+        del target_tree["norm"]
         message = "leaf norm/scale is not one of the model's"
     else:
         directory, message = tmp_path / "elsewhere", "elsewhere: cannot be read"
     with pytest.raises(UserError, match=message):
-        orbax_io.restore_tree(directory, wanted)
+        orbax_io.restore_tree(directory, target_tree)
 
 
 def test_series_keeps_the_newest_and_survives_donation(tmp_path, state):
@@ -87,7 +87,7 @@ def test_series_keeps_the_newest_and_survives_donation(tmp_path, state):
         for number in range(4):
             checkpointer.save(number, tree)
             tree = step(tree)  # overwrites the arrays while they are being written
-        checkpointer.save(3, tree)  # is there already, and stays
+        checkpointer.save(3, tree)  # exists already, and stays
         assert checkpointer.latest_step() == 3
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "3"]
     with orbax_io.Checkpointer(tmp_path / "run") as checkpointer:
@@ -125,7 +125,7 @@ def test_damaged_newest_is_reported_and_replaced(tmp_path, state, kind, caplog):
         assert number == 10 and same(restored, state)
         warnings = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
         assert len(warnings) == 1 and "step 20" in warnings[0] and "\n" not in warnings[0]
-        checkpointer.save(15, state)  # older than the damaged one, and yet what remains
+        checkpointer.save(15, state)  # older than the damaged one, but the only one left
         assert checkpointer.latest_step() == 15
     assert [path.name for path in run.iterdir()] == ["15"]
 
@@ -142,7 +142,7 @@ def test_all_damaged_is_an_error(tmp_path, state):
             checkpointer.restore_latest(target(state, mesh(8)))
 
 
-def test_series_of_another_model_is_not_called_damaged(tmp_path, state):
+def test_checkpoints_of_another_model_are_not_called_damaged(tmp_path, state):
     with orbax_io.Checkpointer(tmp_path / "run") as checkpointer:
         checkpointer.save(1, state)
         checkpointer.wait()
@@ -152,7 +152,7 @@ def test_series_of_another_model_is_not_called_damaged(tmp_path, state):
             checkpointer.restore_latest(other)
 
 
-def test_unfinished_checkpoint_is_no_checkpoint(tmp_path, state):
+def test_unfinished_checkpoint_is_ignored(tmp_path, state):
     run = tmp_path / "run"
     with orbax_io.Checkpointer(run) as checkpointer:
         checkpointer.save(1, state)
@@ -163,7 +163,7 @@ def test_unfinished_checkpoint_is_no_checkpoint(tmp_path, state):
     assert sorted(path.name for path in run.iterdir()) == ["1", "2"]
 
 
-def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, state):
+def test_full_disk_is_a_user_error_and_keeps_the_last_checkpoint(tmp_path, state):
     run = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with orbax_io.Checkpointer(run) as checkpointer:
@@ -182,7 +182,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, state):
     assert not (tmp_path / "tree").exists()
 
 
-def test_relative_directories_will_do(tmp_path, monkeypatch):
+def test_relative_directories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree = {"a": jnp.arange(8.0)}
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
@@ -193,7 +193,7 @@ def test_relative_directories_will_do(tmp_path, monkeypatch):
         assert series.restore_latest(target)[0] == 3
 
 
-def test_a_write_that_failed_after_another_prints_no_traceback(caplog):
+def test_later_failed_writes_print_no_traceback(caplog):
     async def fails():
         raise OSError("No space left on device")
 

@@ -5,7 +5,7 @@ from finetune_helpers import ROOT
 
 from unidetox_jax import cli
 from unidetox_jax.data import toyworld
-from unidetox_jax.plan import auto, configuration, topology
+from unidetox_jax.plan import auto_mesh, stage_programs, topology
 from unidetox_jax.stages import common, settings
 
 TINY = toyworld.Sizes(train=400, valid=2, scorer=1, toxic=2, toxic_dev=1, labelled=1, prompts_per_category=1)
@@ -21,10 +21,10 @@ CONFIGS = [
 
 def traced(run):
     """Names of the run's programs, each of which was traced."""
-    place, names = topology.topology("local"), []
-    groups = configuration.programs(run, run.shared.dtype or "bfloat16")
+    place, names = topology.get_topology("local"), []
+    groups = stage_programs.programs_by_stage(run, run.shared.dtype or "bfloat16")
     for stage, program in ((stage, program) for stage, group in groups for program in group):
-        program.lower(auto.mesh(common.layout_of(run, stage), [program], place))
+        program.lower(auto_mesh.choose_mesh(common.layout_of(run, stage), [program], place))
         names.append(program.name)
     return names
 

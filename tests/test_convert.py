@@ -1,4 +1,4 @@
-"""`unidetox convert` and `unidetox verify` as a user meets them: files in, files out, one line when it will not do."""
+"""`unidetox convert` and `unidetox verify` as a user runs them: files in, files out, one line for an error."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from unidetox_jax.checkpoint import verify
 
 @pytest.fixture
 def source(tmp_path):
-    """A LLaMA of random weights in Hugging Face's form."""
+    """A LLaMA with random weights in Hugging Face's format."""
     directory = tmp_path / "source"
     torch_model(VARIANTS["llama-3.1"]).save_pretrained(directory)
     return directory
@@ -31,7 +31,7 @@ def run(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
-def test_there_and_back_and_verified(source, tmp_path, capsys):
+def test_round_trip_is_verified(source, tmp_path, capsys):
     orbax, back = tmp_path / "orbax", tmp_path / "back"
     assert run("convert", source, orbax) == 0
     assert run("convert", orbax, back, "--mesh=model:2,fsdp:-1") == 0
@@ -44,7 +44,7 @@ def test_there_and_back_and_verified(source, tmp_path, capsys):
     assert run("verify", back, orbax) == 0
 
 
-def test_verify_sees_a_difference(source, tmp_path, capsys):
+def test_verify_detects_a_difference(source, tmp_path, capsys):
     other = tmp_path / "other"
     torch_model(VARIANTS["llama-3.1"], seed=1).save_pretrained(other)
     assert run("verify", source, other) == 1
@@ -74,7 +74,7 @@ def test_real_model_with_its_tokenizer(shared, tmp_path):
 
 
 def damage(source, kind):
-    """Makes one mistake in a checkpoint; returns what the message must name."""
+    """Damages a checkpoint; returns what the message must name."""
     weights, config = source / "model.safetensors", source / "config.json"
     settings, tensors = json.loads(config.read_text()), load_file(weights)
     if kind == "missing file":
@@ -103,7 +103,7 @@ def damage(source, kind):
     "kind",
     ["missing file", "truncated", "wrong shape", "unknown type", "unknown option", "missing key", "surplus key"],
 )
-def test_bad_input_is_one_line_that_names_it(source, tmp_path, capsys, kind):
+def test_bad_input_is_one_line_naming_the_cause(source, tmp_path, capsys, kind):
     named = damage(source, kind)
     destination = tmp_path / "destination"
     assert run("convert", source, destination) == 2
@@ -115,7 +115,7 @@ def test_bad_input_is_one_line_that_names_it(source, tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_full_disk_leaves_nothing(source, tmp_path, form):
-    """A limit on file sizes stands in for a disk that fills up while the weights are written."""
+    """A limit on file sizes stands in for a full disk."""
     command = [sys.executable, "-m", "unidetox_jax.cli", "convert", source, tmp_path / "destination", f"--to={form}"]
     result = subprocess.run(
         [str(part) for part in command],
@@ -129,7 +129,7 @@ def test_full_disk_leaves_nothing(source, tmp_path, form):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_an_existing_destination_is_not_touched(source, tmp_path, capsys):
+def test_existing_destination_is_replaced_only_by_force(source, tmp_path, capsys):
     destination = tmp_path / "destination"
     assert run("convert", source, destination, "--to=hf") == 0
     assert run("convert", source, destination, "--to=hf") == 2
@@ -142,7 +142,7 @@ def test_an_existing_destination_is_not_touched(source, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_memory_of_a_large_conversion(tmp_path):
-    """1.6 GB in four files to Orbax's form and back, by processes that may hold the model and at most 1 GB more."""
+    """1.6 GB in four files to Orbax's format and back, in processes that hold the model and at most 1 GB more."""
     code = textwrap.dedent("""
         import re, sys, jax, numpy as np
         from unidetox_jax import checkpoint, cli, models

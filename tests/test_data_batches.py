@@ -1,4 +1,4 @@
-"""Batches: a function of the step, each text once an epoch, the same texts however they are laid out."""
+"""Batches depend on the step alone, hold each text once an epoch, and the same texts in every layout."""
 
 import jax
 import numpy as np
@@ -7,13 +7,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
 
 from unidetox_jax import data, sharding
-from unidetox_jax.data import layout
+from unidetox_jax.data import packing
 from unidetox_jax.data.tokens import Tokens
 from unidetox_jax.errors import UserError
 
 
 def make_tokens(lengths, max_length=64, release=False):
-    """Text i is 1000·i + 0, 1, 2…: any piece of it says where it came from."""
+    """Text i has tokens 1000·(i + 1) + 0, 1, 2…, so any piece of it shows where it came from."""
     ids = [1000 * (i + 1) + np.arange(length) for i, length in enumerate(lengths)]
     return Tokens(
         ids=np.concatenate(ids).astype(np.int32),
@@ -34,11 +34,11 @@ def tokens():
 def texts_of(batch):
     """The texts of a batch, recovered from its arrays alone, sorted."""
     segments = batch.get("segment_ids")
-    found = []
+    texts = []
     for row, ids in enumerate(batch["tokens"]):
         marks = segments[row] if segments is not None else (ids != 7).astype(int)
-        found += [tuple(ids[marks == segment].tolist()) for segment in range(1, marks.max(initial=0) + 1)]
-    return sorted(found)
+        texts += [tuple(ids[marks == segment].tolist()) for segment in range(1, marks.max(initial=0) + 1)]
+    return sorted(texts)
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 32])
@@ -54,7 +54,7 @@ def test_packed_and_padded_steps_hold_the_same_texts(tokens, size, rows):
             assert batch["loss_mask"].sum() == sum(len(text) - 1 for text in expected)
 
 
-def test_targets_are_tokens_but_the_first_of_each_text(tokens):
+def test_targets_are_all_tokens_except_the_first_of_each_text(tokens):
     batch = data.Batches(tokens, 8, seed=0)[5]
     firsts = batch["tokens"] % 1000 == 0
     assert (batch["loss_mask"] == ((batch["segment_ids"] > 0) & ~firsts)).all()
@@ -77,7 +77,7 @@ def test_a_text_is_never_split(tokens):
                 assert (np.diff(where) == 1).all() and (np.diff(ids[where]) == 1).all()
 
 
-def test_each_text_once_an_epoch_and_each_epoch_in_another_order(tokens):
+def test_each_epoch_holds_every_text_once_in_a_new_order(tokens):
     batches = data.Batches(tokens, 29, seed=5)  # 203 = 7 · 29
     epochs = [np.concatenate([batches.indices(step) for step in range(7 * e, 7 * e + 7)]) for e in range(3)]
     for epoch in epochs:
@@ -85,7 +85,7 @@ def test_each_text_once_an_epoch_and_each_epoch_in_another_order(tokens):
     assert not (epochs[0] == epochs[1]).all() and not (epochs[1] == epochs[2]).all()
 
 
-def test_a_batch_is_a_function_of_step_and_seed(tokens):
+def test_batch_depends_on_step_and_seed_only(tokens):
     first, again = data.Batches(tokens, 8, seed=11), data.Batches(tokens, 8, seed=11)
     assert first.shapes == again.shapes
     for step in (900, 3, 41):  # in any order, as a resumed run asks for them
@@ -100,7 +100,7 @@ def test_a_batch_may_be_larger_than_the_data():
     assert batches[0]["loss_mask"].sum() == sum(len(batches.tokens[i]) - 1 for i in batches.indices(0))
 
 
-def test_few_shapes_and_the_largest_is_known(tokens):
+def test_number_of_shapes_is_limited_and_the_largest_known(tokens):
     batches = data.Batches(tokens, 8, seed=0, max_shapes=4)
     shapes = {batches[step]["tokens"].shape for step in range(100)}
     assert shapes <= set(batches.shapes) and len(batches.shapes) <= 4
@@ -110,20 +110,20 @@ def test_few_shapes_and_the_largest_is_known(tokens):
     assert data.Batches(tokens, 8, seed=0, max_shapes=1).shapes == ((8, 64),)
 
 
-def test_the_worst_batch_fits_even_if_no_sample_showed_it():
+def test_worst_batch_fits_even_if_not_sampled():
     tokens = make_tokens([64] * 3 + [2] * 500)
     batches = data.Batches(tokens, 3, seed=0)
-    shape, rows = layout.arrange([64, 64, 64], batches.shapes, batches.layout)
+    shape, rows = packing.arrange([64, 64, 64], batches.shapes, batches.layout)
     assert shape == (3, 64) and rows == ((0,), (1,), (2,))
 
 
-def test_official_batches_train_on_padding():
+def test_reproduced_release_trains_on_padding():
     tokens = make_tokens([3, 9, 5], release=True)
     batches = data.Batches(tokens, 2, seed=0, row_multiple=4)
     batch = batches[0]
     assert batches.shapes == ((4, 9),) and set(batch) == {"tokens", "loss_mask"}
     assert batch["loss_mask"][:2, 1:].all() and not batch["loss_mask"][:, 0].any()
-    assert not batch["loss_mask"][2:].any(), "rows that fill up the mesh have no loss"
+    assert not batch["loss_mask"][2:].any(), "rows added for the mesh have no loss"
 
 
 @pytest.mark.parametrize(
@@ -146,46 +146,46 @@ def test_batches_have_no_end(tokens):
         list(data.Batches(tokens, 8, seed=0))
 
 
-# ---------------------------------------------------------------- layout
+# ---------------------------------------------------------------- packing
 
 
 def test_first_fit_decreasing():
-    assert layout.pack([5, 4, 3, 2, 6], 10) == [[4, 1], [0, 2, 3]]
-    assert layout.pack([4, 4, 4], 8) == [[0, 1], [2]]
+    assert packing.pack([5, 4, 3, 2, 6], 10) == [[4, 1], [0, 2, 3]]
+    assert packing.pack([4, 4, 4], 8) == [[0, 1], [2]]
 
 
 def test_arrange_takes_the_cheapest_shape_that_fits():
     shapes = ((4, 64), (1, 32), (2, 32))
-    assert layout.arrange([10, 20], shapes, "pack") == ((1, 32), ((0, 1),))
-    assert layout.arrange([20, 20], shapes, "pack") == ((2, 32), ((0,), (1,)))
-    assert layout.arrange([10, 20], shapes, "pad") == ((2, 32), ((0,), (1,)))
-    assert layout.arrange([40, 20, 9], shapes, "pack") == ((4, 64), ((0, 1), (2,), (), ()))
+    assert packing.arrange([10, 20], shapes, "pack") == ((1, 32), ((0, 1),))
+    assert packing.arrange([20, 20], shapes, "pack") == ((2, 32), ((0,), (1,)))
+    assert packing.arrange([10, 20], shapes, "pad") == ((2, 32), ((0,), (1,)))
+    assert packing.arrange([40, 20, 9], shapes, "pack") == ((4, 64), ((0, 1), (2,), (), ()))
     with pytest.raises(ValueError, match="fit none"):
-        layout.arrange([65], shapes, "pack")
+        packing.arrange([65], shapes, "pack")
 
 
-def test_shapes_are_chosen_where_they_save_most():
-    grid = layout.make_grid("pad", 4, 64, 1, 16, 64)
+def test_chosen_shapes_save_the_most_padding():
+    grid = packing.make_grid("pad", 4, 64, 1, 16, 64)
     batches = [[16] * 4] * 90 + [[48] * 4] * 9 + [[64] * 4]
-    assert layout.choose_shapes(batches, grid, 64, 2) == ((4, 64), (4, 16))
-    assert layout.choose_shapes(batches, grid, 64, 8) == ((4, 64), (4, 16), (4, 48)), "more would save nothing"
+    assert packing.choose_shapes(batches, grid, 64, 2) == ((4, 64), (4, 16))
+    assert packing.choose_shapes(batches, grid, 64, 8) == ((4, 64), (4, 16), (4, 48)), "more would save nothing"
 
 
 def test_lengths_never_exceed_the_limit():
-    assert layout.make_grid("pack", 3, 40, 2, 32, 50) == layout.Grid("pack", 2, 4, (32, 50))
-    assert layout.make_grid("pad", 3, 40, 2, 32, 500) == layout.Grid("pad", 2, 4, (32, 64))
+    assert packing.make_grid("pack", 3, 40, 2, 32, 50) == packing.Grid("pack", 2, 4, (32, 50))
+    assert packing.make_grid("pad", 3, 40, 2, 32, 500) == packing.Grid("pad", 2, 4, (32, 64))
 
 
-# ---------------------------------------------------------------- evaluation, placing, real text
+# ---------------------------------------------------------------- evaluation, placement, real text
 
 
-def test_one_pass_holds_every_text_once(tokens):
-    plans = data.one_pass(tokens, 8, row_multiple=4)
-    found = [text for _, rows in plans for row in rows for text in row]
-    assert sorted(found) == list(range(203)) and len(plans) == 26
+def test_an_epoch_holds_every_text_once(tokens):
+    plans = data.epoch_plans(tokens, 8, row_multiple=4)
+    texts = [text for _, rows in plans for row in rows for text in row]
+    assert sorted(texts) == list(range(203)) and len(plans) == 26
     targets = 0
     for shape, rows in plans:
-        batch = data.fill(tokens, shape, rows)
+        batch = data.collate(tokens, shape, rows)
         assert set(batch) == {"tokens", "loss_mask"} and shape[0] == 8
         targets += batch["loss_mask"].sum()
     assert targets == len(tokens.ids) - 203
@@ -206,12 +206,12 @@ def test_put_gives_each_device_its_rows(tokens):
 
 
 def test_real_text_packs_well(shared, tmp_path):
-    """DGHS under GPT-2's tokenizer at batch 8: eight shapes hold it with a tenth to a seventh of padding."""
+    """DGHS with GPT-2's tokenizer at batch size 8: eight shapes hold it with a tenth to a seventh of padding."""
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     spec = "dghs?file=dghs/db_test.csv"
     tokens = data.tokenize(data.texts(spec, "test", shared / "data", tmp_path), gpt2, 512, context=1024)
     shares = {}
-    for name in layout.LAYOUTS:
+    for name in packing.LAYOUTS:
         batches = data.Batches(tokens, 8, seed=0, layout=name)
         plans = [batches.plan(step) for step in range(3 * len(tokens) // 8)]
         real = sum(len(tokens[text]) for _, rows in plans for row in rows for text in row)

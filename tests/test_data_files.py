@@ -1,4 +1,4 @@
-"""Source files that are wrong: one line that names the file, the place, what was found and what was expected."""
+"""Malformed source files: one line that names the file, the position, what was found and what was expected."""
 
 import io
 
@@ -52,15 +52,15 @@ def test_every_line_and_question_of_the_real_files_is_read(shared):
         assert [line.encode() for _, line in files.lines(source)] == [line for line in raw if line.strip()]
 
 
-def test_csv_without_the_needed_column():
+def test_csv_without_a_required_column():
     refused(
         files.csv_rows(content("a,Text\n1,x\n"), ["text"]), "table.csv, line 1: no column 'text'; found 'a', 'Text'"
     )
     twice = content("text,label,text\none,1,two\n")
-    refused(files.csv_rows(twice, ["text"]), "table.csv, line 1: the column 'text' stands there 2 times")
+    refused(files.csv_rows(twice, ["text"]), "table.csv, line 1: 2 columns are called 'text'")
 
 
-def test_csv_that_is_empty():
+def test_empty_csv():
     refused(files.csv_rows(content(""), ["text"]), "table.csv: empty; expected a csv file with a header")
     assert list(files.csv_rows(content("text\n"), ["text"])) == []
 
@@ -69,13 +69,13 @@ def test_csv_that_is_empty():
     ("rows", "message"),
     [
         ('"two\nlines",1\nonly one\n', "line 4: 1 fields, expected 2 as in the header"),
-        ("rude, and dull,1\n", "line 2: 3 fields, expected 2 .*; a field with a comma in it stands in quotes"),
+        ("rude, and dull,1\n", "line 2: 3 fields, expected 2 .*; a field with a comma in it needs quotes"),
         ('fine,1\n"open,1\nnext,0\nlast,1\n', "line 3: a quote is not closed"),
         ('fine,1\n"a "b" c",1\n', "line 3: a quote is not closed, or not doubled"),
         ('"a \\"b\\", c",1\n', "line 2: a quote is not closed, or not doubled"),
     ],
 )
-def test_csv_rows_that_do_not_fit_are_refused_and_never_cut(rows, message):
+def test_malformed_csv_rows_are_refused(rows, message):
     refused(files.csv_rows(content("text,label\n" + rows), ["text"]), f"somewhere/table.csv, {message}")
 
 
@@ -87,7 +87,7 @@ def test_csv_quotes_newlines_and_blank_lines():
     ]
 
 
-def test_a_field_longer_than_the_csv_module_allows():
+def test_field_beyond_the_csv_modules_default_limit():
     ((_, row),) = files.csv_rows(content("text\n" + "x" * 300_000), ["text"])
     assert len(row["text"]) == 300_000
 
@@ -135,7 +135,7 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
     assert files.find("texts.csv", tmp_path) == tmp_path / "texts.csv"
 
 
-def test_a_directory_is_no_file(tmp_path):
+def test_directory_instead_of_a_file(tmp_path):
     refused(lambda: files.read([tmp_path]), "cannot be read")
 
 
@@ -163,7 +163,7 @@ def test_mmlu_mistakes(tmp_path):
     assert (split, record["answer"], record["subject"]) == ("validation", 3, "sums")
 
 
-def test_toxigen_score_that_is_no_number(tmp_path):
+def test_toxigen_score_that_is_not_a_number(tmp_path):
     data = "text,target_group,toxicity_human,toxicity_ai,intent\na line,women,5,1,2\nanother,women,high,1,2\n"
     refused(
         builder(toxigen.Toxigen, data, "annotated_test.csv", tmp_path).examples(),
@@ -177,6 +177,6 @@ def test_prompts_without_text(tmp_path):
     refused(rows, "prompts.jsonl, line 1, prompt: no column 'text'; found 'toxicity'")
 
 
-def test_dghs_label_that_is_unknown(tmp_path):
+def test_unknown_dghs_label(tmp_path):
     data = "text,label,target,split\na line,maybe,bla,train\n"
     refused(builder(dghs.Dghs, data, "x.csv", tmp_path).examples(), "x.csv, line 2: found label 'maybe'")

@@ -1,4 +1,4 @@
-"""The thread that makes batches ahead: order, errors, and an end that leaves no thread behind."""
+"""Prefetching: order, errors, and no thread left behind."""
 
 import threading
 import time
@@ -10,34 +10,34 @@ from unidetox_jax import data
 
 
 def threads() -> set[threading.Thread]:
-    """Those of grain's that are alive."""
+    """grain's live threads."""
     return {thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")}
 
 
-def ended(some: set[threading.Thread]) -> bool:
-    """Whether they end; leaving the context tells them to, and does not wait."""
-    for thread in some:
+def ended(threads: set[threading.Thread]) -> bool:
+    """Whether the threads end; leaving the context asks them to, but does not wait."""
+    for thread in threads:
         thread.join(timeout=60)
-    return not any(thread.is_alive() for thread in some)
+    return not any(thread.is_alive() for thread in threads)
 
 
-def test_items_in_order_then_the_end():
-    with data.ahead(lambda step: step * step, 3, 8) as made:
-        assert list(made) == [step * step for step in range(3, 8)]
-        assert list(made) == []
+def test_items_come_in_order_and_end():
+    with data.prefetch(lambda step: step * step, 3, 8) as items:
+        assert list(items) == [step * step for step in range(3, 8)]
+        assert list(items) == []
     assert ended(threads())
 
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_nothing_to_do(start):
-    with data.ahead(lambda step: step, start, start) as made:
-        assert list(made) == []
+def test_empty_range(start):
+    with data.prefetch(lambda step: step, start, start) as items:
+        assert list(items) == []
 
 
-def test_it_works_ahead_but_not_too_far():
+def test_two_items_are_prepared_ahead():
     begun = []
-    with data.ahead(lambda step: begun.append(step) or step, 0, 100) as made:
-        assert next(made) == 0
+    with data.prefetch(lambda step: begun.append(step) or step, 0, 100) as items:
+        assert next(items) == 0
         deadline = time.monotonic() + HANGS
         while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -45,20 +45,20 @@ def test_it_works_ahead_but_not_too_far():
         assert begun == [0, 1, 2], "one taken, two waiting"
 
 
-def test_an_error_is_raised_where_the_item_would_have_come():
+def test_error_is_raised_in_place_of_its_item():
     def make(step):
         if step == 2:
             raise ValueError("no such batch")
         return step
 
     taken = []
-    with data.ahead(make, 0, 5) as made, pytest.raises(ValueError, match="no such batch"):
-        taken.extend(made)
+    with data.prefetch(make, 0, 5) as items, pytest.raises(ValueError, match="no such batch"):
+        taken.extend(items)
     assert taken == [0, 1]
 
 
-def test_leaving_in_the_middle_ends_the_thread():
-    with data.ahead(lambda step: step, 0, 10**9) as made:
-        assert next(made) == 0
+def test_leaving_early_ends_the_thread():
+    with data.prefetch(lambda step: step, 0, 10**9) as items:
+        assert next(items) == 0
         [thread] = threads()
     assert ended({thread})

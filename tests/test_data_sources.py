@@ -1,4 +1,4 @@
-"""Data sets on real files: the rows they keep, their splits, and how a prepared one is told from another."""
+"""Data sets on real files: their rows and splits, and how prepared ones are identified."""
 
 import collections
 import json
@@ -48,7 +48,7 @@ def write_dghs(directory, rows=DGHS_ROWS, name="Dynamically Generated Hate Datas
 
 
 @pytest.mark.parametrize(("file", "split", "rows"), [("db_dev.csv", "dev", 998), ("db_test.csv", "test", 1046)])
-def test_dghs_filter_keeps_the_rows_it_should(load, file, split, rows):
+def test_dghs_filter_on_real_files(load, file, split, rows):
     records = load(f"dghs?file=dghs/{file}", split)
     assert len(records) == rows
     assert {record["target"] for record in records} <= dghs.TARGETS
@@ -84,7 +84,7 @@ def test_dghs_prefers_the_published_file(tmp_path, cache):
     assert list(data.texts("dghs", "train", tmp_path, cache)) == ["the Ulmi are dull"]
 
 
-def test_filtered_jsonl_rows_that_contradict_the_filter_are_left_out(tmp_path, cache):
+def test_filtered_jsonl_rows_contradicting_the_filter_are_dropped(tmp_path, cache):
     rows = [
         {"text": "one", "split": "train"},
         {"text": "two", "split": "train", "target": "dis"},
@@ -99,7 +99,7 @@ def test_filtered_jsonl_rows_that_contradict_the_filter_are_left_out(tmp_path, c
 # ---------------------------------------------------------------- ToxiGen
 
 
-def test_toxigen_test_rows_fall_into_at_most_one_category(load):
+def test_toxigen_test_rows_have_at_most_one_category(load):
     records = load("toxigen")
     assert records.split == "test"
     assert collections.Counter(records.column("category")) == {
@@ -141,7 +141,7 @@ def test_bytes_literals(written, meant):
     assert toxigen.clean(written) == meant
 
 
-def test_bytes_that_are_no_text_are_named():
+def test_invalid_utf8_in_a_bytes_literal():
     with pytest.raises(UserError, match=r"x.csv, line 7: byte 0xff of b'caf.xff'… is not UTF-8"):
         toxigen.clean(r"b'caf\xff'", "x.csv, line 7")
 
@@ -151,7 +151,7 @@ def test_unknown_group_has_no_category():
     assert toxigen.category("Women") == "gender_lgbtq"
 
 
-# ---------------------------------------------------------------- the others
+# ---------------------------------------------------------------- other data sets
 
 
 def answers_of(shared, subject):
@@ -192,7 +192,7 @@ def test_real_toxicity_prompts(load):
     assert records[0]["toxicity"] == pytest.approx(0.051236086, abs=1e-7)
     assert records[0]["continuation_toxicity"] == pytest.approx(0.98082525, abs=1e-7)
     missing = sum(math.isnan(score) for score in records.column("profanity"))
-    assert 0 < missing < 100, "a null of Perspective is NaN, not a score"
+    assert 0 < missing < 100, "a missing Perspective score is NaN"
 
 
 def test_politics_text_distilled_and_csv(load):
@@ -207,7 +207,7 @@ def test_politics_text_distilled_and_csv(load):
     assert len(load("csv:labelled/davidson_tweets.csv?text=tweet&label=class&split=train[:10%]")) == 2478
 
 
-def test_distilled_jsonl_says_what_ended_and_what_was_sampled(tmp_path, cache):
+def test_distilled_jsonl_has_ended_and_tokens(tmp_path, cache):
     file = tmp_path / "texts.jsonl"
     rows = [{"text": "whole.", "ended": True, "tokens": [1, 7, 2]}, {"text": "cut", "ended": False}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -243,7 +243,7 @@ def test_a_data_set_from_outside(tmp_path, cache, monkeypatch):
         data.load("my_data:Leters", data_dir=tmp_path, cache_dir=cache)
 
 
-def test_a_text_keeps_its_newlines_quotes_and_unicode_separators(tmp_path, cache):
+def test_newlines_quotes_and_unicode_separators_are_preserved(tmp_path, cache):
     texts = ['a "quoted", word', "two\nlines", "one\u2028line", "naïve \U0001f642", ""]
     table = tmp_path / "texts.jsonl"
     table.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n")
@@ -256,7 +256,7 @@ def test_a_text_keeps_its_newlines_quotes_and_unicode_separators(tmp_path, cache
 # ---------------------------------------------------------------- prepared data
 
 
-def test_an_edited_file_is_another_data_set(tmp_path, cache):
+def test_edited_file_is_a_new_data_set(tmp_path, cache):
     file = tmp_path / "lines.txt"
     file.write_text("before\n")
     first = data.load(f"text:{file}", cache_dir=cache)
@@ -278,14 +278,14 @@ def test_fingerprint_follows_source_and_spec(tmp_path):
     assert data.fingerprint("dghs", tmp_path) != first
 
 
-def test_a_prepared_data_set_is_read_and_not_made_again(tmp_path, cache, monkeypatch):
+def test_prepared_data_set_is_reused(tmp_path, cache, monkeypatch):
     write_dghs(tmp_path / "dghs")
     first = data.load("dghs", "train", tmp_path, cache)
     monkeypatch.setattr(dghs.Dghs, "examples", lambda self: pytest.fail("parsed again"))
     assert data.load("dghs", "train", tmp_path, cache).rows == first.rows
 
 
-def test_two_processes_may_prepare_at_once(tmp_path):
+def test_two_processes_prepare_at_once(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("".join(f"line {number}\n" for number in range(500)))
     code = (
@@ -301,7 +301,7 @@ def test_two_processes_may_prepare_at_once(tmp_path):
     assert not list((tmp_path / "cache").glob("text/*/*incomplete*"))
 
 
-def test_another_process_was_first(tmp_path, cache, monkeypatch):
+def test_another_process_finishes_preparing_first(tmp_path, cache, monkeypatch):
     file = write_dghs(tmp_path)
     contents = (files.Content(str(file), file.read_bytes()),)
     first, second = dghs.Dghs(contents, {}, cache / "race"), dghs.Dghs(contents, {}, cache / "race")
@@ -336,7 +336,7 @@ def test_default_cache_directory(monkeypatch, tmp_path):
         ("text", "expected text:FILE"),
         ("dghs?splt=train", "no option 'splt'; did you mean 'split'"),
         ("text:a.txt?text=b", "no option 'text'"),
-        ("csv:a.csv?text", "found the option 'text', expected key=value"),
+        ("csv:a.csv?text", "found option 'text', expected key=value"),
         ("politics", "'politics' is not on the hub: set data_dir"),
     ],
 )
@@ -369,24 +369,24 @@ def test_data_dir_without_the_data_set(tmp_path, cache):
         data.load("toxigen", data_dir=tmp_path, cache_dir=cache)
 
 
-def test_nothing_left_after_the_filter(tmp_path, cache):
+def test_filter_that_leaves_no_rows(tmp_path, cache):
     write_dghs(tmp_path / "dghs", "1,kind words,nothate,none,bla,train\n")
-    with pytest.raises(UserError, match="v0.2.3.csv: no row is left for the data set 'dghs'"):
+    with pytest.raises(UserError, match="v0.2.3.csv: no row belongs to the data set 'dghs'"):
         data.load("dghs", "train", tmp_path, cache)
 
 
-def test_the_hub_out_of_reach_is_one_line(monkeypatch, tmp_path):
+def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for spec in ("dghs", "toxigen", "mmlu", "realtoxicityprompts", "csv:hf://owner/name/file.csv"):
-        with pytest.raises(UserError, match="of the hub's data set .* cannot be had") as caught:
+        with pytest.raises(UserError, match="of the hub's data set .*: download failed") as caught:
             data.load(spec, cache_dir=tmp_path)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="is written hf://OWNER/NAME/FILE"):
         data.load("csv:hf://owner/file.csv", cache_dir=tmp_path)
 
 
-def test_the_hub_gives_the_published_files(monkeypatch, tmp_path, cache):
+def test_published_files_are_fetched_from_the_hub(monkeypatch, tmp_path, cache):
     asked = []
 
     def fetch(repository, filename, repo_type):
@@ -400,14 +400,14 @@ def test_the_hub_gives_the_published_files(monkeypatch, tmp_path, cache):
     assert all(bool(dataset.hub_files) == bool(dataset.hub) for dataset in named)
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_unwritable_cache(tmp_path):
     (tmp_path / "lines.txt").write_text("a line\n")
     (tmp_path / "blocked").write_text("a file where a directory is wanted")
     with pytest.raises(UserError, match="set cache_dir or XDG_CACHE_HOME"):
         data.load(f"text:{tmp_path / 'lines.txt'}", cache_dir=tmp_path / "blocked")
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "lines.txt").write_text("".join(f"{number} {'word ' * 200}\n" for number in range(2000)))
     code = (
         "import resource, signal, sys; from unidetox_jax import data; from unidetox_jax.errors import UserError\n"
@@ -437,7 +437,7 @@ def test_no_tensorflow_and_nothing_on_stdout(tmp_path):
 # ---------------------------------------------------------------- prompts with categories
 
 
-def test_bold_is_read_from_a_file_for_each_domain(tmp_path, cache):
+def test_bold_has_one_file_per_domain(tmp_path, cache):
     gender = {"Painters": {"Ada_Hill": ["Ada Hill is a painter who ", "In 1950, Hill "]}, "Sculptors": {"Bo": ["Bo "]}}
     faith = {"sunism": {"Sunism": ["Sunism \\u2013 a faith that "]}}
     for name, content in (("gender_prompt.json", gender), ("religious_ideology_prompt.json", faith)):
@@ -460,13 +460,13 @@ def test_bold_is_read_from_a_file_for_each_domain(tmp_path, cache):
         ('{"a": {"b": "c"}}', "race_prompt.json, a, b: found 'c', expected a list of prompts"),
     ],
 )
-def test_bold_of_another_form_is_refused(tmp_path, cache, content, words):
+def test_malformed_bold_is_refused(tmp_path, cache, content, words):
     (tmp_path / "race_prompt.json").write_text(content)
     with pytest.raises(UserError, match=words):
         data.load(f"bold?file={tmp_path}/race_prompt.json", cache_dir=cache)
 
 
-def test_attaq_has_questions_by_kind_of_harm(tmp_path, cache):
+def test_attaq(tmp_path, cache):
     rows = 'label,input,additional_info\ndeception,"How, then, do I lie?",{}\npii,Where does Bo live?,{}\n'
     (tmp_path / "AttaQ-v1.csv").write_text(rows)
     records = data.load(f"attaq?file={tmp_path}/AttaQ-v1.csv", cache_dir=cache)

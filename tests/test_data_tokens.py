@@ -1,4 +1,4 @@
-"""Tokenisation: what stands around a text, what is cut, what is left out, and that it says so."""
+"""Tokenisation: special tokens around a text, cut and empty texts, and how they are reported."""
 
 import numpy as np
 import pytest
@@ -35,22 +35,20 @@ ENDING = make_tokenizer("<s> $A </s>", bos_token="<s>")
         (LLAMA, {}, [1, 3, 4, 2]),
         (OPT, {}, [2, 3, 4, 2]),
         (ENDING, {}, [1, 3, 4, 2]),
-        (LLAMA, {"add_bos": False}, [3, 4, 2]),
-        (LLAMA, {"add_bos": True}, [1, 3, 4, 2]),
         (LLAMA, {"reproduce_release": True}, [1, 3, 4]),
     ],
 )
-def test_what_stands_around_a_text(tokenizer, settings, expected):
+def test_special_tokens_around_a_text(tokenizer, settings, expected):
     assert data.tokenize(["a b"], tokenizer, 8, **settings)[0].tolist() == expected
 
 
-def test_a_text_that_was_cut_gets_no_end_token():
+def test_cut_text_gets_no_end_token():
     texts = data.Texts(({"text": "a b", "ended": False}, {"text": "a b", "ended": True}))
     assert [ids.tolist() for ids in data.tokenize(texts, LLAMA, 8)] == [[1, 3, 4], [1, 3, 4, 2]]
 
 
 def pieces(alphabet, **changes):
-    """A tokenizer that would never cut "ab" in two, as sampling may."""
+    """A tokenizer that never splits "ab", as sampling may."""
     tokenizer = Tokenizer(models.BPE({**alphabet, "ab": 6}, [("a", "b")]))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -67,16 +65,15 @@ SAMPLED = {"text": "abc", "ended": True, "tokens": (1, 3, 4, 5, 2)}
     [
         (SAMPLED, SAMPLER, {}, [3, 4, 5, 2]),
         ({**SAMPLED, "ended": False, "tokens": [1, 3, 4, 5]}, SAMPLER, {}, [3, 4, 5]),
-        (SAMPLED, SAMPLER, {"add_bos": True}, [1, 3, 4, 5, 2]),
         ({**SAMPLED, "tokens": ()}, SAMPLER, {}, [6, 5, 2]),
         (SAMPLED, OTHER, {}, [6, 4, 2]),
         ({**SAMPLED, "text": "abca"}, SAMPLER, {}, [6, 5, 3, 2]),
         ({**SAMPLED, "tokens": (3, 4, 5, 2)}, SAMPLER, {}, [6, 5, 2]),
         (SAMPLED, SAMPLER, {"reproduce_release": True}, [6, 5]),
     ],
-    ids=["sampled", "cut", "bos", "unknown", "other vocabulary", "edited text", "without BOS", "reproduce_release"],
+    ids=["sampled", "cut", "unknown", "other vocabulary", "edited text", "without BOS", "reproduce_release"],
 )
-def test_sampled_tokens_are_kept_where_the_tokenizer_reads_them_as_the_text(row, tokenizer, settings, expected):
+def test_sampled_tokens_are_reused_if_they_decode_to_the_text(row, tokenizer, settings, expected):
     texts = data.Texts(({"text": "c", "ended": True}, row, {"text": "c", "ended": True}))
     assert data.tokenize(texts, tokenizer, 8, **settings)[1].tolist() == expected
 
@@ -96,7 +93,7 @@ def test_ragged_storage_and_counts():
         tokens[3]
 
 
-def test_a_cut_text_has_no_end_token_even_if_only_that_did_not_fit():
+def test_no_end_token_if_only_that_exceeds_the_limit():
     tokens = data.tokenize(["a b c", "a b c d"], PLAIN, 3)
     assert [ids.tolist() for ids in tokens] == [[3, 4, 5], [3, 4, 5]]
     assert tokens.truncated == 2
@@ -121,7 +118,6 @@ def test_padding_token():
         (["", " "], PLAIN, 8, {}, "no text is left to train on: all 2 are empty"),
         (["a"], PLAIN, 1, {}, "max_length: found 1, expected at least 2"),
         (["a"], PLAIN, 1025, {"context": 1024}, "max_length: found 1025, beyond the model's context of 1024 tokens"),
-        (["a"], PLAIN, 8, {"add_bos": True}, "has no bos_token_id"),
         (["a"], make_tokenizer(eos_token=None), 8, {}, "has no eos_token_id"),
         (["a"], make_tokenizer(eos_token=None), 8, {"reproduce_release": True}, "has no eos_token_id"),
     ],
@@ -141,7 +137,7 @@ def same_as_transformers(tokenizer, texts):
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, LLAMA, OPT, ENDING])
-def test_the_library_says_what_transformers_says(tokenizer):
+def test_rust_library_agrees_with_transformers(tokenizer):
     texts = ["a b c", "", "d </s> a", "a " * 50]
     same_as_transformers(tokenizer, texts)
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -149,16 +145,16 @@ def test_the_library_says_what_transformers_says(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "begun", "whole"),
+    ("tokenizer", "without_end", "with_end"),
     [(ENDING, [1, 3, 4], [1, 3, 4, 2]), (OPT, [2, 3, 4], [2, 3, 4]), (PLAIN, [3, 4], [3, 4])],
 )
-def test_no_text_ends_where_another_is_to_follow(tokenizer, begun, whole):
-    assert encode(tokenizer, ["a b"]) == generations.tokenize_prompts(tokenizer, ["a b"]) == [begun]
-    assert encode(tokenizer, ["a b"], end=True) == [whole]
+def test_no_end_token_before_a_continuation(tokenizer, without_end, with_end):
+    assert encode(tokenizer, ["a b"]) == generations.tokenize_prompts(tokenizer, ["a b"]) == [without_end]
+    assert encode(tokenizer, ["a b"], end=True) == [with_end]
     assert encode(tokenizer, ["a b"], begin=False) == [[3, 4]]
 
 
-def test_real_tokenizers_through_their_library(shared):
+def test_rust_library_agrees_with_transformers_on_real_tokenizers(shared):
     for place in ("tokenizers/gpt2", "models/stories260K"):
         same_as_transformers(AutoTokenizer.from_pretrained(shared / place), ["Once upon", " ünïcode \n", "", "don't ."])
 
@@ -168,13 +164,12 @@ def test_real_tokenizers(shared):
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     plain = gpt2(text)["input_ids"]
     assert data.tokenize([text], gpt2, 64)[0].tolist() == [*plain, 50256]
-    assert data.tokenize([text], gpt2, 64, add_bos=True)[0].tolist() == [50256, *plain, 50256]
     stories = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
     ids = data.tokenize([text], stories, 64)[0].tolist()
     assert ids == [*stories(text)["input_ids"], 2] and ids[0] == 1
 
 
-def test_the_released_texts_are_cut_and_say_so(shared, tmp_path):
+def test_released_texts_count_as_cut(shared, tmp_path):
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     spec = "distilled:distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv"
     texts = data.texts(spec, data_dir=shared / "data", cache_dir=tmp_path)

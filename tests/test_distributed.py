@@ -1,4 +1,4 @@
-"""Several processes meet, or say who is missing; an error, a death or a hidden directory ends all of them."""
+"""Several processes start together or say which one is missing; an error, a death or an unshared directory ends all."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from unidetox_jax.errors import UserError
 address, count, index, body, ready, present = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
 import jax, pathlib
 pathlib.Path(ready, str(os.getpid())).touch()
-while len(os.listdir(ready)) < int(present):  # they start together, however long a busy machine takes to import jax
+while len(os.listdir(ready)) < int(present):  # start together, however long a busy machine takes to import jax
     time.sleep(0.01)
 try:
     distributed.initialize(address, count, index, timeout={timeout})
@@ -43,32 +43,32 @@ def run(body: str, count: int, present=None, timeout: float = HANGS):
         return wait(start(arguments, devices=1))
 
 
-def test_all_come_and_see_all_devices_and_the_same_values():
-    body = "print(jax.device_count(), distributed._watch.exchange('test', f'value {index}'))"
+def test_all_processes_see_all_devices_and_the_same_values():
+    body = "print(jax.device_count(), distributed._watchdog.all_gather('test', f'value {index}'))"
     ended = run(body, 3)
     assert [one.code for one in ended] == [0, 0, 0], [one.err for one in ended]
     assert {one.out.strip() for one in ended} == {"3 ['value 0', 'value 1', 'value 2']"}
 
 
-def test_missing_processes_are_named_by_all_that_came():
+def test_every_process_names_the_missing_ones():
     ended = run("", 4, present=[0, 2], timeout=10)
     for one in ended:
         assert one.code == 2
-        assert "of 4, process 1, 3 did not come" in one.last_line and one.err.count("\n") == 1
+        assert "of 4, process 1, 3 did not reach" in one.last_line and one.err.count("\n") == 1
 
 
-def test_without_process_0_the_others_say_so():
+def test_missing_process_0_is_reported():
     (one,) = run("", 2, present=[1], timeout=2)
     assert one.code == 2 and "process 0 does not answer at 127.0.0.1:" in one.last_line and one.err.count("\n") == 1
 
 
-def test_two_that_claim_to_be_the_same_are_refused():
+def test_duplicate_process_ids_are_refused():
     ended = run("", 3, present=[0, 1, 1])
     assert [one.code for one in ended] == [2, 2, 2]
     assert all("it is process 1 of 3" in one.last_line for one in ended)
 
 
-def test_an_error_of_one_ends_all_with_one_line_each():
+def test_error_in_one_process_ends_all_with_one_line_each():
     ended = run("if index == 1:\n raise UserError('no such field')\ntime.sleep(7200)", 3)
     assert [one.code for one in ended] == [2, 2, 2]
     assert ended[1].err == "unidetox: no such field\n"
@@ -82,8 +82,8 @@ def test_a_killed_process_ends_the_others():
     assert all("process 1 gave no sign of life" in one.last_line for one in (ended[0], ended[2]))
 
 
-def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
-    # process 1 looks at another directory: what a path does that is no network file system
+def test_directory_hidden_from_one_host_stops_all(tmp_path):
+    # process 1 looks at another directory, as if the path were not on a network file system
     body = f"storage.check_workdir({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
     ended = run(body, 2)
     assert [one.code for one in ended] == [2, 2]
@@ -94,7 +94,7 @@ def test_a_directory_that_one_host_does_not_see_stops_all(tmp_path):
     assert all("cannot be made" in one.last_line for one in ended)
 
 
-def test_commands_take_the_addresses_and_a_mistake_ends_all_with_one_line(tmp_path):
+def test_mistake_in_a_command_ends_all_processes_with_one_line(tmp_path):
     config = write_config(tmp_path / "config.py", fit_scorer__data=f"{tmp_path}/nowhere.csv")
     address = f"127.0.0.1:{free_port()}"
     common = ["fit-scorer", f"--config={config}", f"--workdir={tmp_path}/run"]
@@ -115,15 +115,15 @@ def test_incomplete_or_wrong_addresses_are_refused():
             distributed.initialize(*arguments)
 
 
-def test_slurm_says_who_takes_part(monkeypatch):
+def test_group_is_detected_under_slurm(monkeypatch):
     for name, value in {
         "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    members = rendezvous.find_members(None, None, None, 8476, 1)
-    assert members == rendezvous.Members("node03:8476", 8, 5, [1])
-    assert rendezvous.find_members(None, 1, None, None, 1) is None  # a task that is told to work alone
+    group = rendezvous.find_group(None, None, None, 8476, 1)
+    assert group == rendezvous.ProcessGroup("node03:8476", 8, 5, [1])
+    assert rendezvous.find_group(None, 1, None, None, 1) is None  # told to run alone
 
 
 @pytest.mark.parametrize(
@@ -139,51 +139,51 @@ def test_slurm_says_who_takes_part(monkeypatch):
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, None),  # a task for each node
     ],
 )
-def test_a_task_of_slurm_takes_the_devices_that_are_its_own(monkeypatch, more, devices):
+def test_slurm_task_takes_its_own_devices(monkeypatch, more, devices):
     for name, value in {
         "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[03-04]", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **more,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert rendezvous.find_members(None, None, None, 8476, 1).local_device_ids == devices
+    assert rendezvous.find_group(None, None, None, 8476, 1).local_device_ids == devices
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_plain_pod_is_one_process_and_asks_nobody(monkeypatch, installed, recwarn):
-    """Of no indexed job, with the `kubernetes` package, whose first call fails there, or without it."""
+def test_plain_pod_is_one_process_and_queries_nothing(monkeypatch, installed, recwarn):
+    """A pod outside of an indexed job, with the `kubernetes` package, whose first call fails there, or without it."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     refusal = mock.Mock(side_effect=RuntimeError("Service host/port is not set."))
     package = types.SimpleNamespace(config=types.SimpleNamespace(load_incluster_config=refusal))
     monkeypatch.setitem(sys.modules, "kubernetes", package if installed else None)
-    assert rendezvous.find_members(None, None, None, None, 300) is None
+    assert rendezvous.find_group(None, None, None, None, 300) is None
     assert not refusal.called and not recwarn.list
     if installed:
-        monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # one of a job's
-        with pytest.raises(UserError, match="cannot find out who takes part .*or --num_processes=1"):
-            rendezvous.find_members(None, None, None, None, 300)
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")  # in an indexed job
+        with pytest.raises(UserError, match="cannot find out which take part .*or --num_processes=1"):
+            rendezvous.find_group(None, None, None, None, 300)
 
 
-@pytest.mark.parametrize(("devices", "given"), [(1, False), (1, True), (2, True)])
-def test_compiled_programs_are_kept_but_for_several_cpu_devices(devices, given, tmp_path):
-    """Read back, a program for several CPU devices may wait for itself, until XLA aborts the process."""
-    place = tmp_path / "given" if given else tmp_path / "unidetox_jax" / "jax"
+@pytest.mark.parametrize(("devices", "configured"), [(1, False), (1, True), (2, True)])
+def test_compilation_cache_is_off_for_several_cpu_devices(devices, configured, tmp_path):
+    """A cached program for several CPU devices may deadlock until XLA aborts the process."""
+    place = tmp_path / "configured" if configured else tmp_path / "unidetox_jax" / "jax"
     program = "import jax; from unidetox_jax import distributed; distributed.initialize(); jax.jit(lambda x: x + 1)(1)"
-    changes = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(place) if given else ""}
-    used = {name: value for name, value in {**environment(devices), **changes}.items() if value}
-    subprocess.run([sys.executable, "-c", program], env=used, check=True, timeout=HANGS)
+    changes = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(place) if configured else ""}
+    variables = {name: value for name, value in {**environment(devices), **changes}.items() if value}
+    subprocess.run([sys.executable, "-c", program], env=variables, check=True, timeout=HANGS)
     assert bool(list(place.glob("*-cache"))) == (devices == 1)
 
 
 @pytest.mark.slow
-def test_values_are_exchanged_where_jax_was_distributed_by_somebody_else():
-    """A program of one's own that calls this package: checkpoints come after the same steps there too."""
+def test_values_are_gathered_if_the_caller_initialised_jax_distributed():
+    """A user's program that calls this package, where all processes must also save at the same steps."""
     code = (
         "import sys, jax; from unidetox_jax import distributed; index = int(sys.argv[2]);"
         "jax.config.update('jax_cpu_collectives_implementation', 'gloo');"
         "jax.distributed.initialize(sys.argv[1], 2, index);"
-        "print(distributed.exchange('x', ['', 'zwölf'][index]), distributed.as_first_says(str(index)),"
-        "distributed.exchange('y', ''))"
+        "print(distributed.all_gather('x', ['', 'zwölf'][index]), distributed.broadcast(str(index)),"
+        "distributed.all_gather('y', ''))"
     )
     address = f"127.0.0.1:{free_port()}"
     ended = wait(start([[sys.executable, "-c", code, address, str(index)] for index in range(2)]))

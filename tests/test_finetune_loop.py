@@ -303,7 +303,7 @@ def saved_steps(monkeypatch, pace, steps, minutes, clock=None, said=None):
         clock.seconds += pace(step)
         monkeypatch.setattr(
             loop.distributed,
-            "as_first_says",
+            "broadcast",
             lambda value, step=step: answers.setdefault(step, said[step] if said else value),
         )
         if own.due(step):

@@ -234,7 +234,7 @@ def test_a_finished_model_stays_readable_while_it_is_exported_again(finished, ru
     """Whole or not at all: in the middle of writing, what stands there is the former export."""
     before = weights(finished / "toxic")
     seen = []
-    write = checkpoint.store.hf.write
+    write = checkpoint.model_io.hf.write
 
     def write_and_look(work, model, dtype):
         write(work, model, dtype)
@@ -242,7 +242,7 @@ def test_a_finished_model_stays_readable_while_it_is_exported_again(finished, ru
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.store.hf, "write", write_and_look)
+        patched.setattr(checkpoint.model_io.hf, "write", write_and_look)
         record = json.loads((finished / "toxic/stage.json").read_text())
         begun = {key: record[key] for key in ("stage", "settings", "inputs")}
         (finished / "toxic/stage.partial.json").write_text(json.dumps(begun))

@@ -1,4 +1,4 @@
-"""Two and four real processes give what one gives; one that is stopped or killed stops all, and nothing is lost."""
+"""Two and four real processes agree with one; stopping or killing one stops all, and training resumes."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with the configuration of a whole small run, and one of a long training."""
+    """A directory with the configurations of a small complete run and of a long training."""
     place = tmp_path_factory.mktemp("processes")
     world = make_world(place / "world")
     shared = {
@@ -56,7 +56,7 @@ def place(tmp_path_factory):
 
 
 def launch(place, workdir, count, devices, *arguments, config="config.py"):
-    """`unidetox …` in `count` processes; `workdir` is below `place` unless it is a whole path."""
+    """`unidetox …` in `count` processes; `workdir` is relative to `place` or absolute."""
     address = f"127.0.0.1:{free_port()}"
     workdir = workdir if storage.is_remote(workdir) else place / workdir
     common = [*arguments, f"--config={place / config}", f"--workdir={workdir}"]
@@ -65,7 +65,7 @@ def launch(place, workdir, count, devices, *arguments, config="config.py"):
 
 
 def run_stages(place, workdir, count, stages=("toxify", "distill", "detoxify", "evaluate")):
-    """Several stages on eight devices, in one command."""
+    """Runs several stages on eight devices with one command."""
     ended = wait(launch(place, workdir, count, 8 // count, "run", f"--stages={','.join(stages)}"))
     assert [one.code for one in ended] == [0] * count, "\n".join(one.err[-3000:] for one in ended)
     return workdir
@@ -73,7 +73,7 @@ def run_stages(place, workdir, count, stages=("toxify", "distill", "detoxify", "
 
 @pytest.fixture(scope="module")
 def alone(place):
-    """The run of one process, on all devices."""
+    """The run of a single process on all devices."""
     return run_stages(place, place / "alone", 1)
 
 
@@ -101,7 +101,7 @@ def assert_same_training(several, alone):
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_in_a_bucket_give_what_one_gives(place, alone, bucket):
+def test_two_processes_in_a_bucket_agree_with_one(place, alone, bucket):
     two = run_stages(place, bucket / "two", 2)
     assert texts(two) == texts(alone) and len(texts(alone)) == 10
     for directory in ("toxic", "detoxified/llama"):
@@ -112,7 +112,7 @@ def test_two_processes_in_a_bucket_give_what_one_gives(place, alone, bucket):
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
 
 
-def test_four_processes_give_what_one_gives(place, alone):
+def test_four_processes_agree_with_one(place, alone):
     four = run_stages(place, place / "four", 4, ("toxify", "distill"))
     assert texts(four) == texts(alone)
     assert_same_training(four / "toxic", alone / "toxic")
@@ -125,7 +125,7 @@ def checkpoints(place):
 
 
 def train_beyond(place, step, count, devices, *arguments):
-    """Processes that train, and have written a checkpoint of a later step."""
+    """Processes that are training and have written a checkpoint later than `step`."""
     processes = launch(place, "long", count, devices, "toxify", *arguments, config="long.py")
     end = time.monotonic() + HANGS
     while max(checkpoints(place), default=0) <= step:
@@ -135,7 +135,7 @@ def train_beyond(place, step, count, devices, *arguments):
     return processes
 
 
-def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_goes_on(place):
+def test_killing_or_stopping_one_of_four_ends_all_and_training_resumes(place):
     processes = train_beyond(place, 0, 4, 1)
     processes[1].kill()
     ended = wait(processes)
@@ -143,7 +143,7 @@ def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_g
     for one in (ended[0], *ended[2:]):
         assert one.code not in (0, 75) and one.err.strip(), one
 
-    # Again, until SIGTERM: all save the same step
+    # Resumed, until SIGTERM: all save the same step
     step = checkpoints(place)[-1]
     processes = train_beyond(place, step, 4, 1)
     processes[2].send_signal(signal.SIGTERM)
@@ -153,7 +153,7 @@ def test_one_of_four_that_is_killed_or_told_to_stop_ends_all_and_what_is_saved_g
     [step] = {int(re.search(r"saved at step (\d+) of 4000", one.last_line)[1]) for one in ended}
     assert checkpoints(place)[-1] == step
 
-    # One process, two devices less, another mesh: it goes on from that very step
+    # One process, two devices fewer, another mesh: it resumes from that step
     [other] = train_beyond(place, step, 1, 2, "--config.mesh=fsdp:2")
     other.send_signal(signal.SIGTERM)
     [end] = wait([other])

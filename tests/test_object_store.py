@@ -1,4 +1,4 @@
-"""Directories on gs://, in an emulator of Google's storage; a whole run there is in `test_run.py`."""
+"""Directories on gs://, in an emulator of Google Cloud Storage; `test_run.py` has a complete run there."""
 
 import csv
 import io
@@ -23,10 +23,10 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["hf", "orbax"])
-def test_a_model_goes_to_a_bucket_and_comes_back(bucket, world, form, tmp_path, monkeypatch):
+def test_model_round_trips_through_a_bucket(bucket, world, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = checkpoint.load(world / "weights" / "llama")
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second replaces the first
         if form == "hf":
             checkpoint.save_hf(bucket / form, model)
         else:
@@ -37,8 +37,8 @@ def test_a_model_goes_to_a_bucket_and_comes_back(bucket, world, form, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_goes_with_it(bucket, world, tmp_path, monkeypatch):
-    """transformers takes `gs://bucket` for a relative directory."""
+def test_tokenizer_round_trips_through_a_bucket(bucket, world, tmp_path, monkeypatch):
+    """transformers itself treats `gs://bucket` as a relative directory."""
     monkeypatch.chdir(tmp_path)
     tokenizer = checkpoint.load_tokenizer(world / "weights" / "llama")
     checkpoint.save_hf(bucket / "with", checkpoint.load(world / "weights" / "llama"), tokenizer)
@@ -48,8 +48,8 @@ def test_the_tokenizer_goes_with_it(bucket, world, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_others_wrote_is_there_at_once(bucket):
-    """Orbax and other processes write without this process's client, whose listings may not be kept therefore."""
+def test_files_of_other_writers_are_visible_at_once(bucket):
+    """Orbax and other processes do not write through this process's client, so its listings must not be cached."""
     storage.write_text(bucket / "shared" / "mine", "")
     assert [path.name for path in (bucket / "shared").iterdir()] == ["mine"]
     others = tensorstore.KvStore.open(f"{bucket}/shared/").result()
@@ -62,7 +62,7 @@ def test_what_others_wrote_is_there_at_once(bucket):
     assert not (bucket / "shared" / "theirs").exists()
 
 
-def test_a_stage_works_in_a_bucket(bucket, world, tmp_path, capsys):
+def test_stage_runs_in_a_bucket(bucket, world, tmp_path, capsys):
     write_config(
         tmp_path / "config.py", base=f"{world}/weights/gpt2", distill__models=("base", f"{world}/weights/gpt2"),
         mesh="data:-1", distill__num_texts=6, distill__batch_size=4, distill__max_length=12,
@@ -80,25 +80,28 @@ def test_a_stage_works_in_a_bucket(bucket, world, tmp_path, capsys):
     assert "settings.seed" in capsys.readouterr().err
 
 
-def test_an_error_leaves_nothing_and_what_is_somebody_elses_is_not_replaced(bucket):
-    with pytest.raises(ZeroDivisionError), storage.whole_directory(bucket / "half", checkpoint.store.NAMES) as work:
+def test_error_leaves_nothing_and_foreign_files_are_not_replaced(bucket):
+    with (
+        pytest.raises(ZeroDivisionError),
+        storage.atomic_directory(bucket / "half", checkpoint.model_io.FILE_NAMES) as work,
+    ):
         storage.write_text(work / "config.json", "{}")
         raise ZeroDivisionError
     assert not (bucket / "half").exists()
     storage.write_text(bucket / "theirs" / "thesis.tex", "")
     with pytest.raises(UserError, match="holds 'thesis.tex'"):
-        with storage.whole_directory(bucket / "theirs", checkpoint.store.NAMES):
+        with storage.atomic_directory(bucket / "theirs", checkpoint.model_io.FILE_NAMES):
             pass
 
 
-def test_a_bucket_that_does_not_exist_is_one_line_and_is_not_made(bucket, world, tmp_path, capsys):
+def test_missing_bucket_is_one_line_and_not_created(bucket, world, tmp_path, capsys):
     write_config(tmp_path / "config.py", base=f"{world}/weights/gpt2")
     assert cli.main(["distill", f"--config={tmp_path}/config.py", "--workdir=gs://misspelt/run"]) == 2
     assert "gs://misspelt/run/.visible: cannot be written" in capsys.readouterr().err
     assert not (type(bucket)("gs://misspelt")).exists()
 
 
-def test_a_bucket_without_its_client_is_one_line(tmp_path):
+def test_bucket_without_gcsfs_is_one_line(tmp_path):
     write_config(tmp_path / "config.py")
     program = "import sys; sys.modules['gcsfs'] = None; from unidetox_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
     done = subprocess.run(

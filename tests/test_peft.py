@@ -148,9 +148,9 @@ def test_a_plus_in_a_name_divides_nothing(llama, tmp_path):
     base, adapter = llama
     (tmp_path / "a+b").symlink_to(base)
     (tmp_path / "c+d").symlink_to(adapter)
-    assert checkpoint.split(tmp_path / "a+b") == (str(tmp_path / "a+b"), "")
-    assert checkpoint.split(f"{tmp_path}/a+b+{tmp_path}/c+d") == (f"{tmp_path}/a+b", f"{tmp_path}/c+d")
-    assert checkpoint.split("meta-llama/Llama-2-7b-hf+someone/adapter") == (
+    assert checkpoint.split_adapter(tmp_path / "a+b") == (str(tmp_path / "a+b"), "")
+    assert checkpoint.split_adapter(f"{tmp_path}/a+b+{tmp_path}/c+d") == (f"{tmp_path}/a+b", f"{tmp_path}/c+d")
+    assert checkpoint.split_adapter("meta-llama/Llama-2-7b-hf+someone/adapter") == (
         "meta-llama/Llama-2-7b-hf",
         "someone/adapter",
     )
@@ -192,8 +192,8 @@ def renamed(old, new):
             "key 'base_model.model.transformer.h.*for another model than this",
         ),
         (renamed(".layers.2.", ".layers.7."), {}, "key '.*layers.7.*for another model than this llama"),
-        (without(".layers.1."), {}, "key '.*layers.1.*is missing; an adapter of some layers only"),
-        (renamed("lora_A.weight", "lora_magnitude_vector"), {}, "expected …lora_A.weight and …lora_B.weight alone"),
+        (without(".layers.1."), {}, "key '.*layers.1.*is missing; adapters of only some layers"),
+        (renamed("lora_A.weight", "lora_magnitude_vector"), {}, "expected only …lora_A.weight and …lora_B.weight"),
     ],
 )
 def test_what_is_refused_in_a_line(llama, tmp_path, tensors, config, line):
@@ -224,5 +224,5 @@ def test_paths_that_are_no_adapter(llama, tmp_path, capsys):
         checkpoint.load(f"{narrow}+{adapter}")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "adapter_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"damaged/adapter_config.json: no dictionary in JSON"):
+    with pytest.raises(UserError, match=r"damaged/adapter_config.json: not JSON"):
         checkpoint.load(f"{base}+{tmp_path / 'damaged'}")

@@ -1,4 +1,4 @@
-"""Plans: topologies by name, memory against the chip's, collectives read from the compiled program."""
+"""Plans: topologies by name, memory compared with the chip's, collectives of the compiled program."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from unidetox_jax.benchmarks import meshes
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import costs
-from unidetox_jax.plan import auto, compiler, configuration, fits, hlo, programs, topology, work
+from unidetox_jax.plan import auto_mesh, compiler, cost_model, feasibility, hlo, programs, stage_programs, topology
 from unidetox_jax.stages import settings
 
 needs_libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
@@ -27,7 +27,7 @@ WIDTH = 64
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Directories of configurations alone (no weights), and a configuration file that plans with them."""
+    """Directories with model configurations but no weights, and a configuration file that uses them."""
     place = tmp_path_factory.mktemp("plan")
     for name, extra in {"gpt2": {"n_embd": WIDTH}, "llama-3": {"hidden_size": WIDTH}}.items():
         (place / name).mkdir()
@@ -58,18 +58,18 @@ def place(tmp_path_factory):
     ],
     ids=" ".join,
 )
-def test_every_stages_program_is_that_of_its_devices(place, names):
-    """In one process: what is taken for a platform is in its own program, and in no other's."""
+def test_programs_use_the_kernels_of_their_platform(place, names):
+    """Planning for several platforms in one process does not mix their kernels."""
     run = settings.parse_run(cli.load_config(f"{place}/config.py"))
     for name in names:
-        members = topology.topology(name).devices
-        mesh, platform = sharding.make_mesh("data:-1", members), members[0].platform
-        for program in (one for _, group in configuration.programs(run, "bfloat16") for one in group):
+        devices_ = topology.get_topology(name).devices
+        mesh, platform = sharding.make_mesh("data:-1", devices_), devices_[0].platform
+        for program in (one for _, group in stage_programs.programs_by_stage(run, "bfloat16") for one in group):
             text = program.lower(mesh).as_text()
             of_llama = "llama" in program.name  # GPT-2 has dropout in its attention, and is not prompted
             fused = any(call in text for call in ("cudnn", "CustomSPMDPartitioning"))
             assert fused == (platform == "gpu" and of_llama), (name, program.name)
-            if "distill" in program.name:  # on CPU the likely tokens of a small vocabulary are put in front, by a sort
+            if "distill" in program.name:  # on CPU top-k of a small vocabulary is a sort
                 assert ("stablehlo.sort" in text) == (platform == "cpu")
 
 
@@ -94,12 +94,12 @@ def test_mistakes_are_one_line(place, capsys):
 
 def _refusal(name):
     with pytest.raises(UserError) as error:
-        topology.topology(name)
+        topology.get_topology(name)
     return str(error.value)
 
 
 @pytest.mark.slow
-def test_the_devices_that_are_here_are_planned_for(place, capsys):
+def test_plan_for_local_devices(place, capsys):
     assert cli.main(["plan", f"--config={place}/config.py", "--topology=local"]) == 0
     printed = capsys.readouterr().out
     stages = ("toxify gpt2", "distill (base, toxic)", "detoxify llama-3", "evaluate llama-3: generation")
@@ -109,19 +109,19 @@ def test_the_devices_that_are_here_are_planned_for(place, capsys):
     assert "embed/tokens/embedding" in printed
 
 
-def test_what_does_not_fit_gets_suggestions_and_exit_code_1(place, tmp_path, capsys, monkeypatch):
+def test_unfitting_program_gets_suggestions_and_exit_code_1(place, tmp_path, capsys, monkeypatch):
     cfg = models.config_from_hf(place / "gpt2")
     state = 3 * 4 * models.num_params(cfg)  # weights and both moments
     monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(int(0.9 * state), 1e12, 1e11, 1e10))
-    monkeypatch.setattr(work, "LOGITS", 0)
-    monkeypatch.setattr(programs, "LEANER", programs.LEANER[:1])
+    monkeypatch.setattr(cost_model, "LOGITS_BYTES", 0)
+    monkeypatch.setattr(programs, "MEMORY_SAVERS", programs.MEMORY_SAVERS[:1])
     toxify = lambda run, dtype: [("toxify", [programs.training_program("toxify gpt2", cfg, run.toxify)])]  # noqa: E731
-    monkeypatch.setattr(configuration, "programs", toxify)
+    monkeypatch.setattr(stage_programs, "programs_by_stage", toxify)
     command = ["plan", f"--config={place}/config.py", "--topology=local", f"--json={tmp_path}/plan.json"]
     command += [
         "--config.evaluate.max_prompts=1",
         "--config.evaluate.samples=1",
-    ]  # else their texts outweigh the models
+    ]  # otherwise their texts take more disk than the models
     assert cli.main(command) == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("toxify gpt2 does not fit on local; what makes it fit: --config.mesh=")
@@ -159,9 +159,9 @@ def decoding(name, layout, rows=8):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3", "falcon-7b", "opt-125m"])
-def test_a_decoding_step_over_model_gathers_no_weights_and_no_cache(name):
-    """Only activations travel: of all collectives in the loop, none carries as much as a layer's smallest matrix, but
-    the gathering of the candidates' logits (50 or so of each device's part of the vocabulary)."""
+def test_decoding_over_the_model_axis_gathers_no_weights_or_cache(name):
+    """Only activations are exchanged: every collective in the loop is smaller than a layer's smallest matrix, except
+    the gathering of the candidates' logits (about 50 of each device's part of the vocabulary)."""
     found, params = decoding(name, "data:2,model:4")
     leaves = jax.tree_util.tree_leaves_with_path(params[0]["blocks"])
     matrices = [x.size // x.shape[0] for path, x in leaves if sharding.path_string(path).endswith("kernel")]
@@ -177,13 +177,13 @@ def test_a_decoding_step_over_model_gathers_no_weights_and_no_cache(name):
             assert elements < min(matrices), one
 
 
-def test_weights_over_fsdp_are_whole_before_the_loop_begins():
+def test_weights_over_fsdp_are_gathered_before_the_loop():
     found, (weights, _) = decoding("gpt2", "fsdp:8")
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(weights))
     assert found["all-gather", 0].bytes < 1000 and not [key for key in found if key[0] == "all-gather" and key[1] > 0]
 
 
-def test_what_training_keeps_is_counted_to_the_byte():
+def test_training_arguments_are_counted_to_the_byte():
     cfg = models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 512})
     program = programs.training_program("train", cfg, settings.TrainingSettings(max_length=32))
     mesh = sharding.make_mesh("fsdp:8")
@@ -270,8 +270,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-def test_launches_and_sorts_of_a_gpus_program():
-    """A while's and a conditional's own lines launch nothing; of two branches the shorter counts."""
+def test_kernels_and_sorts_of_a_gpu_program():
+    """While loops and conditionals launch nothing themselves; of two branches the shorter counts."""
     assert hlo.kernels(GPU_HLO) == {0: 0, 1: 2, 2: 2}
     assert hlo.sorts(GPU_HLO) == {(1, "f32[2,9]"): 1}
     (one,) = hlo.collectives(GPU_HLO)
@@ -280,19 +280,19 @@ def test_launches_and_sorts_of_a_gpus_program():
 
 
 @needs_gpu_compiler
-def test_between_hosts_the_network_is_slower():
-    place = topology.topology("h100-2x8")
+def test_network_between_hosts_is_slower():
+    place = topology.get_topology("h100-2x8")
     mesh = sharding.make_mesh("data:2,model:8", place.devices)
     seconds = {
-        axis: compiler._seconds(450e9, 0, [mesh.devices.flat[at].process_index for at in group], place.specs)
-        for axis, group in ((axis, compiler._places(mesh, axis)) for axis in ("data", "model"))
+        axis: compiler._network_seconds(450e9, 0, [mesh.devices.flat[at].process_index for at in group], place.specs)
+        for axis, group in ((axis, compiler._first_group(mesh, axis)) for axis in ("data", "model"))
     }
     assert seconds["model"] == pytest.approx(1.0) and seconds["data"] == pytest.approx(450 / 2 / 50)
 
 
-def test_auto_takes_what_is_fast_and_fits():
-    """LLaMA-2-7B's decoding on 16 v5e reads an eighth of the weights a chip, not all of them after a gathering; GPT-2
-    XL's 25 heads do not split, so there only rows do. No device is asked, so any will do that have figures."""
+def test_auto_mesh_is_fast_and_fits():
+    """LLaMA-2-7B's decoding on eight v5e reads an eighth of the weights a chip, instead of gathering all of them; GPT-2
+    XL's 25 heads do not split, so only rows do. The devices are not used, only their speeds."""
     specs = devices.SPECS["TPU v5e"]
     place = topology.Topology("eight", "eight", tuple(jax.devices()), specs, specs.memory)
 
@@ -301,45 +301,45 @@ def test_auto_takes_what_is_fast_and_fits():
         program = programs.decoding_program(
             "d", [cfg], objectives.get("base"), [], rows=rows, prompt=64, new_tokens=20, batches=1
         )
-        return auto.ranked([program], place)[0]
+        return auto_mesh.rank_meshes([program], place)[0]
 
     llama, xl = best("meta-llama/Llama-2-7b-hf", 64), best("openai-community/gpt2-xl", 512)
     assert llama.layout == "data:1,fsdp:1,model:8" and llama.bound == "memory" and llama.fits
     assert xl.layout.endswith("model:1") and xl.fits
-    assert auto.mesh("auto", [], topology.topology("local")).shape == {"data": 1, "fsdp": 8, "model": 1}
+    assert auto_mesh.choose_mesh("auto", [], topology.get_topology("local")).shape == {"data": 1, "fsdp": 8, "model": 1}
 
 
-def test_eight_bit_numbers_are_a_byte():
+def test_eight_bit_floats_take_one_byte():
     hlo_text = (
         "ENTRY %main (a: f8e4m3fn[8]) -> f8e4m3fn[16] {\n  %g = f8e4m3fn[16]{0} all-gather(%a), dimensions={0}\n}\n"
     )
     assert [(one.bytes, one.largest) for one in hlo.collectives(hlo_text)] == [(16, "f8e4m3fn[16]")]
 
 
-def test_only_model_divides_the_reading_of_weights():
+def test_only_the_model_axis_divides_weight_traffic():
     cfg = models.published_config("meta-llama/Llama-2-7b-hf")
     program = programs.scoring_program("score", cfg, 8, 128, 32, 1)
     norms = 4 * 65 * cfg.hidden_size
     for layout, share in (("data:2,fsdp:4", 1), ("data:2,model:4", 4)):
-        matrices = program.work(sharding.make_mesh(layout).shape, "cpu").traffic - norms
+        matrices = program.cost(sharding.make_mesh(layout).shape, "cpu").traffic - norms
         assert matrices == (costs.read_bytes(cfg) - norms) / share
 
 
-def test_the_compilers_complaints_are_read():
+def test_out_of_memory_messages_are_parsed():
     for message, expected in (
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.50G of 15.75G hbm.", 18.5 * (1 << 30)),
         ("the total memory required for HLO temporaries (21.00G) exceeds available HBM (15.75G).", 21 << 30),
         ("something else went wrong", None),
     ):
-        assert compiler._needed(message) == expected
+        assert compiler._needed_bytes(message) == expected
 
 
 @needs_gpu_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [(8, 2), (8, 1), (6, 3), (5, 5)], ids=str)
-def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
-    """Over four devices: key-value heads of fewer than the queries', and heads of which no four are alike. Each layer
-    calls cuDNN once forward and once back, the forward call is not made again."""
+def test_unsplittable_heads_and_odd_lengths_compile_for_gpus(heads):
+    """Over four devices, with fewer key-value heads than query heads, and with numbers of heads that 4 does not divide.
+    Each layer calls cuDNN once forward and once backward; the forward call is not recomputed."""
     queries, keys = heads
     cfg = models.config_from_hf({
         **VARIANTS["llama-3"], "vocab_size": 512, "hidden_size": 64 * queries, "head_dim": 64,
@@ -347,7 +347,9 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
     })  # fmt: skip
     recipe = settings.TrainingSettings(max_length=33, remat="dots")
     program = programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
-    text = program.lower(sharding.make_mesh("fsdp:2,model:4", topology.topology("h100-8").devices)).compile().as_text()
+    text = (
+        program.lower(sharding.make_mesh("fsdp:2,model:4", topology.get_topology("h100-8").devices)).compile().as_text()
+    )
     assert text.count('custom_call_target="__cudnn$fmha') == 2
 
 
@@ -366,15 +368,15 @@ def test_heads_that_do_not_split_and_odd_lengths_compile_for_gpus(heads):
         ),
     ],
 )
-def test_published_layouts_of_heads_compile_on_meshes(program, layout, kind, mesh, shared, capsys):
-    """A sample of the table that `python -m unidetox_jax.benchmarks.meshes` prints."""
+def test_published_head_layouts_compile_on_meshes(program, layout, kind, mesh, shared, capsys):
+    """A sample of the table printed by `python -m unidetox_jax.benchmarks.meshes`."""
     options = ["--devices", kind, "--meshes", mesh, "--layouts", layout, "--programs", program]
     assert meshes.main([str(shared / "hub"), *options]) == 0
     assert f"| {layout} | {kind} | ok |" in capsys.readouterr().out
 
 
-def test_the_table_of_meshes_tells_refusals_from_failures(monkeypatch, capsys):
-    """Every mesh of up to 8 devices and every layout stand in it; what is refused is no failure, the rest is."""
+def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsys):
+    """It has every mesh of up to 8 devices and every layout; a UserError is a refusal, any other error a failure."""
     assert len(set(meshes.MESHES)) == 1 + 3 + 6 + 10
     assert {name.split()[0] for name in meshes.layouts()} >= {"gpt2", "opt", "falcon", "llama", "phi3", "gemma2"}
     monkeypatch.setattr(meshes, "mesh_of", lambda kind, layout: layout)
@@ -391,52 +393,52 @@ def test_the_table_of_meshes_tells_refusals_from_failures(monkeypatch, capsys):
     assert printed.endswith("1. cannot\n\n2. score: NotImplementedError: odd length\n")
 
 
-def papers_distillation(place, layout):
-    """GPT-2 XL and its twin, 128 texts, compiled."""
+def paper_distillation(place, layout):
+    """The compiled distillation of 128 texts from GPT-2 XL and its twin."""
     cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
     program = programs.decoding_program(
         "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=128, prompt=1,
         new_tokens=255, batches=5,
     )  # fmt: skip
-    return program.lower(sharding.make_mesh(layout, topology.topology(place).devices)).compile()
+    return program.lower(sharding.make_mesh(layout, topology.get_topology(place).devices)).compile()
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_papers_distillation_fits_four_v5e():
-    """Its heads of 64 lie in pairs: each on its own, the caches alone would take twice as much."""
-    assert papers_distillation("v5e-4", "fsdp:-1").memory_analysis().peak_memory_in_bytes < 14.5 * 2**30
+def test_paper_distillation_fits_four_v5e():
+    """Heads of size 64 are stored in pairs; separately, the caches alone would take twice as much."""
+    assert paper_distillation("v5e-4", "fsdp:-1").memory_analysis().peak_memory_in_bytes < 14.5 * 2**30
 
 
 @needs_gpu_compiler
 @pytest.mark.slow
-def test_the_papers_distillation_on_one_h100():
+def test_paper_distillation_on_one_h100():
     """No step sorts the vocabulary or copies a cache, and few kernels run."""
-    compiled = papers_distillation("h100-1", "")
+    compiled = paper_distillation("h100-1", "")
     text = compiled.as_text()
     assert compiled.memory_analysis().peak_memory_in_bytes < 26 << 30
     assert hlo.kernels(text)[1] <= 700
     assert all(math.prod(map(int, re.findall(r"\d+", shape)[2:])) <= 8192 for _, shape in hlo.sorts(text))
     bodies = re.findall(r"while\(.*body=%?([\w.\-]+)", text)
     steps = [one for body in bodies for one in hlo.parse(text).computations[body]]
-    caches = [one.kind for one in steps if one.shape.startswith("bf16[2,128,25,256,64]")]
+    caches = [one.opcode for one in steps if one.shape.startswith("bf16[2,128,25,256,64]")]
     assert caches.count("fusion") >= 2 * 48 and "copy" not in caches
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_slice_that_is_not_here_is_compiled_for(place):
+def test_table_for_an_absent_slice(place):
     run = settings.parse_run(cli.load_config(f"{place}/config.py", ["--config.mesh=fsdp:-1"]))
-    v5e, v4 = topology.topology("v5e-4"), topology.topology("v4-16")
+    v5e, v4 = topology.get_topology("v5e-4"), topology.get_topology("v4-16")
     assert len(v5e.devices) == v5e.chips == 4 and v5e.specs.memory == 16 << 30
     assert v4.chips == len(v4.devices) == 8  # megacore
-    lines = list(fits.table(run, [v5e], ["", str(place / "llama-3")]))
+    lines = list(feasibility.table(run, [v5e], ["", str(place / "llama-3")]))
     assert lines[0] == "| GiB a device | v5e-4 |" and len(lines) == 4
     assert lines[2].startswith("| distill base, toxic | 0.") and lines[3].startswith("| fine-tune llama-3 | 0.")
 
 
 @needs_libtpu
-def test_the_largest_model_is_refused_without_compiling():
+def test_largest_model_is_refused_without_compiling():
     run = settings.parse_run(settings.default_config())
-    lines = list(fits.table(run, [topology.topology("v5e-4")], ["meta-llama/Llama-3.1-70B"]))
+    lines = list(feasibility.table(run, [topology.get_topology("v5e-4")], ["meta-llama/Llama-3.1-70B"]))
     assert "no: about 2" in lines[-1]

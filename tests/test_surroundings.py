@@ -1,4 +1,4 @@
-"""The library where JAX is told to behave otherwise: the same numbers, as far as they are of the same precision."""
+"""The library gives the same results under other JAX settings, up to precision."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def compute(family):
             [model, model], tokens, objective=objectives.get("contrastive", alpha=0.1), max_new_tokens=6, seed=3,
             warpers=[warpers.top_k(20), warpers.top_p(0.9), warpers.temperature(0.8)], attention_mask=mask, cache=form,
         ).tokens
-    if jax.config.jax_disable_jit:  # a hundred times slower: no more of it
+    if jax.config.jax_disable_jit:  # a hundred times slower: skip the rest
         return result
     result["all"] = decoding.generate(
         [model], tokens, objective=objectives.get("base"), max_new_tokens=4, samples=2, log_probabilities=True
@@ -89,7 +89,7 @@ def plain(tmp_path_factory):
         ("JAX_DISABLE_JIT", "1", ("llama",)),
     ],
 )
-def test_the_numbers_are_the_same(plain, tmp_path, name, value, families):
+def test_results_do_not_depend_on_jax_settings(plain, tmp_path, name, value, families):
     found = run(tmp_path, *families, **{name: value})
     for family in families:
         for quantity, values in found[family].items():

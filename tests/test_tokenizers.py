@@ -1,4 +1,4 @@
-"""Tokenizers as the hub ships them: the tokens are those that the file's own library reads."""
+"""Tokenizers as published: the tokens agree with the library that defines each file format."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def write(directory: pathlib.Path, **files):
 
 @pytest.fixture(scope="module")
 def texts(shared):
-    """Every ToxiGen prompt, every cell of MMLU, and texts that none of them has."""
+    """Every ToxiGen prompt, every MMLU cell, and probes of rare cases."""
     found = []
     for path in sorted((shared / "data/toxigen").glob("*.csv")):
         found += [row["text"] for row in csv.DictReader(path.open(encoding="utf-8"))]
@@ -59,7 +59,7 @@ def llama2(shared):
 
 @pytest.fixture(scope="module")
 def forms(shared, llama2, tmp_path_factory):
-    """LLaMA-2's and GPT-2's tokenizer in every form, without any other file."""
+    """LLaMA-2's and GPT-2's tokenizer in every file format, without any other file."""
     gpt2, place = shared / "tokenizers/gpt2", tmp_path_factory.mktemp("forms")
     llama2.save_pretrained(place / "made")
     model, whole = shared / "tokenizers/llama2/tokenizer.model", place / "made/tokenizer.json"
@@ -112,22 +112,22 @@ def test_no_class_name_changes_the_tokens(form, kind, forms, pieces, shared, tmp
     directory = copy(forms, form, tmp_path)
     write(directory, tokenizer_config={"tokenizer_class": kind, "legacy": False}, config={"model_type": "llama"})
     tokenizer = checkpoint.load_tokenizer(directory)
-    some = texts[:: 1 if (form, kind) == ("llama2 json", "LlamaTokenizer") else 50] + PROBES
+    sample = texts[:: 1 if (form, kind) == ("llama2 json", "LlamaTokenizer") else 50] + PROBES
     if form.startswith("gpt2"):
-        expected = library(Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json")), some)
+        expected = library(Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json")), sample)
     elif form == "llama2 model":
-        expected = pieces.encode(some)
+        expected = pieces.encode(sample)
     else:
         raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        assert encode(tokenizer, some) == library(raw, some, special=True)
-        expected = [row for text, row in zip(some, pieces.encode(some), strict=True) if "<unk>" not in text]
-        some = [text for text in some if "<unk>" not in text]
-    assert encode(tokenizer, some, begin=False) == expected
+        assert encode(tokenizer, sample) == library(raw, sample, special=True)
+        expected = [row for text, row in zip(sample, pieces.encode(sample), strict=True) if "<unk>" not in text]
+        sample = [text for text in sample if "<unk>" not in text]
+    assert encode(tokenizer, sample, begin=False) == expected
     assert prefix(tokenizer) == ([] if form.startswith("gpt2") else [1])
 
 
 def test_every_published_configuration(shared, forms, tmp_path):
-    """Beside a tokenizer.json, none of them changes a token; beside a tokenizer.model, only BOS and added tokens."""
+    """Beside a tokenizer.json, none of them changes a token."""
     raw = Tokenizer.from_file(str(shared / "models/stories260K/tokenizer.json"))
     expected, places = library(raw, special=True), sorted((shared / "hub").glob("*/*token*.json"))
     directories = sorted({path.parent for path in places})
@@ -178,7 +178,7 @@ def test_published_configurations_beside_a_sentencepiece_model(name, forms, piec
         ("gpt2 bpe", {"add_prefix_space": True}, [18435]),
     ],
 )
-def test_what_stands_around_a_text(form, settings, expected, forms, tmp_path):
+def test_special_tokens_around_a_text(form, settings, expected, forms, tmp_path):
     directory = copy(forms, form, tmp_path)
     write(directory, tokenizer_config={**settings, "tokenizer_class": "LlamaTokenizer"})
     tokenizer = checkpoint.load_tokenizer(directory)
@@ -210,8 +210,8 @@ def test_special_tokens_in_every_spelling(forms, tmp_path):
     assert ids(tokenizer, ["Hi!!"]) == library(Tokenizer.from_file(str(directory / "tokenizer.json")), ["Hi!!"])
 
 
-def test_opt_begins_with_its_end_token(shared, tmp_path):
-    """OPT's files: a byte-level BPE whose special tokens only tokenizer_config.json names."""
+def test_opt_starts_with_its_end_token(shared, tmp_path):
+    """OPT's files: byte-level BPE whose special tokens are named in tokenizer_config.json alone."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -257,7 +257,7 @@ def test_added_tokens_of_a_sentencepiece_model(forms, pieces, tmp_path):
         {"byte_fallback": True, "add_dummy_prefix": False, "user_defined_symbols": ["<turn>"], "pad_id": 3},
     ],
 )
-def test_sentencepiece_models_trained_otherwise(settings, shared, texts, tmp_path):
+def test_sentencepiece_models_with_other_settings(settings, shared, texts, tmp_path):
     lines = (shared / "data/text/valid.txt").read_text(encoding="utf-8").splitlines()[:1500]
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -266,8 +266,8 @@ def test_sentencepiece_models_trained_otherwise(settings, shared, texts, tmp_pat
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
     tokenizer = checkpoint.load_tokenizer(tmp_path)
     original = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    some = [*texts[::10], *PROBES, *settings.get("user_defined_symbols", ()), "a<turn>b"]
-    assert encode(tokenizer, some) == [[1, *row] for row in original.encode(some)]
+    sample = [*texts[::10], *PROBES, *settings.get("user_defined_symbols", ()), "a<turn>b"]
+    assert encode(tokenizer, sample) == [[1, *row] for row in original.encode(sample)]
     assert tokenizer.pad_token_id == settings.get("pad_id")
 
 
@@ -287,17 +287,17 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(forms, shared, tmp
 def test_real_models(name, real_models, texts, tmp_path):
     raw = Tokenizer.from_file(str(real_models / name / "tokenizer.json"))
     tokenizer = checkpoint.load_tokenizer(real_models / name)
-    some = texts[::20] + PROBES
-    assert encode(tokenizer, some, end=True) == library(raw, some, special=True)
-    assert encode(tokenizer, some, begin=False) == library(raw, some)
+    sample = texts[::20] + PROBES
+    assert encode(tokenizer, sample, end=True) == library(raw, sample, special=True)
+    assert encode(tokenizer, sample, begin=False) == library(raw, sample)
     config = json.loads((real_models / name / "config.json").read_text())
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (config["bos_token_id"], config["eos_token_id"])
     tokenizer.save_pretrained(tmp_path)
-    assert encode(checkpoint.load_tokenizer(tmp_path), some) == encode(tokenizer, some)
+    assert encode(checkpoint.load_tokenizer(tmp_path), sample) == encode(tokenizer, sample)
 
 
-def test_what_a_tokenizer_appends_changes_no_figure():
-    """An end token between a context and its continuation would change them all."""
+def test_appended_end_token_changes_no_metric():
+    """An end token between a context and its continuation would change all of them."""
     _, model = make_pair(context=256)
     plain, ending = make_tokenizer(), make_tokenizer()
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -306,7 +306,7 @@ def test_what_a_tokenizer_appends_changes_no_figure():
     assert ending("a cat").input_ids == [*plain("a cat").input_ids, 1]
     question = {"question": "a cat?", "choices": ("sat", "ran", "a hill", "it"), "answer": 1, "subject": "cats"}
 
-    def figures(tokenizer):
+    def metrics(tokenizer):
         values, _ = perplexity.conditional(model, tokenizer, ["the cat", "a"], [[" sat", " ran on"], ["", " dog"]])
         yield np.nan_to_num(values).tolist()
         yield text_perplexity.of_texts(model, tokenizer, ["the cat sat on a hill"], "here")
@@ -314,15 +314,15 @@ def test_what_a_tokenizer_appends_changes_no_figure():
         yield generations.generate(model, tokenizer, ["the cat"], samples=2, max_new_tokens=8).texts
         yield data.tokenize(["a cat sat"], tokenizer, 16)[0].tolist()
 
-    assert list(figures(ending)) == list(figures(plain))
+    assert list(metrics(ending)) == list(metrics(plain))
     pytest.importorskip("lm_eval")
     from unidetox_jax.evaluation import harness
 
-    pairs = [harness.HarnessLM(model, given)._encode_pair("the cat ", "sat") for given in (plain, ending)]
+    pairs = [harness.HarnessLM(model, tokenizer)._encode_pair("the cat ", "sat") for tokenizer in (plain, ending)]
     assert pairs[0] == pairs[1] and 1 not in pairs[1][0]
 
 
-def test_what_a_file_says_of_length_shortens_nothing(shared, tmp_path):
+def test_truncation_in_the_file_is_ignored(shared, tmp_path):
     raw = Tokenizer.from_file(str(shared / "models/stories260K/tokenizer.json"))
     long = "Once upon a time there was " * 20
     expected = library(raw, [long], special=True)
@@ -334,11 +334,11 @@ def test_what_a_file_says_of_length_shortens_nothing(shared, tmp_path):
     assert tokenizer.pad_token is None
 
 
-def test_files_that_will_not_do(forms, tmp_path):
+def test_unusable_files(forms, tmp_path):
     cases = {
         "tokenizer.json": (b"{", "its tokenizer cannot be read"),
-        "tokenizer.model": (b"IQ== 0\nIg== 1\n", "tokenizer.model: not a model of sentencepiece"),
-        "vocab.json": (b"{}", "vocab.json: a vocabulary without merges.txt beside it"),
+        "tokenizer.model": (b"IQ== 0\nIg== 1\n", "tokenizer.model: not a sentencepiece model"),
+        "vocab.json": (b"{}", "vocab.json: no merges.txt beside it"),
     }
     for name, (content, message) in cases.items():
         directory = tmp_path / name.replace(".", "-")

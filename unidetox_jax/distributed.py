@@ -1,8 +1,7 @@
-"""Several processes as one run: they meet, they watch one another, and they end together.
+"""Several processes as one run: they start together, watch each other, and end together.
 
-`initialize` is the first thing that a command does, before anything asks jax for a device. The processes look at one
-another's signs of life more often than jax does: where one dies, jax aborts all others with a stack trace that names
-nobody.
+`initialize` must run before anything asks jax for a device. The processes check each other's heartbeats more often
+than jax does: when one dies, jax aborts all others with a stack trace that does not say which one it was.
 """
 
 import argparse
@@ -20,22 +19,22 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from unidetox_jax.errors import Preempted
-from unidetox_jax.rendezvous import Members, find_members, meet
+from unidetox_jax.rendezvous import ProcessGroup, find_group, wait_for_all
 
-START_TIMEOUT = 300  # seconds for all processes to come; a pod's hosts install packages at different speeds
-WAIT = 7 * 24 * 3600  # seconds at a barrier: process 0 may be scoring text while the others wait
-SILENCE = 30.0  # seconds without a sign of life after which a process counts as dead
-INTERVAL = 1.0  # seconds between signs of life
+START_TIMEOUT = 300  # seconds for all processes to arrive; a pod's hosts install packages at different speeds
+BARRIER_TIMEOUT = 7 * 24 * 3600  # seconds: process 0 may be scoring text while the others wait
+HEARTBEAT_TIMEOUT = 30.0  # seconds without a heartbeat after which a process counts as dead
+HEARTBEAT_INTERVAL = 1.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says who takes part; none of it is needed on Cloud TPU or under SLURM."""
-    group = parser.add_argument_group("several processes (found out by themselves on Cloud TPU, GKE and under SLURM)")
+    """Arguments that say which processes take part; not needed on Cloud TPU, GKE or under SLURM."""
+    group = parser.add_argument_group("several processes (detected on Cloud TPU, GKE and under SLURM)")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="an address of process 0 that all can reach")
-    group.add_argument("--num_processes", type=int, metavar="N", help="1, and nothing else: this one is alone")
+    group.add_argument("--num_processes", type=int, metavar="N", help="1 alone: run as a single process")
     group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
-    group.add_argument("--coordinator_port", type=int, metavar="PORT", help="where it is found out: another port")
-    group.add_argument("--start_timeout", type=int, default=START_TIMEOUT, metavar="SECONDS", help="for all to come")
+    group.add_argument("--coordinator_port", type=int, metavar="PORT", help="overrides the detected port")
+    group.add_argument("--start_timeout", type=int, default=START_TIMEOUT, metavar="SECONDS", help="for all to arrive")
 
 
 def initialize(
@@ -45,182 +44,183 @@ def initialize(
     coordinator_port: int | None = None,
     timeout: int = START_TIMEOUT,
 ) -> None:
-    """Makes this process one of a run's, where there are several, and switches on the compilation cache.
+    """Connects this process to the others of its run, if any, and turns on the compilation cache.
 
     Args:
-      coordinator, num_processes, process_id: all three, or none: then Cloud TPU, GKE or SLURM say it, or it is one.
-      coordinator_port: the port in place of the one that jax chooses there (8482 on Cloud TPU).
-      timeout: seconds to wait for all of them.
+      coordinator, num_processes, process_id: all three, or none: then they come from Cloud TPU, GKE or SLURM, or
+        this process is alone.
+      coordinator_port: replaces the port that jax detects (8482 on Cloud TPU).
+      timeout: seconds to wait for all processes.
 
     Raises:
-      UserError: some of the three are missing or wrong, or a process did not come: which ones.
+      UserError: some of the three are missing or wrong, or a process did not arrive: which ones.
     """
-    members = find_members(coordinator, num_processes, process_id, coordinator_port, timeout)
-    if members is not None:
-        _join(members, timeout)
+    group = find_group(coordinator, num_processes, process_id, coordinator_port, timeout)
+    if group is not None:
+        _connect(group, timeout)
     use_compilation_cache()
 
 
-def _join(members: Members, timeout: int) -> None:
-    """Makes this process one of several."""
+def _connect(group: ProcessGroup, timeout: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    meet(members, timeout)
+    wait_for_all(group, timeout)
     jax.distributed.initialize(
-        members.coordinator,
-        members.count,
-        members.index,
-        local_device_ids=members.local_device_ids,
+        group.coordinator,
+        group.num_processes,
+        group.process_id,
+        local_device_ids=group.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=timeout,
         shutdown_timeout_seconds=60,
     )
-    global _watch
-    _watch = _Watch(members)
+    global _watchdog
+    _watchdog = _Watchdog(group)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk: in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory.
+    """Caches compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache directory.
 
-    Several CPU devices keep nothing: XLA reads a program for them back without the order of its collectives, which
-    then wait for one another until the process aborts (JAX 0.10.2 to 0.12.0.1).
+    Turned off on several CPU devices: XLA loads a cached program without the order of its collectives, which then
+    wait for each other until the process aborts (JAX 0.10.2 to 0.12.0.1).
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # jax has asked for the switch by now, and asks once
+        compilation_cache.reset_cache()  # jax reads the switch once, and has read it by now
         return
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # made by jax at run time
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # defined by jax at run time
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "unidetox_jax", "jax"))
 
 
-def first_process() -> bool:
-    """Whether this process is the one that writes text."""
+def is_main_process() -> bool:
+    """Whether this is process 0, the one that writes text."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here, however long it takes: what one wrote before it, all see after it."""
-    if _watch is not None:  # the devices are not asked
-        _watch.barrier(name)
-    elif jax.process_count() > 1:  # jax.distributed was initialised by somebody else
+    """Returns when every process has reached it, however long that takes; earlier writes are then visible to all."""
+    if _watchdog is not None:  # without the devices
+        _watchdog.barrier(name)
+    elif jax.process_count() > 1:  # the caller initialised jax.distributed itself
         multihost_utils.sync_global_devices(name)
 
 
-def exchange(name: str, value: str) -> list[str]:
-    """Every process's value, in their order; all call it alike."""
-    if _watch is not None:
-        return _watch.exchange(name, value)
+def all_gather(name: str, value: str) -> list[str]:
+    """Every process's value, in process order; all call it with the same name."""
+    if _watchdog is not None:
+        return _watchdog.all_gather(name, value)
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(value.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(own)))  # by the devices: see `barrier`
-    everyone = multihost_utils.process_allgather(np.pad(own, (0, 1 + int(sizes.max()) - len(own))))
-    return [row[:size].tobytes().decode() for row, size in zip(np.asarray(everyone), sizes, strict=True)]
+    local = np.frombuffer(value.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(local)))  # over the devices: see `barrier`
+    padded = multihost_utils.process_allgather(np.pad(local, (0, 1 + int(sizes.max()) - len(local))))
+    return [row[:size].tobytes().decode() for row, size in zip(np.asarray(padded), sizes, strict=True)]
 
 
-def as_first_says(value: str) -> str:
-    """Process 0's value, on every process: file systems may show the same file sooner to one host than to another."""
-    return exchange("said", value)[0]
+def broadcast(value: str) -> str:
+    """Process 0's value, on every process: file systems may show a file to one host sooner than to another."""
+    return all_gather("broadcast", value)[0]
 
 
 def finish() -> None:
-    """Waits until all processes have come to their end, so that a late error of one still ends all."""
-    if _watch is not None:
-        _watch.finish()
+    """Waits until all processes are done, so that a late error in one still ends all."""
+    if _watchdog is not None:
+        _watchdog.finish()
 
 
 def fail(line: str, exit_code: int) -> None:
-    """Says the line and, where there are several processes, ends all of them with it; otherwise it returns."""
-    if _watch is None:
+    """Prints the line. In a run of several processes it also ends all of them and does not return."""
+    if _watchdog is None:
         print(line, file=sys.stderr, flush=True)
     else:
-        _watch.fail(line, exit_code)
+        _watchdog.fail(line, exit_code)
 
 
-_watch: "_Watch | None" = None
+_watchdog: "_Watchdog | None" = None
 
 
-class _Watch:
-    """A thread that tells the others that this process lives, and ends it when one of them has failed or is gone.
+class _Watchdog:
+    """A thread that sends this process's heartbeat and ends the process when another one has failed or died.
 
-    It speaks over jax's coordination service, which works while the devices of others hang in a collective.
+    It uses jax's coordination service, which works even while devices hang in a collective.
     """
 
-    def __init__(self, members: Members):
+    def __init__(self, group: ProcessGroup):
         from jax._src.distributed import global_state
 
-        self.members = members
+        self.group = group
         self._client: Any = global_state.client
         self._ending = threading.Lock()
-        self._rounds = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._calls = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
         self._thread.start()
 
-    def exchange(self, name: str, value: str) -> list[str]:
-        """Every process's value, in their order; all call it alike."""
-        self._rounds += 1
-        prefix = f"unidetox/{name}/{self._rounds}"
-        self._client.key_value_set(f"{prefix}/{self.members.index}", f"={value}")  # an empty value is none
+    def all_gather(self, name: str, value: str) -> list[str]:
+        """Every process's value, in process order; all make the same calls in the same order."""
+        self._calls += 1
+        prefix = f"unidetox/{name}/{self._calls}"
+        self._client.key_value_set(f"{prefix}/{self.group.process_id}", f"={value}")  # empty values are not stored
         return [
-            self._client.blocking_key_value_get(f"{prefix}/{i}", WAIT * 1000)[1:] for i in range(self.members.count)
+            self._client.blocking_key_value_get(f"{prefix}/{i}", BARRIER_TIMEOUT * 1000)[1:]
+            for i in range(self.group.num_processes)
         ]
 
     def barrier(self, name: str) -> None:
-        """Waits for all; the watch ends the process if one fails meanwhile."""
-        self._rounds += 1
-        self._client.wait_at_barrier(f"unidetox/{name}/{self._rounds}", WAIT * 1000)
+        """Waits for all; the thread ends this process if one fails meanwhile."""
+        self._calls += 1
+        self._client.wait_at_barrier(f"unidetox/{name}/{self._calls}", BARRIER_TIMEOUT * 1000)
 
     def finish(self) -> None:
-        """Waits for all, then takes leave."""
+        """Waits for all, then disconnects."""
         self.barrier("finish")
-        self._over.set()  # from here on nobody's silence means anything
+        self._done.set()  # from here on a missing heartbeat means nothing
         self._thread.join()
         jax.distributed.shutdown()
 
     def fail(self, line: str, exit_code: int) -> None:
         """Ends this process, and all others with it."""
         if not self._ending.acquire(blocking=False):
-            time.sleep(WAIT)  # the watch is ending this process
+            time.sleep(BARRIER_TIMEOUT)  # the other thread is ending this process
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        deadline = time.monotonic() + _grace(exit_code) + 4 * INTERVAL
+        deadline = time.monotonic() + _grace(exit_code) + 4 * HEARTBEAT_INTERVAL
         with contextlib.suppress(Exception):  # process 0 is gone
-            self._client.key_value_set(f"unidetox/failed/{self.members.index}", f"{exit_code} {line}")
-            if self.members.index == 0:  # it carries the service by which the others learn of this
-                while time.monotonic() < deadline and len(self._values("failed")) < self.members.count:
+            self._client.key_value_set(f"unidetox/failed/{self.group.process_id}", f"{exit_code} {line}")
+            if self.group.process_id == 0:  # it hosts the service through which the others learn of this
+                while time.monotonic() < deadline and len(self._values("failed")) < self.group.num_processes:
                     time.sleep(0.1)
-        os._exit(exit_code)  # not sys.exit: jax would wait for all others at its own end
+        os._exit(exit_code)  # sys.exit would make jax wait for all others
 
     def _values(self, kind: str) -> dict[int, str]:
-        """Process → what it said."""
-        found = self._client.key_value_dir_get(f"unidetox/{kind}/")
-        return {int(key.rsplit("/", 1)[1]): value for key, value in found}
+        """Process id → its value."""
+        entries = self._client.key_value_dir_get(f"unidetox/{kind}/")
+        return {int(key.rsplit("/", 1)[1]): value for key, value in entries}
 
     def _run(self) -> None:
-        # One that dies before its first sign of life counts as well
-        last = {index: ("", time.monotonic()) for index in range(self.members.count)}
+        # A process that dies before its first heartbeat is noticed as well
+        last = {index: ("", time.monotonic()) for index in range(self.group.num_processes)}
         for beat in itertools.count():
-            if self._over.wait(INTERVAL):
+            if self._done.wait(HEARTBEAT_INTERVAL):
                 return
             try:
-                self._client.key_value_set(f"unidetox/alive/{self.members.index}", str(beat), allow_overwrite=True)
-                seen, failed = self._values("alive"), self._values("failed")
+                self._client.key_value_set(f"unidetox/alive/{self.group.process_id}", str(beat), allow_overwrite=True)
+                beats, failed = self._values("alive"), self._values("failed")
             except Exception:  # the service is gone, and process 0 with it
                 return self.fail("unidetox: process 0 is gone; the same command continues", 1)
             if failed:
-                index, said = min(failed.items())
-                code, line = said.split(" ", 1)
-                time.sleep(_grace(int(code)))  # as a rule this process goes on to say the same thing itself
+                index, message = min(failed.items())
+                code, line = message.split(" ", 1)
+                time.sleep(_grace(int(code)))  # usually this process is about to report the same error itself
                 return self.fail(f"{line} (process {index})", int(code))
             now = time.monotonic()
-            last |= {index: (value, now) for index, value in seen.items() if last[index][0] != value}
-            silent = [str(index) for index, (_, at) in last.items() if now - at > SILENCE]
+            last |= {index: (value, now) for index, value in beats.items() if last[index][0] != value}
+            silent = [str(index) for index, (_, at) in last.items() if now - at > HEARTBEAT_TIMEOUT]
             if silent:
-                text = f"process {', '.join(silent)} gave no sign of life for {SILENCE:.0f} s"
+                text = f"process {', '.join(silent)} gave no sign of life for {HEARTBEAT_TIMEOUT:.0f} s"
                 return self.fail(f"unidetox: {text}; the same command continues", 1)
 
 
 def _grace(exit_code: int) -> float:
-    """Seconds that a process has to end by itself: when all were told to save, it may be still writing."""
+    """Seconds a process has to end by itself: after a request to save it may still be writing."""
     return 30.0 if exit_code == Preempted.exit_code else 2.0

@@ -237,7 +237,7 @@ def distill(
             raise UserError(f"max_length: {max_length} tokens, but the context of {name!r} is {context}")
     begin = [sampling.first_token(tokenizers[0], names[0])]
     if chat:
-        (before,) = conversations.ask(tokenizers[0], [prompt], system_prompt)
+        (before,) = conversations.encode_prompts(tokenizers[0], [prompt], system_prompt)
     else:
         before = begin + encode(tokenizers[0], [prompt], begin=False)[0]
     return sampling.sample_texts(
@@ -325,15 +325,17 @@ def evaluate(
 
 
 def _tokenize(model: LanguageModel, texts: Sequence[str], recipe: Recipe, release: bool = False) -> data.Tokens:
-    around = None
+    affixes = None
     if recipe.chat:
-        around = conversations.turn(model.tokenizer, recipe.user_prompt, recipe.system_prompt, recipe.loss_on)
+        affixes = conversations.response_affixes(
+            model.tokenizer, recipe.user_prompt, recipe.system_prompt, recipe.loss_on
+        )
     return data.tokenize(
         texts,
         model.tokenizer,
         recipe.max_length,
         context=model.cfg.max_position_embeddings,
         vocab_size=model.cfg.vocab_size,
-        around=around,
+        affixes=affixes,
         reproduce_release=release,
     )

@@ -1,4 +1,4 @@
-"""What a terminal shows: progress of long work (a bar; in a log a line now and then), and tables."""
+"""Terminal output: progress bars (log lines when the output is not a terminal) and plain-text tables."""
 
 import sys
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ LOG_INTERVAL = 10.0  # seconds between lines where the output is not a terminal
 
 
 class Progress(tqdm.tqdm):
-    """A tqdm bar over `total` units that started at `initial` (work found done already).
+    """A tqdm bar over `total` units, of which `initial` are already done.
 
-    `update(n)` counts; `set_postfix(loss=…)` adds figures. Not a terminal: one line every ten seconds.
-    Only process 0 of a multi-host run should show one (`disable=True` elsewhere).
+    When stderr is not a terminal it logs a line every ten seconds instead. In a multi-host run only process 0 should
+    show one (`disable=True` elsewhere).
     """
 
     def __init__(self, total: int, unit: str, label: str, initial: int = 0, disable: bool = False):
@@ -26,13 +26,13 @@ class Progress(tqdm.tqdm):
             dynamic_ncols=terminal,
             mininterval=0.2 if terminal else LOG_INTERVAL,
             maxinterval=LOG_INTERVAL,
-            file=sys.stderr if terminal else _Lines(),
+            file=sys.stderr if terminal else _LineStream(),
             ascii=not terminal,
         )
 
 
-class _Lines:
-    """A stream for logs: tqdm's carriage returns become ends of line."""
+class _LineStream:
+    """Turns tqdm's carriage returns into newlines."""
 
     def write(self, text: str) -> None:
         text = text.strip("\r\n")
@@ -43,13 +43,13 @@ class _Lines:
         sys.stderr.flush()
 
 
-def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Lines of cells under one another: the first `left` columns at the left, the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def format_table(rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Rows of cells as aligned text: the first `left` columns left-aligned, the rest right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column < left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for row in rows
     )

@@ -1,8 +1,8 @@
-"""Files and directories, on a disk or in an object store (gs://): what differs between the two is here.
+"""Files and directories on a disk or in an object store (gs://), behind the same functions.
 
-On a disk a file or directory is written under another name and then renamed. An object store has no rename and no
-append, but an object appears only once it is whole; a directory there is written in place, and the file that its
-reader looks for is written last.
+On a disk a file or directory is written under a temporary name and then renamed. An object store has neither rename
+nor append, but an object appears only once it is complete; a directory there is written in place, and the file that
+marks it as complete is written last.
 """
 
 import contextlib
@@ -26,29 +26,29 @@ from etils import epath
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
 
-COPY_BYTES = 1 << 24  # read or written at a time: object stores' files buffer what a single call hands them
-CLIENTS = ("gcsfs", "google", "aiohttp", "requests")  # whose errors are not always OSErrors
+COPY_BYTES = 1 << 24  # bytes per read or write: remote files buffer all that a single call passes them
+CLIENTS = ("gcsfs", "google", "aiohttp", "requests")  # packages whose errors are not always OSErrors
 
-# Orbax and the other processes write without this process's gcsfs, whose cached listings would hide their files.
+# Orbax and other processes do not write through this process's gcsfs: its cached listings would miss their files.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-# They log a line for every file that is read, and tracebacks of what is reported here in one line.
+# They log a line per file read, and tracebacks of errors that are reported here in one line.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 logging.getLogger("fsspec").setLevel(logging.CRITICAL)
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's (gs://, s3://)."""
+    """Whether a path is in an object store (gs://, s3://)."""
     return "://" in str(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root on, a leading `~` expanded; an object store's as it is."""
+    """The absolute path with `~` expanded; a remote path unchanged."""
     return epath.Path(path if is_remote(path) else os.path.abspath(os.path.expanduser(path)))
 
 
 @contextlib.contextmanager
-def writing(path: epath.PathLike) -> Iterator[None]:
-    """Context: what goes wrong while `path` is written is a UserError that names it."""
+def write_errors(path: epath.PathLike) -> Iterator[None]:
+    """Context in which errors of writing become a UserError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -61,8 +61,8 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 def make_directory(directory: epath.PathLike) -> None:
-    """Makes a directory and those above it, where missing. An object store has none, and a missing bucket is a mistake
-    that gcsfs would hide by making one.
+    """Makes a directory and its parents. Does nothing in an object store, where gcsfs would create a missing bucket,
+    which is the user's mistake.
 
     Raises:
       UserError: it cannot be made.
@@ -75,14 +75,14 @@ def make_directory(directory: epath.PathLike) -> None:
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file whole or not at all; its directory is made where it is missing.
+    """Writes a file atomically, and makes its directory if missing.
 
     Raises:
       UserError: it cannot be written.
     """
     path = epath.Path(path)
     make_directory(path.parent)
-    with writing(path):
+    with write_errors(path):
         if is_remote(path):
             path.write_bytes(content)
         else:
@@ -92,17 +92,17 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a text file as `write_bytes` does."""
+    """Writes a text file, as `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file as `write_bytes` does."""
+    """Writes a JSON file, as `write_bytes`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """A JSON file's content; None when there is no such file."""
+    """The content of a JSON file; None if it does not exist."""
     path = epath.Path(path)
     if not path.exists():
         return None
@@ -113,48 +113,53 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def write_lines(path: epath.PathLike, values: Iterable[Any]) -> None:
-    """Writes one JSON value a line, as `write_bytes` does."""
+    """Writes a JSONL file, as `write_bytes`."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def read_lines(path: epath.PathLike) -> list[Any]:
-    """The values of `write_lines`."""
+    """The values written by `write_lines`."""
     return [json.loads(line) for line in epath.Path(path).read_text().split("\n") if line]
 
 
 def write_array(path: epath.PathLike, array: np.ndarray) -> None:
-    """Writes an npy file, as `write_bytes` does."""
+    """Writes an npy file, as `write_bytes`."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_bytes(path, buffer.getvalue())
 
 
 def read_array(path: epath.PathLike) -> np.ndarray:
-    """The array of `write_array`."""
+    """The array written by `write_array`."""
     return np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
 
 
 def write_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an npz file, as `write_bytes` does."""
+    """Writes an npz file, as `write_bytes`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **dict[str, Any](arrays))
     write_bytes(path, buffer.getvalue())
 
 
 @contextlib.contextmanager
-def whole_directory(directory: epath.PathLike, known: re.Pattern) -> Iterator[epath.Path]:
-    """Context: a directory to write to, which takes the name `directory` at the end, or vanishes on an error.
+def atomic_directory(directory: epath.PathLike, replaceable: re.Pattern) -> Iterator[epath.Path]:
+    """Context: a directory to write to, which is renamed to `directory` at the end, or removed on an error.
 
-    One that is there is replaced, if it holds nothing but `known` names. Every process enters.
+    An existing one is replaced if all names in it match `replaceable`. Every process enters the context.
 
     Raises:
-      UserError: there is something else, or no permission, or no space.
+      UserError: the directory holds something else, no permission, no space.
     """
     directory = absolute(directory)
-    check_replaceable(directory, known)
-    remote, first = is_remote(directory), jax.process_index() == 0
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: found a file, expected a directory or nothing")
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    foreign = next((name for name in names if not replaceable.fullmatch(name)), None)
+    if foreign:
+        raise UserError(f"{directory}: holds {foreign!r}, which is no part of a checkpoint; it is not replaced")
+    remote, first = is_remote(directory), distributed.is_main_process()
     work = directory if remote else directory.parent / f".{directory.name}.partial"
-    with writing(directory):
+    with write_errors(directory):
         try:
             if first:
                 work.rmtree(missing_ok=True)
@@ -167,20 +172,9 @@ def whole_directory(directory: epath.PathLike, known: re.Pattern) -> Iterator[ep
             distributed.barrier(f"{directory} in place")
         except BaseException:
             if first:
-                with contextlib.suppress(Exception):  # the error that led here is the one to report
+                with contextlib.suppress(Exception):  # report the original error instead
                     work.rmtree(missing_ok=True)
             raise
-
-
-def check_replaceable(directory: epath.Path, known: re.Pattern) -> None:
-    """Raises UserError where `directory` is a file, or holds a name that is not `known` (the first such)."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"{directory}: a file; expected a directory, or nothing")
-    foreign = sorted(path.name for path in directory.iterdir() if not known.fullmatch(path.name))
-    if foreign:
-        raise UserError(f"{directory}: holds {foreign[0]!r}, which no checkpoint does; it is not replaced")
 
 
 def _rename(work: epath.Path, directory: epath.Path) -> None:
@@ -193,8 +187,8 @@ def _rename(work: epath.Path, directory: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def written_locally(directory: epath.Path) -> Iterator[str]:
-    """Context: a local directory for a library that writes files by name. It is `directory`, or is copied there."""
+def staged_locally(directory: epath.Path) -> Iterator[str]:
+    """Context: a local directory for libraries that need one: `directory` itself, or a temporary one copied to it."""
     if not is_remote(directory):
         yield str(directory)
         return
@@ -207,7 +201,7 @@ def written_locally(directory: epath.Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def local_file(path: epath.Path, offset: int = 0, nbytes: int | None = None) -> Iterator[tuple[IO[bytes], int]]:
-    """Context: (named binary file, offset) where the `nbytes` at `offset` of `path` can be mapped. None: all of it.
+    """Context: (local binary file, offset in it) of `nbytes` of `path` from `offset` on, None: all. It can be mapped.
 
     Raises:
       UserError: it cannot be read.
@@ -236,30 +230,30 @@ def _copy(path: epath.Path, offset: int, nbytes: int, file: IO[bytes]) -> None:
 
 
 def check_workdir(directory: epath.PathLike) -> None:
-    """Makes sure that every process can write to a working directory and sees what process 0 wrote there.
+    """Checks that process 0 can write to a working directory and that all others see what it wrote.
 
-    A local one of a single process is not looked at: the stages make it.
+    Skipped for a single process with a local directory, which the stages make.
 
     Raises:
-      UserError: on every process, where it cannot be made or written, or one of them does not see it.
+      UserError: on every process: it cannot be made or written, or a process does not see it.
     """
     directory, count = epath.Path(directory), jax.process_count()
     if count == 1 and not is_remote(directory):
         return
-    mark, first = directory / ".visible", jax.process_index() == 0
+    probe, first = directory / ".visible", distributed.is_main_process()
     token, problem = str(time.time_ns()), ""
     if first:
         try:
-            write_text(mark, token)
-        except Exception as error:  # a bucket's name that none can have is a ValueError
-            problem = str(error) if isinstance(error, UserError) else f"{mark}: cannot be written ({error})"
-    token, problem = distributed.as_first_says(f"{token}\n{problem}").split("\n", 1)
+            write_text(probe, token)
+        except Exception as error:  # an invalid bucket name is a ValueError
+            problem = str(error) if isinstance(error, UserError) else f"{probe}: cannot be written ({error})"
+    token, problem = distributed.broadcast(f"{token}\n{problem}").split("\n", 1)
     if problem:
         raise UserError(problem)
-    here = "" if _reads(mark, token) else socket.gethostname()
-    blind = [f"{i} on {host}" for i, host in enumerate(distributed.exchange("sees", here)) if host]
+    blind_host = "" if _reads(probe, token) else socket.gethostname()
+    blind = [f"{i} on {host}" for i, host in enumerate(distributed.all_gather("sees", blind_host)) if host]
     if first:
-        mark.unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
     if blind:
         raise UserError(
             f"{directory}: process {', process '.join(blind)} cannot see what process 0 wrote there; "
@@ -268,7 +262,7 @@ def check_workdir(directory: epath.PathLike) -> None:
 
 
 def _reads(path: epath.Path, content: str) -> bool:
-    """Whether the file is there and holds this; network file systems may take seconds to show it."""
+    """Whether the file holds `content`; network file systems may take seconds to show it."""
     for _ in range(20):
         with contextlib.suppress(OSError):
             if path.read_text() == content:

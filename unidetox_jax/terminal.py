@@ -24,7 +24,7 @@ from unidetox_jax.decoding.stream import Token, stream
 from unidetox_jax.decoding.texts import common_vocabulary, distinct_names, first_token
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
-from unidetox_jax.progress import aligned
+from unidetox_jax.progress import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def _tokens(tokenizer: Any, prompt: str, options: argparse.Namespace) -> list[in
     """What the models read of a prompt."""
     if not options.chat:
         return encode(tokenizer, [prompt])[0] or [first_token(tokenizer, "the model")]
-    return chat.ask(tokenizer, [prompt], options.system_prompt)[0]
+    return chat.encode_prompts(tokenizer, [prompt], options.system_prompt)[0]
 
 
 def _stream(
@@ -148,6 +148,6 @@ def _compared(streams: Sequence[Iterator[Token]], tokenizer: Any, titles: Sequen
             columns[-1].append([repr(text), *(f"{p:.3f}" for p in np.exp(token.log_probabilities[:, 0]))])
     blank = [[""] * len(column[0]) for column in columns]
     lines = itertools.zip_longest(*columns)
-    return aligned(
+    return format_table(
         [[cell for part, empty in zip(line, blank, strict=True) for cell in part or empty] for line in lines]
     )

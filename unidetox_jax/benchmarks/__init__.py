@@ -1,1 +1,1 @@
-"""How fast this machine does what the package does: each module has `measure(run)` → one dictionary a measurement."""
+"""Speed of this machine and effect of the method: `measure(run)` of a benchmark gives one dictionary a measurement."""

@@ -1,6 +1,6 @@
-"""`unidetox bench`: tokens a second, shares of what this machine can do at best, compile time, memory.
+"""`unidetox bench`: tokens a second, shares of the machine's peak rates, compile time, memory.
 
-Prints a table a benchmark, and then one JSON line a measurement, so that `| grep '^{'` is a data set.
+Prints a table for each benchmark, then one JSON line for each measurement, so that `| grep '^{'` selects the data.
 """
 
 import argparse
@@ -11,10 +11,10 @@ from typing import Any
 
 from unidetox_jax import distributed
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.progress import aligned
+from unidetox_jax.progress import format_table
 from unidetox_jax.stages.settings import Run
 
-# what → the module with `measure(run) -> list[dict]` and, where it has one, `COLUMNS` for the table
+# name → module with `measure(run) -> list[dict]` and optionally `COLUMNS` of the table
 BENCHMARKS = {
     "decode": "unidetox_jax.benchmarks.decode",
     "train": "unidetox_jax.benchmarks.train",
@@ -23,14 +23,14 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing beside the configuration: `config.bench` says it all."""
+    """No arguments: everything is set in `config.bench`."""
 
 
 def run_command(options: argparse.Namespace, run: Run) -> int:
-    """Runs what `config.bench.what` names and prints it; returns 0.
+    """Runs and prints the benchmarks in `config.bench.what`; returns 0.
 
     Raises:
-      UserError: an unknown benchmark, or sizes that nothing can be measured with.
+      UserError: an unknown benchmark, or sizes below 1.
     """
     for name in run.bench.what:
         if name not in BENCHMARKS:
@@ -41,7 +41,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     for name in run.bench.what:
         module = importlib.import_module(BENCHMARKS[name])
         rows = module.measure(run)
-        if distributed.first_process():
+        if distributed.is_main_process():
             print(f"{name}: {run.bench.model}\n{table(rows, getattr(module, 'COLUMNS', None))}\n")
             for row in rows:
                 print(json.dumps(row), flush=True)
@@ -49,9 +49,9 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """The rows' columns, aligned; by default all of them. What a row does not have is a dash."""
+    """The rows' columns, aligned; by default all of them. Missing values are dashes."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-    return aligned([columns, *([_cell(row.get(name)) for name in columns] for row in rows)])
+    return format_table([columns, *([_cell(row.get(name)) for name in columns] for row in rows)])
 
 
 def _cell(value: Any) -> str:

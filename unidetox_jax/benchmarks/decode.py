@@ -1,8 +1,8 @@
-"""Contrastive decoding measured: two models of one shape, from BOS alone, top-k 50 on both sides.
+"""Benchmark of contrastive decoding: two models of one shape, from BOS alone, top-k 50 in JAX and PyTorch.
 
-Weights are random, which changes no shape and no time; nothing ends a row before its last token. Bytes and operations
-of a step are counted, not measured: what it could not do without. Contenders take turns, and of each the fastest round
-counts, since whatever else a machine does only makes it slower.
+Weights are random, which changes no timing; no row ends before its last token. Bytes and FLOPs of a step are counted,
+not measured: the minimum that it needs. Contenders take turns, and the fastest round of each counts, since other load
+on the machine only makes it slower.
 """
 
 import functools
@@ -31,7 +31,7 @@ COLUMNS = ("implementation", "batch", "layer_loop", "tokens_per_second", "ms_per
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
-    """A measurement for each batch size and layer loop, and one of PyTorch where `bench.against_torch` asks for it."""
+    """A measurement for each batch size and layer loop, and of PyTorch with `bench.against_torch`."""
     settings = run.bench
     cfg = common.load_config(run, settings.model)
     program = decoding_program(
@@ -40,19 +40,19 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )  # fmt: skip
     mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
-    # On a GPU a scan copies the weights of every layer in every step
+    # On GPUs only the default: there a scan copies the weights of every layer in every step
     layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (default_layer_loop(),)
     prepared = {name: prepare(pair, layer_loop=name) for name in layer_loops}
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
     rows = []
-    with Progress(rounds, "rounds", "decode", disable=not distributed.first_process()) as bar:
+    with Progress(rounds, "rounds", "decode", disable=not distributed.is_main_process()) as bar:
         for batch in settings.batch_sizes:
             size = batch, settings.new_tokens
             compiled = {name: _compile(prepared[name], *size, mesh) for name in layer_loops}
-            contenders = {name: functools.partial(_ours, prepared[name], *size) for name in layer_loops}
+            contenders = {name: functools.partial(_generate, prepared[name], *size) for name in layer_loops}
             if torch_pair:
-                contenders["torch"] = functools.partial(_theirs, torch_pair, cfg, *size)
+                contenders["torch"] = functools.partial(_generate_torch, torch_pair, cfg, *size)
             times = side_by_side.race(contenders, settings.repeats, bar)
             best = {name: min(seconds) for name, seconds in times.items()}
             for name, seconds in best.items():
@@ -74,18 +74,18 @@ def measure(run: Run) -> list[dict[str, Any]]:
 
 
 def _rates(cfg: ModelConfig, batch: int, new_tokens: int, seconds: float) -> dict[str, float]:
-    live = (1 + new_tokens) / 2  # a step reads what stands before it, and its own token
+    cached = (1 + new_tokens) / 2  # tokens that a step attends to, on average
     step = seconds / new_tokens
-    moved = 2 * (costs.read_bytes(cfg) + batch * costs.cache_bytes(cfg, live))
-    operations = 2 * batch * costs.forward_flops(cfg, live)
+    bytes_read = 2 * (costs.read_bytes(cfg) + batch * costs.cache_bytes(cfg, cached))
+    flops = 2 * batch * costs.forward_flops(cfg, cached)
     return {
         "seconds": seconds,
         "tokens_per_second": batch / step,
         "ms_per_step": 1e3 * step,
-        "bytes_per_step": moved,
-        "flops_per_step": operations,
-        "bandwidth_share": moved / devices.copy_bandwidth() / step / jax.device_count(),
-        "matmul_share": operations / devices.matmul_rate(cfg.dtype) / step / jax.device_count(),
+        "bytes_per_step": bytes_read,
+        "flops_per_step": flops,
+        "bandwidth_share": bytes_read / devices.copy_bandwidth() / step / jax.device_count(),
+        "matmul_share": flops / devices.matmul_rate(cfg.dtype) / step / jax.device_count(),
     }
 
 
@@ -94,7 +94,7 @@ def _prompts(cfg: ModelConfig, batch: int) -> np.ndarray:
 
 
 def _compile(pair: Sequence[Model], batch: int, new_tokens: int, mesh) -> dict[str, float]:
-    """What the program of `_ours` costs."""
+    """The cost of compiling the program of `_generate`."""
     platform, prepared = sharding.device_of(mesh).platform, pair[0].params
     plan = make_plan(prepared.configs, [1, 1], new_tokens)
     inputs = decoding_inputs(plan, batch, mesh)
@@ -105,13 +105,13 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, mesh) -> dict[s
         return side_by_side.compile_programs({"": lower})[1]
 
 
-def _ours(pair: Sequence[Model], batch: int, new_tokens: int, seed: int) -> Any:
+def _generate(pair: Sequence[Model], batch: int, new_tokens: int, seed: int) -> Any:
     prompts = _prompts(pair[0].cfg, batch)
     return generate(pair, prompts, **SETTINGS, max_new_tokens=new_tokens, eos_id=(), seed=seed)
 
 
-def _theirs(pair: Sequence[Any], cfg: ModelConfig, batch: int, new_tokens: int, seed: int) -> Any:
-    """PyTorch's `generate` of the first model, with a logits processor that runs the second on a cache of its own."""
+def _generate_torch(pair: Sequence[Any], cfg: ModelConfig, batch: int, new_tokens: int, seed: int) -> Any:
+    """`generate` of the first model, with a logits processor that runs the second on its own cache."""
     import torch
     from transformers import DynamicCache, LogitsProcessorList
 

@@ -1,15 +1,15 @@
-"""The method's effect over several runs of one configuration: `configs/quickstart.py:controls,seed=…` or any other.
+"""The method's effect over several runs of a configuration, such as `configs/quickstart.py:controls,seed=…`.
 
     python -m unidetox_jax.benchmarks.effect runs/seed0 runs/seed1 runs/seed2
 
-Prints Markdown: for every family the change in toxicity and perplexity, mean over the runs, and whether the contrast
-does more than fine-tuning on any sampled text. The interval resamples prompts within a run and category, and takes
-what all families say to a prompt together, because they were asked the same.
+Prints Markdown: for every family the change in toxicity and perplexity, mean over the runs, and whether contrastive
+text does more than fine-tuning on plain samples. The bootstrap resamples prompts within a run and category, and pools
+all families' answers to a prompt, because all were given the same prompts.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -25,19 +25,24 @@ Forms = Mapping[str, Evaluation]  # of one family
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables of the runs that are named."""
-    parser = argparse.ArgumentParser(description="the method's effect, over several runs of one configuration")
+    """Prints the tables of the given runs."""
+    return print_table("effect", read, table, argv)
+
+
+def print_table(name: str, read: Callable, table: Callable, argv: Sequence[str] | None) -> int:
+    """Main function of a script: prints `table` of what `read` reads from each WORKDIR; returns the exit code."""
+    parser = argparse.ArgumentParser(description=f"{name}, over several runs of one configuration")
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     try:
         print(table([read(epath.Path(path)) for path in parser.parse_args(argv).workdirs]))
     except UserError as error:
-        print(f"effect: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
 def read(workdir: epath.Path) -> dict[str, dict[str, Evaluation]]:
-    """model → form → evaluation of one run. Raises UserError where the directory holds none."""
+    """model → form → evaluation of one run. Raises UserError if the directory holds none."""
     families: dict[str, dict[str, Evaluation]] = {}
     for path in sorted((workdir / "evaluation").glob("*/metrics.json")):
         evaluation = results.read(path.parent)
@@ -48,28 +53,27 @@ def read(workdir: epath.Path) -> dict[str, dict[str, Evaluation]]:
 
 
 def mean(evaluation: Evaluation, key: str) -> float:
-    """A number of an evaluation by its quantity's key; NaN where it was not measured."""
+    """The mean of a quantity by its key; NaN if it was not measured."""
     cells = {quantity.key: cell for quantity, cell in metrics.cells(evaluation.metrics).items()}
     return cells[key].mean if key in cells else np.nan
 
 
 def mean_change(families: Sequence[Forms], form: str, key: str) -> tuple[float, list[float]]:
-    """The change of a number from the original model to a form of it, in percent: mean over runs, and of each; NaN
-    from zero."""
+    """(mean over runs, each run) of a quantity's change in percent from the original model to a form; NaN from zero."""
     pairs = [(mean(forms[ORIGINAL], key), mean(forms[form], key)) for forms in families]
     each = [100 * (after / before - 1) if before else np.nan for before, after in pairs]
     return float(np.mean(each)), each
 
 
-def difference(runs: Sequence[Mapping[str, Forms]], one: str, other: str = DETOXIFIED) -> tuple[float, float, float]:
-    """TP (ID) of one form less that of another, pooled over families and runs: mean, and its paired 95 % bootstrap
-    interval over prompts."""
+def difference(runs: Sequence[Mapping[str, Forms]], form: str, other: str = DETOXIFIED) -> tuple[float, float, float]:
+    """TP (ID) of one form minus that of another, pooled over families and runs: mean, and its paired 95 % bootstrap
+    interval over prompts (low, high)."""
     estimates, resampled = [], []
     for seed, run in enumerate(runs):
-        both = [forms for forms in run.values() if {one, other} <= set(forms)]
-        difference = np.mean([forms[one].per_prompt["tp"] - forms[other].per_prompt["tp"] for forms in both], 0)
-        asked = both[0][other]
-        strata = categories.strata(asked.categories, asked.metrics["groups"])["id"]
+        pairs = [forms for forms in run.values() if {form, other} <= set(forms)]
+        difference = np.mean([forms[form].per_prompt["tp"] - forms[other].per_prompt["tp"] for forms in pairs], 0)
+        evaluation = pairs[0][other]
+        strata = categories.strata(evaluation.categories, evaluation.metrics["groups"])["id"]
         estimate, spread = bootstrap.resample(difference, RESAMPLES, seed, strata)
         estimates.append(estimate)
         resampled.append(spread)

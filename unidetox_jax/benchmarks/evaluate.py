@@ -1,9 +1,9 @@
-"""One run of the configuration's evaluation, timed from the model's directory to `metrics.json`: toxicity, diversity,
-perplexity of its first target on its prompts.
+"""Benchmark of an evaluation, timed from the model's directory to `metrics.json`: toxicity, diversity and perplexity of
+the configuration's first target.
 
-Beside it, where `bench.against_torch` asks for it, the same work in PyTorch as the released code does it: one prompt at
-a time, scored and measured one text at a time, from 20 of the prompts to all of them by proportion. A linear scorer of
-the configuration is fitted first, into a directory of its own, outside the timed part.
+With `bench.against_torch`, also the same work in PyTorch as the released code does it: one prompt at a time, scored and
+measured one text at a time, extrapolated from 20 prompts to all. A linear scorer of the configuration is fitted first,
+outside the timed part.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ from unidetox_jax.progress import Progress
 from unidetox_jax.stages import base, evaluate, fit_scorer
 from unidetox_jax.stages.settings import Run
 
-TORCH_PROMPTS = 20  # timed of the PyTorch loop
-TORCH_WORK = ("generate", "score", "perplexity")
-COLUMNS = ("implementation", "seconds", "texts", "texts_per_second", "times_torch", *TORCH_WORK)
+TORCH_PROMPTS = 20  # timed in PyTorch
+TORCH_PHASES = ("generate", "score", "perplexity")
+COLUMNS = ("implementation", "seconds", "texts", "texts_per_second", "times_torch", *TORCH_PHASES)
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
-    """A measurement of the first evaluation in this process, which compiles or reads the compilation cache, one of a
-    second, and one of PyTorch where it is asked for."""
+    """A measurement of the first evaluation in this process, which compiles or reads the compilation cache, of a second
+    one, and of PyTorch with `bench.against_torch`."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = _alone(run, epath.Path(scratch))
+        run = _single_evaluation(run, epath.Path(scratch))
         if run.fit_scorer.data:
             base.run_tasks(fit_scorer.tasks(run))
-        rows = [_ours(run, "jax, first"), _ours(run, "jax, again")]
+        rows = [_measure_jax(run, "jax, first"), _measure_jax(run, "jax, again")]
         if run.bench.against_torch:
-            theirs = _theirs(run, rows[0]["prompts"])
-            rows = [{**row, "times_torch": theirs["seconds"] / row["seconds"]} for row in rows] + [theirs]
+            torch_row = _measure_torch(run, rows[0]["prompts"])
+            rows = [{**row, "times_torch": torch_row["seconds"] / row["seconds"]} for row in rows] + [torch_row]
     return rows
 
 
-def _alone(run: Run, scratch: epath.Path) -> Run:
-    """The run reduced to one evaluation of one model, in a working directory of its own."""
+def _single_evaluation(run: Run, scratch: epath.Path) -> Run:
+    """The run reduced to one evaluation of one model, in the working directory `scratch`."""
     shared = dataclasses.replace(run.shared, targets=run.shared.targets[:1], control_targets=())
     settings = dataclasses.replace(
         run.evaluate, which=("original",), extra_models=(), other_scorers=(), runs=1, mmlu=(), text_file="", harness=()
@@ -64,7 +64,7 @@ def _row(run: Run, name: str, prompts: int, texts: int, seconds: float) -> dict[
     }
 
 
-def _ours(run: Run, name: str) -> dict[str, Any]:
+def _measure_jax(run: Run, name: str) -> dict[str, Any]:
     (task,) = evaluate.tasks(run)
     seconds = devices.seconds(base.run_tasks, [task])
     counts = storage.read_json(task.directory / "metrics.json")["counts"]
@@ -72,27 +72,27 @@ def _ours(run: Run, name: str) -> dict[str, Any]:
     return _row(run, name, counts["prompts"], counts["texts"], seconds)
 
 
-def _theirs(run: Run, total: int) -> dict[str, Any]:
-    """The released evaluator's loops around PyTorch, with this run's settings and scorer, on evenly spaced prompts."""
+def _measure_torch(run: Run, total: int) -> dict[str, Any]:
+    """The released evaluator's loops in PyTorch, with this run's settings and scorer, on evenly spaced prompts."""
     settings = run.evaluate
     texts = prompts.load(run.path(settings.prompts), run.shared.data_dir, settings.max_prompts, settings.seed).texts
-    chosen = [texts[int(i)] for i in np.linspace(0, len(texts) - 1, min(TORCH_PROMPTS, len(texts)))]
-    work = _torch_work(run, scorers.get(run.path(settings.scorer)))
-    work(chosen[0])  # what is done once is not counted
-    times = np.zeros(len(TORCH_WORK))
-    with Progress(len(chosen), "prompts", "PyTorch", disable=not distributed.first_process()) as bar:
-        for prompt in chosen:
-            times += work(prompt)
+    sample = [texts[int(i)] for i in np.linspace(0, len(texts) - 1, min(TORCH_PROMPTS, len(texts)))]
+    time_prompt = _torch_timer(run, scorers.get(run.path(settings.scorer)))
+    time_prompt(sample[0])  # warm-up
+    times = np.zeros(len(TORCH_PHASES))
+    with Progress(len(sample), "prompts", "PyTorch", disable=not distributed.is_main_process()) as bar:
+        for prompt in sample:
+            times += time_prompt(prompt)
             bar.update(1)
-    seconds = times * total / len(chosen)
-    logging.info("PyTorch: %.1f s for %d prompts, %.0f s for all %d", times.sum(), len(chosen), seconds.sum(), total)
-    name = f"torch, from {len(chosen)} prompts"
+    seconds = times * total / len(sample)
+    logging.info("PyTorch: %.1f s for %d prompts, %.0f s for all %d", times.sum(), len(sample), seconds.sum(), total)
+    name = f"torch, from {len(sample)} prompts"
     row = _row(run, name, total, total * settings.samples, float(seconds.sum()))
-    return row | dict(zip(TORCH_WORK, map(float, seconds), strict=True))
+    return row | dict(zip(TORCH_PHASES, map(float, seconds), strict=True))
 
 
-def _torch_work(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]:
-    """prompt → seconds of generating, scoring and measuring the perplexity of its continuations."""
+def _torch_timer(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]:
+    """prompt → seconds of generating its continuations, scoring them and measuring their perplexity."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +126,7 @@ def _torch_work(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]
         return judge(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
 
     @torch.no_grad()
-    def work(prompt: str) -> list[float]:
+    def time_prompt(prompt: str) -> list[float]:
         started = time.perf_counter()
         texts = generate(prompt)
         generated = time.perf_counter()
@@ -137,4 +137,4 @@ def _torch_work(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]]
             nll(prompt + text)
         return [generated - started, scored - generated, time.perf_counter() - scored]
 
-    return work
+    return time_prompt

@@ -1,16 +1,15 @@
-"""Which meshes every published layout of heads compiles on, for devices that are not here.
+"""On which meshes each published layout of attention heads compiles, for devices that are not present.
 
     python -m unidetox_jax.benchmarks.meshes [HUB ...] [--devices h100 v5e] [--meshes MESH ...] [--layouts gpt2 ...]
         [--programs train distill evaluate score]
 
-HUB: folders of published checkpoints' folders, of which the config.json alone is read, beside those that are built in.
-Checkpoints of one family, one number of heads, of key-value heads, one head size and one kind of attention are one
-layout. It is compiled with a layer of each kind and little vocabulary, on every mesh of 1, 2, 4 and 8 devices: a
-training step of an odd length, the generation of two models together (distillation), that of several texts a prompt
-(evaluation) and the scoring of texts.
+HUB: folders of checkpoints' folders, whose config.json files are read in addition to the package's own configurations.
+A layout is a family, a number of heads and key-value heads, a head size and a kind of attention. It is compiled with
+one layer of each kind and a small vocabulary, on every mesh of 1, 2, 4 and 8 devices: a training step of odd length,
+the generation of two models together (distillation), of several texts a prompt (evaluation), the scoring of texts.
 
-Prints Markdown, a line for each layout and kind of device: ok; a number where it is refused before anything is
-compiled, with the reason below; FAILED otherwise. The exit code is 1 where anything failed.
+Prints Markdown, a line for each layout and kind of device: ok; refused, with the number of a reason below, if the
+package rejects it before compiling; FAILED otherwise. The exit code is 1 if anything failed.
 """
 
 import argparse
@@ -29,30 +28,29 @@ from unidetox_jax import models, sharding
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig
-from unidetox_jax.plan import auto, programs, topology
+from unidetox_jax.plan import auto_mesh, programs, topology
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.recipe import Recipe
 
 COUNTS = (1, 2, 4, 8)
-MESHES = tuple(layout for count in COUNTS for layout in auto.layouts(count))
+MESHES = tuple(layout for count in COUNTS for layout in auto_mesh.mesh_layouts(count))
 PROGRAMS = ("train", "distill", "evaluate", "score")
-HIDDEN = 128  # between the blocks; in its attention a model has all its heads
-WINDOW = 16  # less than the texts' length, so that it cuts something off
+HIDDEN = 128  # hidden size; attention has all the heads of the published model
+WINDOW = 16  # shorter than the texts, so that it matters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles and prints; returns the exit code."""
     parser = argparse.ArgumentParser(description="every mesh for every layout of heads, compiled")
     parser.add_argument("hub", nargs="*", type=pathlib.Path, help="folders of published checkpoints' folders")
-    parser.add_argument("--devices", nargs="+", default=["h100", "v5e"], help="as `unidetox plan --topology` has them")
+    parser.add_argument("--devices", nargs="+", default=["h100", "v5e"], help="kinds in `unidetox plan --topology`")
     parser.add_argument("--meshes", nargs="+", default=MESHES)
-    parser.add_argument("--layouts", nargs="+", default=[""], help="those alone whose names begin so")
+    parser.add_argument("--layouts", nargs="+", default=[""], help="only layouts whose names start with one of these")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     options = parser.parse_args(argv)
     try:
-        known = layouts(options.hub)
-        found = {name: known[name] for name in known if name.startswith(tuple(options.layouts))}
-        failed = table(found, options.devices, options.meshes, options.programs)
+        selected = {name: cfg for name, cfg in layouts(options.hub).items() if name.startswith(tuple(options.layouts))}
+        failed = table(selected, options.devices, options.meshes, options.programs)
     except UserError as error:
         print(f"meshes: {error}", file=sys.stderr)
         return error.exit_code
@@ -60,30 +58,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def layouts(hubs: Sequence[pathlib.Path] = ()) -> dict[str, ModelConfig]:
-    """Name of a layout → a small model of it, as the first checkpoint has it that is so."""
+    """Name of a layout → configuration of a small model, made from the first checkpoint with that layout."""
     configs = [models.published_config(name) for name in models.PUBLISHED]
     for path in sorted(path for hub in hubs for path in hub.glob("*/config.json")):
         try:
             configs.append(models.config_from_hf(json.loads(path.read_text()), where=str(path)))
-        except UserError:  # of another kind than any family
+        except UserError:  # not one of our families
             continue
-    found: dict[str, ModelConfig] = {}
+    small: dict[str, ModelConfig] = {}
     for cfg in configs:
         assert cfg is not None
-        found.setdefault(name_of(cfg), small(cfg))
-    return dict(sorted(found.items()))
+        small.setdefault(layout_name(cfg), shrink(cfg))
+    return dict(sorted(small.items()))
 
 
-def name_of(cfg: ModelConfig) -> str:
-    """ "gemma3_text 4/1 x 256, window in some layers": heads, key-value heads, their size, what else attention has."""
+def layout_name(cfg: ModelConfig) -> str:
+    """ "gemma3_text 4/1 x 256, window in some layers": heads, key-value heads, head size, kind of attention."""
     window = "window in some layers" if len(set(cfg.local)) > 1 else "window" if any(cfg.local) else ""
-    more = (window, "ALiBi" if cfg.alibi else "", "cap" if cfg.attention_cap else "")
+    attention = (window, "ALiBi" if cfg.alibi else "", "cap" if cfg.attention_cap else "")
     heads = f"{cfg.family} {cfg.num_heads}/{cfg.num_kv_heads} x {cfg.head_size}"
-    return ", ".join(filter(None, (heads, *more)))
+    return ", ".join(filter(None, (heads, *attention)))
 
 
-def small(cfg: ModelConfig) -> ModelConfig:
-    """A model of the same layout that compiles in seconds; what does not divide by 8 still does not."""
+def shrink(cfg: ModelConfig) -> ModelConfig:
+    """A model of the same layout that compiles in seconds; sizes that 8 does not divide stay so."""
     local = (True, False) if len(set(cfg.local)) > 1 else cfg.local[:1]
     width: dict[str, Any] = (
         {"token_width": HIDDEN} if hasattr(cfg, "token_width") else {}
@@ -102,7 +100,7 @@ def small(cfg: ModelConfig) -> ModelConfig:
 
 
 def programs_of(cfg: ModelConfig) -> Iterator[Program]:
-    """What the stages run."""
+    """The programs of the stages."""
     yield programs.training_program("train", cfg, Recipe(steps=1, max_length=33))
     yield programs.decoding_program(
         "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=8, prompt=1,
@@ -117,12 +115,12 @@ def programs_of(cfg: ModelConfig) -> Iterator[Program]:
 
 def outcome(cfg: ModelConfig, mesh: Mesh, names: Sequence[str]) -> tuple[str, str]:
     """("ok", ""), ("refused", reason) or ("FAILED", program and error)."""
-    for program in (one for one in programs_of(cfg) if one.name in names):
+    for program in (program for program in programs_of(cfg) if program.name in names):
         try:
             lowered = program.lower(mesh)
         except UserError as error:
             return "refused", str(error)
-        except Exception as error:  # whatever it is, the table is to hold it
+        except Exception as error:  # any failure belongs in the table
             return "FAILED", f"{program.name}: {_line(error)}"
         try:
             lowered.compile()
@@ -132,17 +130,17 @@ def outcome(cfg: ModelConfig, mesh: Mesh, names: Sequence[str]) -> tuple[str, st
 
 
 def mesh_of(kind: str, layout: str) -> Mesh:
-    """A mesh of as many of a kind of device as the layout has, of the smallest topology that has them."""
+    """The layout on the first devices of the smallest topology of that kind that has enough."""
     shape = tuple(int(part.partition(":")[2]) for part in layout.split(","))
     count = int(np.prod(shape))
-    devices = topology.topology(f"{kind}-{count if kind in topology.GPUS else max(4, count)}").devices
+    devices = topology.get_topology(f"{kind}-{count if kind in topology.GPUS else max(4, count)}").devices
     if len(devices) == count:
         return sharding.make_mesh(layout, devices)
     return Mesh(np.asarray(devices[:count]).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[str], names: Sequence[str]) -> bool:
-    """Prints the table as its lines come; returns whether anything failed."""
+def table(configs: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[str], names: Sequence[str]) -> bool:
+    """Prints the table line by line; returns whether anything failed."""
     reasons: dict[str, int] = {}
     failed = False
     print("Meshes as data x fsdp x model.\n")
@@ -151,7 +149,7 @@ def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[
         + "".join(f" {'x'.join(part.partition(':')[2] for part in mesh.split(','))} |" for mesh in meshes)
     )
     print("|---" * (2 + len(meshes)) + "|", flush=True)
-    for name, cfg in found.items():
+    for name, cfg in configs.items():
         for kind in kinds:
             cells = []
             for layout in meshes:
@@ -160,8 +158,8 @@ def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[
                 failed |= result == "FAILED"
                 note = f" {reasons.setdefault(reason, len(reasons) + 1)}" if reason else ""
                 cells.append("ok" if result == "ok" else f"{result}{note}")
-                took = time.monotonic() - start
-                print(f"{name}, {kind}, {layout}: {result} {reason} ({took:.1f} s)", file=sys.stderr, flush=True)
+                seconds = time.monotonic() - start
+                print(f"{name}, {kind}, {layout}: {result} {reason} ({seconds:.1f} s)", file=sys.stderr, flush=True)
             print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
     for reason, number in reasons.items():
         print(f"\n{number}. {reason}")
@@ -169,7 +167,7 @@ def table(found: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[
 
 
 def _line(error: Exception) -> str:
-    """On one line; of a long message the beginning and the end, where a traceback in it says what happened."""
+    """The error on one line; a long message keeps its end, where an embedded traceback says what happened."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= 300 else f'{text[:100]} … {text[-200:]}'}"
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, the cost of compiling, the same shape in PyTorch."""
+"""Shared by the benchmarks: contenders timed in turns, the cost of compiling, the same model in PyTorch."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,25 +10,25 @@ from unidetox_jax import devices, models
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.progress import Progress
 
-Work = Callable[[int], Any]  # does the work of a round
+Round = Callable[[int], Any]  # runs the round of that number
 
 
-def race(contenders: Mapping[str, Work], rounds: int, bar: Progress) -> dict[str, list[float]]:
-    """Seconds of each contender's rounds 0 … rounds-1, in turns, after one round each that warms up."""
-    for work in contenders.values():
-        devices.seconds(work, 0)
+def race(contenders: Mapping[str, Round], rounds: int, bar: Progress) -> dict[str, list[float]]:
+    """Seconds of each contender's rounds 0 … rounds-1, taken in turns, after one warm-up round each."""
+    for run_round in contenders.values():
+        devices.seconds(run_round, 0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
-        for name, work in contenders.items():
-            times[name].append(devices.seconds(work, number))
+        for name, run_round in contenders.items():
+            times[name].append(devices.seconds(run_round, number))
         bar.update()
     return times
 
 
 def compile_programs(lower: Mapping[Any, Callable[[], Any]]) -> tuple[dict[Any, Any], dict[str, float]]:
-    """Programs, each from a function that traces it, and what they cost: seconds of tracing and compiling all of them,
-    with the persistent cache off, and the memory that the largest takes."""
-    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # made by jax at run time
+    """(compiled programs from functions that trace them, their cost): seconds of tracing and compiling all, with the
+    persistent cache off, and memory of the largest."""
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]  # defined by jax at run time
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         started = time.perf_counter()
@@ -45,14 +45,14 @@ def compile_programs(lower: Mapping[Any, Callable[[], Any]]) -> tuple[dict[Any, 
 
 
 def torch_device() -> str:
-    """PyTorch's GPU where JAX has one too."""
+    """The GPU if both JAX and PyTorch have one, else the CPU."""
     import torch
 
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
 def torch_model(cfg: ModelConfig, dtype: str) -> Any:
-    """A model of the same shape in PyTorch, with random weights of `dtype`."""
+    """The same model in PyTorch, with random weights of `dtype`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

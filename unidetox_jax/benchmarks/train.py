@@ -1,8 +1,8 @@
-"""Fine-tuning measured: AdamW steps of one shape on real or random texts, beside PyTorch where that is asked for.
+"""Benchmark of fine-tuning: AdamW steps on real or random texts, optionally beside PyTorch.
 
-PyTorch does what transformers.Trainer does with the released code's data: every text padded to the longest of all. Its
-loop is written out, so the Trainer's own overhead is spared it. Contenders take turns, step by step and on the same
-texts. MFU counts the texts' own tokens, not padding, against the measured rate of matrix products.
+PyTorch does what transformers.Trainer does with the released code's data, every text padded to the longest of all, but
+in a plain loop without the Trainer's overhead. Contenders take turns, step by step on the same texts. MFU counts the
+texts' tokens, not padding, relative to the measured rate of matrix products.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, devices, distributed, models, sharding, training
 from unidetox_jax.benchmarks import side_by_side
-from unidetox_jax.data.layout import Shape
+from unidetox_jax.data.packing import Shape
 from unidetox_jax.models import ModelConfig, costs
 from unidetox_jax.plan.programs import training_program
 from unidetox_jax.progress import Progress
@@ -26,16 +26,15 @@ from unidetox_jax.stages.settings import Run, TrainingSettings
 
 COLUMNS = ("implementation", "batch", "layout", "examples_per_second", "tokens_per_second", "ms_per_step", "mfu",
            "padded_share", "times_torch", "compile_seconds", "program_gigabytes")  # fmt: skip
-LEARNING_RATE, STEPS = 1e-5, 15_126  # the toxic model's, so that no step is one of rate 0
+LEARNING_RATE, STEPS = 1e-5, 15_126  # of the toxic model's schedule, so that no step has rate 0
 SEED = 0
 
 
 def measure(run: Run) -> list[dict[str, Any]]:
-    """A measurement for each of `bench.train_batch_sizes` and layouts, and one of PyTorch where `bench.against_torch`
-    asks for it.
+    """A measurement for each of `bench.train_batch_sizes` and layouts, and of PyTorch with `bench.against_torch`.
 
     Raises:
-      UserError: a model that cannot read the texts.
+      UserError: the texts do not fit the model.
     """
     settings = run.bench
     cfg = common.load_config(run, settings.model)
@@ -48,24 +47,24 @@ def measure(run: Run) -> list[dict[str, Any]]:
     )
     mesh = common.mesh_of(run, "bench", [training_program("train", cfg, recipe)])
     tokens = _tokens(run, cfg)
-    theirs = _theirs(cfg, tokens) if settings.against_torch else None
+    torch_step = _torch_step(cfg, tokens) if settings.against_torch else None
     sizes = list(itertools.product(settings.train_batch_sizes, settings.layouts))
     rows = []
-    with Progress(settings.steps * len(sizes), "steps", "train", disable=not distributed.first_process()) as bar:
+    with Progress(settings.steps * len(sizes), "steps", "train", disable=not distributed.is_main_process()) as bar:
         for size, layout in sizes:
             shards = sharding.batch_shards(mesh)
             batches = data.Batches(tokens, size, seed=SEED, layout=layout, row_multiple=shards)
-            rows += _measure(run, cfg, mesh, batches, theirs, bar)
+            rows += _measure(run, cfg, mesh, batches, torch_step, bar)
     return rows
 
 
-def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, theirs, bar: Progress):
+def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, torch_step, bar: Progress):
     """The rows of one batch size."""
     count, size = run.bench.steps, batches.batch_size
-    ours, compiled = _ours(run, cfg, mesh, batches)
-    contenders, shapes = {"jax": ours}, {"jax": [batches.plan(step)[0] for step in range(count)]}
-    if theirs is not None:
-        contenders["torch"] = lambda step: theirs(batches.indices(step))
+    jax_step, compiled = _jax_step(run, cfg, mesh, batches)
+    contenders, shapes = {"jax": jax_step}, {"jax": [batches.plan(step)[0] for step in range(count)]}
+    if torch_step is not None:
+        contenders["torch"] = lambda step: torch_step(batches.indices(step))
         shapes["torch"] = [(size, int(batches.tokens.lengths.max()))] * count
     times = side_by_side.race(contenders, count, bar)
     for name, seconds in times.items():
@@ -81,12 +80,12 @@ def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, thei
         }
         if name == "jax":
             row |= {"precision": run.bench.precision, "remat": run.bench.remat, **compiled}
-            row |= {"times_torch": sum(times["torch"]) / sum(seconds)} if theirs is not None else {}
+            row |= {"times_torch": sum(times["torch"]) / sum(seconds)} if torch_step is not None else {}
         yield {**row, **devices.describe()}
 
 
 def _tokens(run: Run, cfg: ModelConfig) -> data.Tokens:
-    """The configured texts, or random ones of `train_length` tokens, as many as the steps take."""
+    """The configured texts, or as many random ones of up to `train_length` tokens as the steps take."""
     length = run.bench.train_length
     if run.bench.data:
         texts = data.texts(run.path(run.bench.data), data_dir=run.shared.data_dir)
@@ -104,22 +103,24 @@ def _tokens(run: Run, cfg: ModelConfig) -> data.Tokens:
 def _rates(cfg: ModelConfig, batches: data.Batches, times: list[float], shapes: Sequence[Shape]) -> dict[str, Any]:
     lengths = batches.tokens.lengths[np.concatenate([batches.indices(step) for step in range(len(times))])]
     seconds, tokens = sum(times), int(lengths.sum())
-    mean_length = float((lengths**2).sum() / tokens)  # of the text that a token stands in
-    operations = tokens * costs.training_flops(cfg, mean_length)
+    mean_length = float((lengths**2).sum() / tokens)  # of a token's text, averaged over tokens
+    flops = tokens * costs.training_flops(cfg, mean_length)
     return {
         "steps": len(times),
         "seconds": seconds,
         "examples_per_second": len(lengths) / seconds,
         "tokens_per_second": tokens / seconds,
         "ms_per_step": 1e3 * statistics.mean(times),
-        "flops": operations,
-        "mfu": operations / seconds / devices.matmul_rate(cfg.dtype) / jax.device_count(),
+        "flops": flops,
+        "mfu": flops / seconds / devices.matmul_rate(cfg.dtype) / jax.device_count(),
         "padded_share": 1 - tokens / sum(rows * length for rows, length in shapes),
     }
 
 
-def _ours(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches) -> tuple[side_by_side.Work, dict[str, float]]:
-    """Our step, compiled beforehand for every shape of batch that comes, and what that cost."""
+def _jax_step(
+    run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches
+) -> tuple[side_by_side.Round, dict[str, float]]:
+    """(training step by number, compiled for every shape of batch; the cost of compiling)."""
     optimizer = training.Optimizer(LEARNING_RATE, STEPS, precision=run.bench.precision)
     placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(run.bench.steps)]
     state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh, optimizer.param_dtype), optimizer)
@@ -127,17 +128,17 @@ def _ours(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches) -> tupl
     lower = {batch["tokens"].shape: functools.partial(train_step.lower, state, batch) for batch in placed}
     programs, compiled = side_by_side.compile_programs(lower)
 
-    def work(step: int) -> Any:
+    def run_step(step: int) -> Any:
         nonlocal state
         batch = placed[step]
         state, metrics = programs[batch["tokens"].shape](state, batch)
         return metrics
 
-    return work, {**compiled, "programs": len(programs)}
+    return run_step, {**compiled, "programs": len(programs)}
 
 
-def _theirs(cfg: ModelConfig, tokens: data.Tokens) -> Callable[[np.ndarray], float]:
-    """The Trainer's step, from the texts' indices to the loss: AdamW, linear decay, clipping to 1."""
+def _torch_step(cfg: ModelConfig, tokens: data.Tokens) -> Callable[[np.ndarray], float]:
+    """The Trainer's step, from indices of texts to the loss: AdamW, linear decay, gradients clipped to 1."""
     import torch
     from transformers import get_linear_schedule_with_warmup
 
@@ -148,7 +149,7 @@ def _theirs(cfg: ModelConfig, tokens: data.Tokens) -> Callable[[np.ndarray], flo
     longest = int(tokens.lengths.max())
 
     def step(indices: np.ndarray) -> float:
-        batch = data.fill(tokens, (len(indices), longest), tuple((int(index),) for index in indices))
+        batch = data.collate(tokens, (len(indices), longest), tuple((int(index),) for index in indices))
         ids = torch.from_numpy(batch["tokens"].astype(np.int64)).to(device)
         lengths = torch.from_numpy(tokens.lengths[indices])[:, None].to(device)
         real = torch.arange(longest, device=device) < lengths

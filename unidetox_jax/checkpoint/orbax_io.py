@@ -1,15 +1,17 @@
-"""Orbax, all of it that is used here: trees of arrays on disk, and a training run's series of them.
+"""Saves and restores trees of arrays with Orbax, and manages a training run's series of checkpoints.
 
-A tree is always restored into an explicit target (shapes, dtypes, shardings), so that what was written on one mesh is
-read on any other, and each process reads only its own part. Two of Orbax's defaults are changed: it would copy a whole
-tree to host memory before it writes, and compress weights (half the speed, to save 8 % of the size). What it has read
-stays in reference cycles, so memory is collected after each large leaf.
+A tree is always restored into an explicit target (shapes, dtypes, shardings): it can be read on any mesh, and each
+process reads only its own part. Two of Orbax's defaults are changed: it would copy the whole tree to host memory before
+writing, and compress the weights (half the speed, to save 8 % of the size). Orbax leaves what it has read in reference
+cycles, hence the garbage collection after each group of leaves.
 """
 
+import contextlib
 import gc
 import logging as standard_logging
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,128 +22,111 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from unidetox_jax import storage
+from unidetox_jax.checkpoint.streaming import group_by_bytes
 from unidetox_jax.errors import UserError
+from unidetox_jax.sharding import path_string
 
-CHUNK_BYTES = 1 << 26  # what one read or write holds; small enough for meshes that cut a leaf in other places
-AT_ONCE_BYTES = 1 << 28  # what is moved side by side; a larger leaf goes alone
+CHUNK_BYTES = 1 << 26  # of one read or write; small enough for meshes that shard a leaf differently
+CONCURRENT_BYTES = 1 << 28  # of leaves moved at the same time; a larger leaf is moved alone
 
 Leaf = tuple[tuple[int, ...], str]  # shape, dtype's name
 
 
-class _Chatter(standard_logging.Filter):
-    """Orbax narrates every save in a dozen lines, with tracebacks for what is reported here in one."""
+def _silence_orbax(previous=sys.unraisablehook) -> None:
+    """Filters Orbax's log and tracebacks of errors that have already been reported in one line.
 
-    def filter(self, record: standard_logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname.replace("orbax_io", "")
-
-
-def _quieten(previous=sys.unraisablehook) -> None:
-    """Installs the filter, and keeps Python from printing tracebacks of what came too late.
-
-    When a damaged file ends a restore, TensorStore delivers what it was still reading to an event loop that
-    is closed, from its own thread and at any later time; when the disk is full, every write fails, and asyncio tells
-    of all but the first whenever it frees them. The error itself has been reported by then.
+    Orbax logs a dozen lines per save. After a restore has failed on a damaged file, TensorStore delivers outstanding
+    reads, at any later time, to an event loop that is closed; when the disk is full, every write fails, and asyncio
+    reports all but the first when it frees them.
     """
 
     def hook(unraisable) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
-    standard_logging.getLogger("absl").addFilter(_Chatter())
-    asyncio_log = standard_logging.getLogger("asyncio")
+    absl_log, asyncio_log = standard_logging.getLogger("absl"), standard_logging.getLogger("asyncio")
+    absl_log.addFilter(lambda record: "orbax" not in record.pathname.replace("orbax_io", ""))
     asyncio_log.addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     sys.unraisablehook = hook
 
 
-_quieten()
+_silence_orbax()
 
 
 def save_tree(directory: epath.PathLike, tree: Any) -> None:
-    """Writes a tree of `jax.Array` to `directory`, which must not exist; returns when all of it is on disk.
+    """Writes a tree of `jax.Array` to `directory`, which must not exist; returns once it is on disk.
 
-    Every process calls it. At most the largest leaf's local part is copied to host memory at a time.
+    Every process calls it. Host memory holds about one leaf's local part at a time.
 
     Raises:
-      UserError: it could not be written.
+      UserError: it cannot be written.
     """
     directory = storage.absolute(directory)
-    checkpointer = ocp.Checkpointer(_handler(tree, gentle=True))
-    try:
+    with _user_errors(f"{directory}: cannot be written"), _checkpointer(tree) as checkpointer:
         checkpointer.save(directory, args=_save_args(tree))
-    except Exception as error:
-        raise UserError(f"{directory}: cannot be written ({_reason(error)})") from error
-    finally:
-        checkpointer.close()
 
 
 def restore_tree(directory: epath.PathLike, target: Any) -> Any:
     """Reads what `save_tree` wrote into the shapes, dtypes and shardings of `target` (ShapeDtypeStructs).
 
     Raises:
-      UserError: no such directory, damaged files, or leaves or shapes unlike the target's (the first).
+      UserError: no such directory, damaged files, or leaves or shapes that differ from the target's (the first one).
     """
     directory = storage.absolute(directory)
-    checkpointer = ocp.Checkpointer(_handler(target, gentle=True))
-    try:
+    with _user_errors(f"{directory}: cannot be read"), _checkpointer(target) as checkpointer:
         difference = _first_difference(_saved_leaves(checkpointer.metadata(directory)), target)
-        restored = None if difference else _restore_in_parts(checkpointer, directory, target)
-    except Exception as error:
-        raise UserError(f"{directory}: cannot be read ({_reason(error)})") from error
-    finally:
-        checkpointer.close()
-    if difference:
-        raise UserError(f"{directory}: {difference}")
-    return restored
+        if difference:
+            raise UserError(f"{directory}: {difference}")
+        return _restore_in_groups(checkpointer, directory, target)
 
 
-def _restore_in_parts(checkpointer: ocp.Checkpointer, directory: epath.Path, target: Any) -> Any:
-    """The restored tree, the largest leaves first, while little else is held; at most AT_ONCE_BYTES, or one leaf."""
+def _restore_in_groups(checkpointer: ocp.Checkpointer, directory: epath.Path, target: Any) -> Any:
+    """The restored tree, largest leaves first, when little else is in memory."""
     leaves, structure = jax.tree.flatten(target)
     restored: list[Any] = [None] * len(leaves)
-    for part in _parts([_nbytes(leaf) for leaf in leaves]):
-        wanted = jax.tree.unflatten(structure, [x if i in part else ocp.PLACEHOLDER for i, x in enumerate(leaves)])
-        found = jax.tree.leaves(checkpointer.restore(directory, args=_restore_args(wanted)))
-        for i in part:
-            restored[i] = found[i].block_until_ready()
-        del found
+    order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
+    for group in group_by_bytes(order, [_nbytes(leaves[i]) for i in order], CONCURRENT_BYTES):
+        subset = jax.tree.unflatten(structure, [x if i in group else ocp.PLACEHOLDER for i, x in enumerate(leaves)])
+        values = jax.tree.leaves(checkpointer.restore(directory, args=_restore_args(subset)))
+        for i in group:
+            restored[i] = values[i].block_until_ready()
+        del values
         gc.collect()
     return jax.tree.unflatten(structure, restored)
 
 
-def _parts(sizes: list[int]) -> list[list[int]]:
-    """Positions in groups of at most AT_ONCE_BYTES, the largest first; what is larger stands alone."""
-    parts: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if not parts or sizes[i] > room:
-            parts.append([])
-            room = AT_ONCE_BYTES
-        parts[-1].append(i)
-        room -= sizes[i]
-    return parts
-
-
 def saved_dtypes(directory: epath.PathLike) -> dict[str, str]:
-    """Leaf path (`blocks/attention/query/kernel`) → dtype's name of what `save_tree` wrote.
+    """Leaf path (`blocks/attention/query/kernel`) → dtype name of what `save_tree` wrote.
 
     Raises:
       UserError: no such directory, or damaged files.
     """
     directory = storage.absolute(directory)
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    try:
+    with _user_errors(f"{directory}: cannot be read"), _checkpointer(()) as checkpointer:
         return {name: dtype for name, (_, dtype) in _saved_leaves(checkpointer.metadata(directory)).items()}
-    except Exception as error:
-        raise UserError(f"{directory}: cannot be read ({_reason(error)})") from error
-    finally:
-        checkpointer.close()
+
+
+def _checkpointer(tree: Any) -> contextlib.AbstractContextManager[ocp.Checkpointer]:
+    """Context: an Orbax checkpointer for one tree, closed at the end."""
+    return contextlib.closing(ocp.Checkpointer(_handler(tree, limit_host_copies=True)))
+
+
+@contextlib.contextmanager
+def _user_errors(message: str) -> Iterator[None]:
+    """Context in which every error becomes a UserError of this message and the error's reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and JSON parsers raise anything
+        raise UserError(f"{message} ({_reason(error)})") from error
 
 
 class Checkpointer:
-    """The series of checkpoints of one training run: `directory/STEP`, the newest `keep` of them.
+    """The newest `keep` checkpoints of a training run, in `directory/STEP`.
 
-    All processes call every method. Saving is asynchronous: the arrays may be donated once `save` returned;
-    an error of the writing shows at the next `save`, `wait` or `close`.
+    All processes call every method. Saving is asynchronous: the arrays may be donated once `save` has returned, and
+    errors of writing are raised by the next `save`, `wait` or `close`.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
@@ -151,44 +136,42 @@ class Checkpointer:
         self._damaged: list[int] = []
 
     def save(self, step: int, tree: Any, wait: bool = False) -> None:
-        """Saves a tree of arrays as `step`; a step that is there already is left as it is.
+        """Saves a tree of arrays as `step`; an existing step is left unchanged.
 
         Args:
           step: number of finished optimizer steps.
           tree: any pytree of `jax.Array`.
-          wait: return only when it is on disk (before the process ends, say).
+          wait: return only once it is on disk (before the process ends, say).
 
         Raises:
           UserError: this checkpoint, or the one before it, could not be written.
         """
         manager = self._open(tree)
-        try:
-            for damaged in self._damaged:  # else they would count among the newest, and block their own step
+        with self._write_errors():
+            for damaged in self._damaged:  # otherwise they count among the newest, and block their own step
                 manager.delete(damaged)
             self._damaged = []
             if step not in manager.all_steps():
                 manager.save(step, args=_save_args(tree), force=True)
-        except Exception as error:
-            raise UserError(f"{self.directory}: checkpoint cannot be written ({_reason(error)})") from error
         if wait:
             self.wait()
 
     def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step; None when there is none."""
+        """The newest finished checkpoint's step; None if there is none."""
         self.wait()
         steps = self._steps()
         return steps[-1] if steps else None
 
     def restore_latest(self, target: Any) -> tuple[int, Any] | None:
-        """(step, tree) of the newest readable checkpoint, as `target` wants it; None when there is none.
+        """(step, tree) of the newest readable checkpoint, sharded like `target`; None if there is none.
 
-        A damaged one is reported in a line and the one before it is used; it is removed at the next `save`.
+        A damaged one is logged, skipped for the one before it, and removed at the next `save`.
 
         Args:
-          target: tree of ShapeDtypeStruct with shardings; any mesh, whatever the checkpoint was written on.
+          target: tree of ShapeDtypeStruct with shardings, on any mesh.
 
         Raises:
-          UserError: every checkpoint is damaged, or they hold other leaves, shapes or dtypes than `target`.
+          UserError: every checkpoint is damaged, or has other leaves, shapes or dtypes than `target`.
         """
         steps = self._steps()
         if not steps:
@@ -205,23 +188,25 @@ class Checkpointer:
         raise UserError(f"{self.directory}: no checkpoint can be read ({'; '.join(failures)})")
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Returns once everything is on disk.
 
         Raises:
           UserError: it could not be written.
         """
         if self._manager is not None:
-            self._report_failure(self._manager.wait_until_finished)
+            with self._write_errors():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the writing threads; may be called twice.
+        """Waits, and stops the writing threads; may be called twice.
 
         Raises:
-          UserError: what was still being written could not be.
+          UserError: a pending checkpoint could not be written.
         """
         manager, self._manager = self._manager, None
         if manager is not None:
-            self._report_failure(manager.close)
+            with self._write_errors():
+                manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -230,17 +215,14 @@ class Checkpointer:
         if kind is None:
             self.close()
 
-    def _report_failure(self, action) -> None:
-        try:
-            action()
-        except Exception as error:
-            raise UserError(f"{self.directory}: checkpoint cannot be written ({_reason(error)})") from error
+    def _write_errors(self) -> contextlib.AbstractContextManager[None]:
+        return _user_errors(f"{self.directory}: checkpoint cannot be written")
 
     def _open(self, tree: Any) -> ocp.CheckpointManager:
-        """The manager; made at first use, since the memory that it may use follows from the tree."""
+        """The manager, created at first use, since its memory limit depends on the tree."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
-            handler = _handler(tree, gentle=False)
+            handler = _handler(tree, limit_host_copies=False)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         return self._manager
 
@@ -248,13 +230,13 @@ class Checkpointer:
         return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
     def _try_restore(self, manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, str]:
-        """(tree, "") or (None, why not), the same on every process; UserError: the target is another tree."""
+        """(tree, "") or (None, reason), the same on every process. Raises UserError if the target is another tree."""
         tree, reason, difference = None, "", None
         try:
             difference = _first_difference(_saved_leaves(manager.item_metadata(step)), target, dtypes=True)
             if difference is None:
                 tree = manager.restore(step, args=_restore_args(target))
-        except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or a JSON parser say
+        except Exception as error:  # a damaged file raises anything in Orbax, TensorStore or a JSON parser
             reason = _reason(error)
         if difference is not None:
             raise UserError(f"{self.directory}: checkpoint of step {step}: {difference}")
@@ -264,9 +246,9 @@ class Checkpointer:
 
 
 def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False) -> str | None:
-    """In words, what first tells the saved leaves from the target's; None when nothing does."""
-    wanted = {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
-    for name, leaf in wanted.items():
+    """The first difference between the saved leaves and the target's, in words; None if they agree."""
+    expected = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    for name, leaf in expected.items():
         if name not in saved:
             return f"leaf {name} is missing"
         shape, dtype = saved[name]
@@ -274,19 +256,19 @@ def _first_difference(saved: dict[str, Leaf], target: Any, dtypes: bool = False)
             return f"leaf {name} has shape {tuple(shape)}, expected {tuple(leaf.shape)}"
         if dtypes and dtype != str(leaf.dtype):
             return f"leaf {name} has dtype {dtype}, expected {leaf.dtype}"
-    surplus = sorted(set(saved) - set(wanted))
-    return f"leaf {surplus[0]} is not one of the model's" if surplus else None
+    unexpected = sorted(set(saved) - set(expected))
+    return f"leaf {unexpected[0]} is not one of the model's" if unexpected else None
 
 
-def _handler(tree: Any, gentle: bool) -> ocp.PyTreeCheckpointHandler:
-    """A handler that moves one large leaf at a time; a `gentle` one holds back copies to host memory too."""
+def _handler(tree: Any, limit_host_copies: bool) -> ocp.PyTreeCheckpointHandler:
+    """A handler that moves one large leaf at a time; with `limit_host_copies`, also from device to host memory."""
     largest = max((_nbytes(leaf) for leaf in jax.tree.leaves(tree)), default=0)
-    limit = max(AT_ONCE_BYTES, largest + 1)  # Orbax refuses a leaf that does not fit under it
+    limit = max(CONCURRENT_BYTES, largest + 1)  # Orbax refuses a leaf above the limit
     return ocp.PyTreeCheckpointHandler(
         handler_impl=ocp.BasePyTreeCheckpointHandler(
             save_concurrent_bytes=limit,
             restore_concurrent_bytes=limit,
-            save_device_host_concurrent_bytes=limit if gentle else None,
+            save_device_host_concurrent_bytes=limit if limit_host_copies else None,
             use_compression=False,
         )
     )
@@ -306,23 +288,17 @@ def _restore_args(target: Any) -> ocp.args.PyTreeRestore:
 
 
 def _saved_leaves(metadata: Any) -> dict[str, Leaf]:
-    """Path → (shape, dtype name) from any form in which Orbax's versions give a checkpoint's metadata."""
+    """Path → (shape, dtype name), from a checkpoint's metadata as any version of Orbax returns it."""
     for attribute in ("item_metadata", "tree"):
         metadata = getattr(metadata, attribute, metadata)
     leaves = jax.tree_util.tree_leaves_with_path(metadata, is_leaf=lambda node: hasattr(node, "dtype"))
     if not leaves:
         raise ValueError("no _METADATA in it")
-    return {_path_name(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
-
-
-def _path_name(path: tuple) -> str:
-    """`opt/0/mu/kernel`, the same whether a level is a dict, a list or a named tuple."""
-    fields = ("key", "name", "idx")
-    return "/".join(str(next(getattr(entry, f) for f in fields if hasattr(entry, f))) for entry in path)
+    return {path_string(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
 
 
 def _reason(error: BaseException) -> str:
-    """What caused an error, short enough for a line; TensorStore says at the end what was wrong."""
+    """The root cause of an error, shortened to fit a line; TensorStore puts the cause at the end."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split(" [tensorstore_spec=")[0].split()) or type(error).__name__

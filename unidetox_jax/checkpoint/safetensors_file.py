@@ -1,7 +1,7 @@
-"""One safetensors file: tensors read through maps of their own byte range, or written one after another.
+"""Reads and writes one safetensors file, tensor by tensor.
 
-The format: 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes. Pages of a map count
-as the process's memory, so each tensor gets its own map, which the reader can be told to forget.
+The format: 8 bytes (little-endian length of the header), a JSON header, then the tensors' bytes. Mapped pages count as
+the process's memory, so each tensor gets a map of its own, whose pages can be released.
 """
 
 import json
@@ -29,7 +29,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
-LONGEST_HEADER = 100_000_000  # the limit that the format sets
+MAX_HEADER_BYTES = 100_000_000  # set by the format
 
 
 class Spec(NamedTuple):
@@ -43,57 +43,57 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Stored(NamedTuple):
-    """A tensor as it lies in a file: a read-only view, and `forget()`, which frees the pages read so far.
+class MappedTensor(NamedTuple):
+    """A read-only view of a tensor in a file, and `release()`, which frees the pages read so far.
 
-    The view stays valid after `forget`: what is looked at again is read again.
+    The view stays valid after `release`: pages are read again on access.
     """
 
     array: np.ndarray
-    forget: Callable[[], None]
+    release: Callable[[], None]
 
 
 class SafetensorsFile:
     """An open safetensors file.
 
     Raises:
-      UserError: the file is missing, truncated, or no safetensors file.
+      UserError: the file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
         self.specs, self._offsets = _read_header(self.path)
 
-    def open(self, name: str) -> Stored:
-        """The tensor's bytes, mapped. On an object store they are first copied to a temporary file."""
+    def open(self, name: str) -> MappedTensor:
+        """The tensor, memory-mapped. Remote bytes are first copied to a temporary file."""
         spec, offset = self.specs[name], self._offsets[name]
         if not spec.nbytes:
-            return Stored(np.empty(spec.shape, spec.dtype), lambda: None)
+            return MappedTensor(np.empty(spec.shape, spec.dtype), lambda: None)
         with storage.local_file(self.path, offset, spec.nbytes) as (file, offset):
             page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             pages = mmap.mmap(file.fileno(), offset + spec.nbytes - page, access=mmap.ACCESS_READ, offset=page)
         values = np.frombuffer(pages, np.uint8, spec.nbytes, offset - page)
-        return Stored(values.view(spec.dtype).reshape(spec.shape), lambda: pages.madvise(mmap.MADV_DONTNEED))
+        return MappedTensor(values.view(spec.dtype).reshape(spec.shape), lambda: pages.madvise(mmap.MADV_DONTNEED))
 
 
 def _read_header(path: epath.Path) -> tuple[dict[str, Spec], dict[str, int]]:
-    """(name → spec, name → offset in the file), checked against the file's size."""
+    """(name → spec, name → offset in the file); the header must describe the file's exact size."""
     try:
         size = path.stat().length
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise UserError(f"{path}: a Git LFS pointer instead of the weights (git lfs pull fetches them)")
+                raise UserError(f"{path}: found a Git LFS pointer instead of the weights (git lfs pull fetches them)")
             length = int.from_bytes(start, "little")
-            if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
-                raise UserError(f"{path}: truncated, or no safetensors file ({size} bytes, header of {length})")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise UserError(f"{path}: truncated, or not a safetensors file ({size} bytes, header of {length})")
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise UserError(f"{path}: no safetensors file (its header is not JSON: {error})") from None
+        raise UserError(f"{path}: not a safetensors file (its header is not JSON: {error})") from None
     specs, offsets = {}, {}
     for name, entry in header.items():
         if name != METADATA:
@@ -108,17 +108,17 @@ def _read_entry(path: epath.Path, name: str, entry: dict, base: int) -> tuple[Sp
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: key {name!r}: its header entry is damaged ({entry})") from None
+        raise UserError(f"{path}: key {name!r}: damaged header entry ({entry})") from None
     if dtype not in DTYPES:
-        raise UserError(f"{path}: key {name!r} has dtype {dtype}, known: {', '.join(DTYPES)}")
+        raise UserError(f"{path}: key {name!r} has dtype {dtype}, expected {', '.join(DTYPES)}")
     spec = Spec(DTYPES[dtype], shape)
     if start < 0 or end - start != spec.nbytes:
-        raise UserError(f"{path}: key {name!r} has {end - start} bytes, its shape {shape} in {dtype} {spec.nbytes}")
+        raise UserError(f"{path}: key {name!r} has {end - start} bytes, expected {spec.nbytes} for {dtype}{shape}")
     return spec, base + start
 
 
 def write_file(path: epath.Path, specs: dict[str, Spec], tensors: Iterable[np.ndarray]) -> None:
-    """Writes a file of the tensors in `specs`, taken one at a time, in that order, from `tensors`.
+    """Writes the tensors of `specs`, consumed one at a time, in the same order, from `tensors`.
 
     Raises:
       UserError: it cannot be written (a full disk, say).
@@ -133,18 +133,18 @@ def write_file(path: epath.Path, specs: dict[str, Spec], tensors: Iterable[np.nd
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin aligned
-    with storage.writing(path), path.open("wb") as file:
+    text += b" " * (-len(text) % 8)  # align the tensors
+    with storage.write_errors(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for block in _blocks(specs, tensors):
             file.write(block)
 
 
 def _blocks(specs: dict[str, Spec], tensors: Iterable[np.ndarray]) -> Iterator[memoryview]:
-    """The tensors' bytes in pieces."""
+    """The tensors' bytes, COPY_BYTES at a time."""
     for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
         if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(f"{name}: {tensor.dtype}{tensor.shape}, announced {spec.dtype}{spec.shape}")
+            raise ValueError(f"{name}: found {tensor.dtype}{tensor.shape}, expected {spec.dtype}{spec.shape}")
         content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
         for start in range(0, content.size, storage.COPY_BYTES):
             yield content[start : start + storage.COPY_BYTES].data

@@ -1,6 +1,6 @@
-"""A sentencepiece `tokenizer.model` as a tokenizer of the `tokenizers` library, with sentencepiece's own tokens.
+"""Converts a sentencepiece `tokenizer.model` to the `tokenizers` library, token for token.
 
-One library then serves every form of a tokenizer, and an exported model has a `tokenizer.json` that any reader takes.
+One library then serves every kind of tokenizer, and exported models have a `tokenizer.json`, which every reader takes.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from unidetox_jax.errors import UserError
 
 SPACE = "▁"
-BPE = 2  # of sentencepiece's TrainerSpec.ModelType; its unigram models come out differently where scores tie
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # its SentencePiece.Type
-# What conversions have been wrong about: spaces anywhere, repeated signs, bytes, what normalisation changes.
+BPE = 2  # TrainerSpec.ModelType; unigram models would tokenise differently where scores tie
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # SentencePiece.Type
+# What conversions get wrong: spaces anywhere, repeated characters, bytes, normalised characters
 PROBES = (
     "Hello",
     " Hello",
@@ -27,39 +27,38 @@ PROBES = (
 
 
 def read(path: epath.Path, added: Mapping[int, AddedToken]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer, and its special tokens by role (`bos_token`, …).
+    """(tokenizer, special tokens by role: `bos_token`, …).
 
     Args:
-      added: tokens that other files add to it, by id.
+      added: tokens that other files add, by id.
 
     Raises:
-      UserError: not a model of sentencepiece, or one whose tokens come out differently.
+      UserError: not a sentencepiece BPE model, or one that the conversion tokenises differently.
     """
     content = path.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at run time
     try:
         proto.ParseFromString(content)
         original = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except Exception as error:  # protobuf's and sentencepiece's have no common one
-        raise UserError(f"{path}: not a model of sentencepiece ({' '.join(str(error).split())[:80]})") from None
+    except Exception as error:  # protobuf and sentencepiece share no exception class
+        raise UserError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())[:80]})") from None
     if proto.trainer_spec.model_type != BPE:
-        raise UserError(f"{path}: a model of sentencepiece's that is not BPE; put a tokenizer.json beside it")
+        raise UserError(f"{path}: found a sentencepiece model other than BPE; put a tokenizer.json beside it")
     tokenizer = Tokenizer(_model(proto, added, original.unk_id()))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
-    kinds = {CONTROL: True, USER_DEFINED: False}
-    own = [
-        AddedToken(piece.piece, special=kinds[piece.type], normalized=False)
+    tokens = [
+        AddedToken(piece.piece, special=piece.type == CONTROL, normalized=False)
         for piece in proto.pieces
-        if piece.type in kinds
+        if piece.type in (CONTROL, USER_DEFINED)
     ]
-    own += [added[index] for index in sorted(added) if index != original.unk_id()]  # its name is text like any other
-    tokenizer.add_tokens(own)
+    tokens += [added[index] for index in sorted(added) if index != original.unk_id()]  # "<unk>" in a text is plain text
+    tokenizer.add_tokens(tokens)
     for probe in PROBES:
         expected, found = original.encode(probe), tokenizer.encode(probe, add_special_tokens=False).ids
         if found != expected:
             raise UserError(
-                f"{path}: {probe!r} came out as {found}, sentencepiece says {expected}; put a tokenizer.json beside it"
+                f"{path}: {probe!r} became {found}, but sentencepiece gives {expected}; put a tokenizer.json beside it"
             )
     ids = {"bos_token": original.bos_id(), "eos_token": original.eos_id(), "unk_token": original.unk_id()}
     ids["pad_token"] = original.pad_id()
@@ -72,7 +71,7 @@ def _model(proto, added: Mapping[int, AddedToken], unknown: int) -> models.BPE:
     vocabulary = {name: index for index, name in names.items()}
     normal = [piece for index, piece in enumerate(proto.pieces) if piece.type == NORMAL and index not in added]
     merges = []
-    for piece in sorted(normal, key=lambda piece: -piece.score):  # stable: the order of ids among equal scores
+    for piece in sorted(normal, key=lambda piece: -piece.score):  # stable: equal scores stay in order of ids
         pairs = [(piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))]
         merges += [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
     fallback = bool(proto.trainer_spec.byte_fallback)

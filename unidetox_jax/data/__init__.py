@@ -6,21 +6,20 @@
 
     tokens  = data.tokenize(texts, tokenizer, max_length=256, context=1024) # tokens.py; one ragged int32 array
     batches = data.Batches(tokens, batch_size=8, seed=1, row_multiple=4)    # batches[step] -> numpy arrays [R, T]
-    batches.shapes, batches.max_shape, batches.indices(step)                # what to compile, to plan for, to blame
+    batches.shapes, batches.max_shape, batches.indices(step)                # to compile, for peak memory, to debug
 
-    with data.ahead(lambda step: sharding.put(batches[step], placement), start, stop) as made:
-        for batch in made: …
+    with data.prefetch(lambda step: sharding.put(batches[step], placement), start, stop) as device_batches:
+        for batch in device_batches: …
 
-    for plan in data.one_pass(tokens, batch_size=8):                        # evaluation: every text once
-        batch = data.fill(tokens, *plan)
+    for plan in data.epoch_plans(tokens, batch_size=8):                     # evaluation: every text once
+        batch = data.collate(tokens, *plan)
 
-A batch is {"tokens": int32, "loss_mask": bool} [R, T], and for layout "pack" "segment_ids": int32 as well: hand it to
-`training.loss` as it is. R is a multiple of `row_multiple`: the mesh's data axes times the accumulation.
-Distilled text knows where its model stopped and which tokens it is: hand `data.tokenize` the `Texts` themselves.
+A batch is {"tokens": int32, "loss_mask": bool} [R, T], with "segment_ids": int32 for layout "pack"; `training.loss`
+takes it as it is. R is a multiple of `row_multiple`: the product of the mesh's data axes times the accumulation.
+Pass distilled text to `data.tokenize` as `Texts`, which knows its sampled tokens and which texts ended.
 """
 
-from unidetox_jax.data.batches import Batches, fill, one_pass
-from unidetox_jax.data.prefetch import ahead
+from unidetox_jax.data.batches import Batches, collate, epoch_plans, prefetch
 from unidetox_jax.data.sources import Records, default_cache_dir, fingerprint, is_spec, load, texts
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import Tokens, tokenize
@@ -30,13 +29,13 @@ __all__ = [
     "Records",
     "Texts",
     "Tokens",
-    "ahead",
+    "collate",
     "default_cache_dir",
-    "fill",
+    "epoch_plans",
     "fingerprint",
     "is_spec",
     "load",
-    "one_pass",
+    "prefetch",
     "texts",
     "tokenize",
 ]

@@ -1,7 +1,7 @@
-"""Source files, here or on the hub: csv, jsonl, parquet and plain text, read with errors that name the line.
+"""Reads source files, local or from the hub: csv, jsonl, parquet and plain text. Errors name the line.
 
-A file is read whole, once: its bytes are hashed (the prepared data set carries the hash) and then parsed. What cannot
-be read as it stands is refused: no row is dropped, filled up or cut.
+A file is read into memory once: its bytes are hashed (the hash identifies the prepared data set) and then parsed.
+Malformed input is an error: no row is dropped, filled up or cut.
 """
 
 import csv
@@ -16,11 +16,11 @@ from etils import epath
 from unidetox_jax.errors import UserError, suggest
 
 HUB = "hf://"  # hf://OWNER/NAME/PATH: one file of a data set on the hub
-Row = tuple[str, Mapping[str, Any]]  # where it stands, for messages; its fields
+Row = tuple[str, Mapping[str, Any]]  # (file and line for messages, fields)
 
 
 class Content(NamedTuple):
-    """One source file: its name for messages, and its bytes."""
+    """A source file's name, for messages, and its bytes."""
 
     name: str
     data: bytes
@@ -31,34 +31,34 @@ class Content(NamedTuple):
 
 
 def find(path: str, data_dir: epath.PathLike) -> epath.Path:
-    """The file or directory `path`: as written, else under `data_dir`; `hf://…` is fetched from the hub.
+    """The file or directory `path`, as given or under `data_dir`; `hf://…` is downloaded from the hub.
 
     Raises:
-      UserError: it is in none of these places.
+      UserError: it does not exist.
     """
     if path.startswith(HUB):
         owner, name, file = (*path.removeprefix(HUB).split("/", 2), "", "")[:3]
         if not (owner and name and file):
             raise UserError(f"{path!r}: a file on the hub is written {HUB}OWNER/NAME/FILE")
         return download(f"{owner}/{name}", file)
-    here = epath.Path(path).expanduser()
-    if here.exists():
-        return here
-    beside = epath.Path(data_dir) / path if str(data_dir) and not here.is_absolute() else None
-    if beside is not None and beside.exists():
-        return beside
-    looked = f" (nor {beside})" if beside is not None else ""
-    raise UserError(f"no file {path!r}{looked}{_neighbours(here)}")
+    direct = epath.Path(path).expanduser()
+    if direct.exists():
+        return direct
+    in_data_dir = epath.Path(data_dir) / path if str(data_dir) and not direct.is_absolute() else None
+    if in_data_dir is not None and in_data_dir.exists():
+        return in_data_dir
+    also = f" (nor {in_data_dir})" if in_data_dir is not None else ""
+    raise UserError(f"no file {path!r}{also}{_suggest_sibling(direct)}")
 
 
-def find_matching(directory: epath.Path, preferences: Sequence[Sequence[str]]) -> list[epath.Path]:
-    """Files of `directory` that match the first of several lists of glob patterns that matches anything."""
-    for patterns in preferences:
+def find_matching(directory: epath.Path, pattern_groups: Sequence[Sequence[str]]) -> list[epath.Path]:
+    """The files of `directory` that match the first group of glob patterns with any match."""
+    for patterns in pattern_groups:
         matching = sorted({file for pattern in patterns for file in directory.glob(pattern)})
         if matching:
             return matching
-    wanted = ", ".join(pattern for patterns in preferences for pattern in patterns)
-    raise UserError(f"{directory}: holds none of {wanted}")
+    expected = ", ".join(pattern for patterns in pattern_groups for pattern in patterns)
+    raise UserError(f"{directory}: holds none of {expected}")
 
 
 def read(paths: Iterable[epath.PathLike]) -> tuple[Content, ...]:
@@ -73,10 +73,7 @@ def read(paths: Iterable[epath.PathLike]) -> tuple[Content, ...]:
 
 
 def content_hash(contents: Iterable[Content], *settings: Any) -> str:
-    """16 hexadecimal digits that change when a byte of a file, a file's own name or a setting does.
-
-    The directory does not count: the same file elsewhere is the same data.
-    """
+    """16 hexadecimal digits of a hash over the files' names and bytes and the settings; directories do not count."""
     hasher = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for content in contents:
         hasher.update(f"{content.basename}\0{len(content.data)}\0".encode())
@@ -85,10 +82,10 @@ def content_hash(contents: Iterable[Content], *settings: Any) -> str:
 
 
 def download(repository: str, filename: str) -> epath.Path:
-    """A published file of a data set on the Hugging Face hub, through its local cache.
+    """A file of a data set on the Hugging Face hub, downloaded through the hub's cache.
 
     Raises:
-      UserError: no network, no such file, or no permission; the line says where else the file can be put.
+      UserError: no network, no such file or no permission; says how to use a local file instead.
     """
     import huggingface_hub
 
@@ -97,13 +94,13 @@ def download(repository: str, filename: str) -> epath.Path:
     except Exception as error:  # the hub's client raises its own, requests', httpx's and OS errors
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{filename!r} of the hub's data set {repository!r} cannot be had ({type(error).__name__}: {reason}); "
-            "with the file on this machine, set data_dir or write its path"
+            f"{filename!r} of the hub's data set {repository!r}: download failed ({type(error).__name__}: {reason}); "
+            "to use a local file, set data_dir or write its path"
         ) from None
 
 
-def _neighbours(path: epath.Path) -> str:
-    """Names of the missing file's directory, when there is one, with the nearest first."""
+def _suggest_sibling(path: epath.Path) -> str:
+    """Suggests existing names in the missing file's directory, unless there are too many."""
     if not path.parent.exists():
         return ""
     names = [file.name for file in path.parent.iterdir()]
@@ -111,10 +108,10 @@ def _neighbours(path: epath.Path) -> str:
 
 
 def decode(content: Content) -> str:
-    """The file as text: UTF-8, a byte-order mark dropped.
+    """The file as text: UTF-8, without a byte-order mark.
 
     Raises:
-      UserError: bytes that are no UTF-8, with the line.
+      UserError: invalid UTF-8; names the line.
     """
     data = content.data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -127,7 +124,7 @@ def decode(content: Content) -> str:
 
 
 def lines(content: Content) -> Iterator[tuple[str, str]]:
-    """(file and line, text) of every line that is not blank; a line ends at a newline and nowhere else."""
+    """(file and line, text) of every line that is not blank; only \\n and \\r\\n end a line."""
     for number, line in enumerate(decode(content).split("\n"), 1):
         line = line.removesuffix("\r")
         if line.strip():
@@ -138,7 +135,7 @@ def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Rows of a csv file with a header.
 
     Raises:
-      UserError: a needed column is absent or there twice, or a row has another number of fields.
+      UserError: a required column is missing or duplicated, or a row has the wrong number of fields.
     """
     rows = csv_lists(content)
     where, header = next(rows, ("", []))
@@ -149,17 +146,17 @@ def csv_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
         if len(fields) != len(header):
             raise UserError(
                 f"{where}: {len(fields)} fields, expected {len(header)} as in the header; "
-                "a field with a comma in it stands in quotes"
+                "a field with a comma in it needs quotes"
             )
         yield where, dict(zip(header, fields, strict=True))
 
 
 def csv_lists(content: Content) -> Iterator[tuple[str, list[str]]]:
-    """(file and line where it begins, fields) of every row of a csv file that is not blank.
+    """(file and first line, fields) of every non-blank row of a csv file. Raises UserError for misplaced quotes.
 
-    Not by pandas: it fills short rows up, and reads text as numbers. Raises UserError where quotes are misplaced.
+    Not by pandas, which fills up short rows and reads text as numbers.
     """
-    csv.field_size_limit(1 << 30)  # articles exceed the 128 kB that the module allows
+    csv.field_size_limit(1 << 30)  # articles exceed the module's default of 128 kB
     reader = csv.reader(io.StringIO(decode(content), newline=""), strict=True)
     number = 1
     try:
@@ -177,7 +174,7 @@ def json_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
     """Objects of a jsonl file, one a line.
 
     Raises:
-      UserError: a line is no JSON object, lacks a needed field, or holds half a character.
+      UserError: a line is not a JSON object, lacks a required field or holds half of a surrogate pair.
     """
     columns = tuple(columns)
     for where, line in lines(content):
@@ -199,13 +196,13 @@ def json_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
 
 
 def parquet_rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
-    """Rows of a parquet file, the form in which the hub serves some data sets."""
+    """Rows of a parquet file, the format of some data sets on the hub."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content.data))
-        table.validate(full=True)  # text that is no UTF-8, among others
+        table.validate(full=True)  # invalid UTF-8, among others
     except pyarrow.ArrowException as error:
         raise UserError(f"{content.name}: not parquet ({' '.join(str(error).split())[:120]})") from None
     require(content.name, columns, table.column_names)
@@ -217,7 +214,7 @@ READERS = {".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows, ".parquet"
 
 
 def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
-    """Rows of a csv, jsonl or parquet file, by its suffix; all of them, as they are."""
+    """All rows of a csv, jsonl or parquet file, by its suffix."""
     suffix = "." + content.basename.rsplit(".", 1)[-1].lower()
     if suffix not in READERS:
         raise UserError(f"{content.name}: found suffix {suffix!r}, expected one of {', '.join(READERS)}")
@@ -225,24 +222,24 @@ def rows(content: Content, columns: Iterable[str]) -> Iterator[Row]:
 
 
 def require(where: str, columns: Iterable[str], header: Iterable[str]) -> None:
-    """UserError unless every needed column is in the header, once."""
+    """Raises UserError unless every required column is in the header exactly once."""
     header = list(header)
     for column in columns:
         if column not in header:
             raise UserError(f"{where}: no column {column!r}; found {', '.join(map(repr, header))}")
         if header.count(column) > 1:
-            raise UserError(f"{where}: the column {column!r} stands there {header.count(column)} times; rename one")
+            raise UserError(f"{where}: {header.count(column)} columns are called {column!r}; rename one")
 
 
 def text_of(value: Any) -> str:
-    """A field as text: null is empty, text stays, anything else as JSON writes it."""
+    """A field as text: null becomes empty, text stays, anything else becomes JSON."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def number_of(value: Any, where: str) -> float:
-    """A field as a number: null and nothing are NaN.
+    """A field as a number; null and blank become NaN.
 
     Raises:
       UserError: it is not a number.

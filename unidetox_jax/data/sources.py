@@ -1,20 +1,21 @@
-"""Data sets by a short text, and the functions that load them all.
+"""Loads data sets by a spec, a short string.
 
-    dghs            dghs:official      a named data set, and a variant of it
-    toxigen         mmlu               looked up in data_dir/NAME, else fetched from the hub
+    dghs            dghs:official      a named data set, and a variant of it,
+    toxigen         mmlu               from data_dir/NAME, or from the hub without data_dir
     realtoxicityprompts   politics     bold         attaq
     text:FILE                          a text a line
     distilled:FILE                     csv with the column Text, or jsonl with the field text
-    csv:FILE?text=COLUMN&label=COLUMN  fields of the records from columns; jsonl:FILE likewise
+    csv:FILE?text=COLUMN&label=COLUMN  a field of the records from each column; jsonl:FILE likewise
     package.module:Class               a data set of your own: see `datasets`
 
-`?file=PATH` gives a named data set another file or directory, `?split=NAME` a split (`train`, `train+unknown`,
-`train[:10%]`). A relative FILE is looked up here, then in data_dir; `hf://OWNER/NAME/FILE` is a file on the hub.
+`?file=PATH` reads a named data set from another file or directory, `?split=NAME` selects a split (`train`,
+`train+unknown`, `train[:10%]`). A relative FILE is looked up in the current directory, then in data_dir;
+`hf://OWNER/NAME/FILE` is a file on the hub.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -25,7 +26,7 @@ from unidetox_jax.errors import UserError, suggest
 
 
 class Spec(NamedTuple):
-    """A data set's text, taken apart: `name:argument?key=value&key=value`, and the class that reads it."""
+    """A parsed spec, `name:argument?key=value&key=value`, and the class that reads the data set."""
 
     name: str
     argument: str
@@ -35,9 +36,9 @@ class Spec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Records(Sequence):
-    """The rows of one split, in the file's order.
+    """The rows of one split, dictionaries in the file's order.
 
-    `records[i]` is a dictionary; `fingerprint` changes with the source's bytes, the options and the split.
+    `fingerprint` changes with the source's bytes, the options and the split.
     """
 
     spec: str
@@ -51,14 +52,11 @@ class Records(Sequence):
     def __getitem__(self, index):
         return self.rows[index]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
     def column(self, name: str) -> list[Any]:
         """One field of every row.
 
         Raises:
-          UserError: the records have no such field; those that they have are listed.
+          UserError: the records have no such field; lists the existing ones.
         """
         if name not in self.rows[0]:
             raise UserError(f"{self.spec}: the records have no field {name!r}; found {', '.join(self.rows[0])}")
@@ -71,14 +69,14 @@ def load(
     """The records of a data set, prepared on first use.
 
     Args:
-      spec: see this module's head.
-      split: goes before the spec's own `?split=`; None and none there: the data set's default (dghs and files train,
-        toxigen test, mmlu validation).
-      data_dir: where named data sets lie, as `data_dir/NAME/…`; empty: the hub.
-      cache_dir: where prepared data sets are kept; None: `default_cache_dir()`.
+      spec: see the module docstring.
+      split: overrides the spec's `?split=`; without either, the data set's default (dghs and files train, toxigen test,
+        mmlu validation).
+      data_dir: where named data sets are, as `data_dir/NAME/…`; empty: the hub.
+      cache_dir: where prepared data sets are stored; None: `default_cache_dir()`.
 
     Raises:
-      UserError: an unknown data set or split, a file that is missing, empty, undecodable or lacks a column.
+      UserError: an unknown data set or split; a file that is missing, empty, undecodable or lacks a column.
     """
     parsed = parse_spec(spec)
     dataset, argument = parsed.dataset, parsed.argument
@@ -95,19 +93,18 @@ def load(
 def texts(
     spec: str, split: str | None = None, data_dir: epath.PathLike = "", cache_dir: epath.PathLike | None = None
 ) -> Texts:
-    """The field `text` of every record of `load(…)`, with what else is known of each.
+    """The field `text` of every record of `load(…)`, with the other fields as metadata.
 
     Raises:
       UserError: as `load`; the records have no such field.
     """
     records = load(spec, split, data_dir, cache_dir)
-    records.column("text")  # raises where there is none
+    records.column("text")  # raises if there is none
     return Texts(records.rows)
 
 
 def fingerprint(spec: str, data_dir: epath.PathLike = "") -> str:
-    """A few characters that change with the source's bytes and with what the spec asks of them, and not with where the
-    source lies: an input of `stage.json`."""
+    """A hash of the source's bytes and the spec's options, independent of the source's path; for `stage.json`."""
     parsed = parse_spec(spec)
     variant = parsed.argument if parsed.argument in parsed.dataset.variants else ""
     options = sorted((name, value) for name, value in parsed.options.items() if name != "file")
@@ -121,16 +118,16 @@ def default_cache_dir() -> epath.Path:
 
 
 def is_spec(text: str) -> bool:
-    """Whether a text begins as a data set's does (and is no plain path)."""
+    """Whether a text is a data set's spec rather than a path."""
     name = text.partition("?")[0]
     return name.partition(":")[0] in datasets.DATASETS or datasets.is_outside(name)
 
 
 def parse_spec(spec: str) -> Spec:
-    """A data set's text, taken apart and checked.
+    """Parses and checks a spec.
 
     Raises:
-      UserError: an unknown name, variant or option; the nearest known one is named.
+      UserError: an unknown name, variant or option; suggests the closest known one.
     """
     body, _, query = spec.partition("?")
     name, colon, argument = (body, "", "") if datasets.is_outside(body) else body.partition(":")
@@ -138,7 +135,7 @@ def parse_spec(spec: str) -> Spec:
     pairs = [part.partition("=") for part in query.split("&")] if query else []
     for pair in pairs:
         if not all(pair):
-            raise UserError(f"{spec!r}: found the option {''.join(pair)!r}, expected key=value")
+            raise UserError(f"{spec!r}: found option {''.join(pair)!r}, expected key=value")
     options = {key: value for key, _, value in pairs}
     if not dataset.patterns and not argument:
         raise UserError(f"{spec!r}: expected {name}:FILE")
@@ -157,13 +154,13 @@ def _contents(spec: Spec, data_dir: epath.PathLike) -> tuple[files.Content, ...]
     if not dataset.patterns:
         return files.read([files.find(spec.argument, data_dir)])
     if "file" in spec.options:
-        place = files.find(spec.options["file"], data_dir)
+        path = files.find(spec.options["file"], data_dir)
     elif str(data_dir):
-        place = epath.Path(data_dir) / dataset.name
-        if not place.exists():
-            raise UserError(f"data_dir: no directory {place} for the data set {spec.name!r}")
+        path = epath.Path(data_dir) / dataset.name
+        if not path.exists():
+            raise UserError(f"data_dir: no directory {path} for the data set {spec.name!r}")
     elif dataset.hub:
         return files.read([files.download(dataset.hub, name) for name in dataset.hub_files])
     else:
         raise UserError(f"the data set {spec.name!r} is not on the hub: set data_dir, or write {spec.name}?file=PATH")
-    return files.read(files.find_matching(place, dataset.patterns) if place.is_dir() else [place])
+    return files.read(files.find_matching(path, dataset.patterns) if path.is_dir() else [path])

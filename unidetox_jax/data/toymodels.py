@@ -1,10 +1,9 @@
-"""Tiny models for the built-in world, without weights: a tokenizer and a Hugging Face `config.json` for each.
+"""Tokenizers and `config.json` files of tiny models for the built-in world; weights are trained later.
 
-Four families with four vocabularies, as unlike each other as the published ones: byte-level BPE with
-`<|endoftext|>` for everything (GPT-2, Falcon), with `</s>` at both ends and `<pad>` 1 (OPT), and pieces that
-carry their space in front with `<s>` and `</s>` (LLaMA). A fifth model, of another shape and vocabulary, is
-the independent perplexity scorer. All tokenizers put the beginning-of-sequence token first, GPT-2's and
-Falcon's too: the method samples from that token alone, so these models must have seen what follows it.
+The four families' vocabularies differ as the published ones do: byte-level BPE with `<|endoftext|>` for everything
+(GPT-2, Falcon) or with `</s>` at both ends and `<pad>` 1 (OPT), and sentencepiece-like pieces with `<s>` and `</s>`
+(LLaMA). A fifth model, of another shape and vocabulary, is the independent perplexity scorer. All tokenizers add BOS,
+GPT-2's and Falcon's too: the method samples from BOS alone, so these models must have seen what follows it.
 """
 
 import dataclasses
@@ -24,11 +23,11 @@ TOKENIZER_TEXTS = 4_000  # enough to see every word many times
 
 @dataclasses.dataclass(frozen=True)
 class ToyModel:
-    """A tokenizer's kind and size, and the model's configuration without what the tokenizer decides."""
+    """A tokenizer's kind and size, and the model's configuration without the fields that the tokenizer determines."""
 
     config: dict[str, Any]
     vocab_size: int
-    specials: tuple[str, ...]  # ids 0, 1, 2 …; for GPT-2 it comes last, as in the published vocabulary
+    specials: tuple[str, ...]  # ids 0, 1, 2 …; GPT-2's comes last, as in the published vocabulary
     bos: str
     eos: str
     pad: str | None = None
@@ -72,14 +71,14 @@ MODELS = {
 }
 
 
-# The families that came later, all with LLaMA's tokenizer.
-_LATER = {name: _LLAMA[name] for name in (
+# Further families, all with LLaMA's tokenizer
+_COMMON = {name: _LLAMA[name] for name in (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
 )} | {"pad_token_id": None}  # fmt: skip
-_GROUPED = {**_LATER, "num_key_value_heads": 2}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _WINDOW = {"sliding_window": 12}  # a third of a text
 _GEMMA = {**_GROUPED, "head_dim": 32, "query_pre_attn_scalar": 32}
-LATER = {
+OTHER_FAMILIES = {
     name: ToyModel({"model_type": name, **config}, 512, **_SENTENCEPIECE)
     for name, config in {
         "mistral": {**_GROUPED, **_WINDOW},
@@ -88,10 +87,10 @@ LATER = {
         "gemma": {**_GROUPED, "head_dim": 32},
         "gemma2": {**_GEMMA, **_WINDOW},
         "gemma3_text": {**_GEMMA, **_WINDOW, "sliding_window_pattern": 2},
-        "olmo2": _LATER,
-        "olmo3": {**_LATER, **_WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-        "phi3": {**_LATER, "partial_rotary_factor": 0.75},
-        "gpt_neox": {**_LATER, "rotary_pct": 0.25},
+        "olmo2": _COMMON,
+        "olmo3": {**_COMMON, **_WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        "phi3": {**_COMMON, "partial_rotary_factor": 0.75},
+        "gpt_neox": {**_COMMON, "rotary_pct": 0.25},
     }.items()
 }
 
@@ -100,28 +99,28 @@ def write(directory: epath.Path, texts: Sequence[str]) -> None:
     """Writes `directory/NAME/{config.json,tokenizer.json,tokenizer_config.json}` for all models.
 
     Args:
-      texts: the corpus that the tokenizers are trained on; the same corpus gives the same files.
+      texts: the tokenizers' training corpus; the same corpus gives the same files.
     """
-    made: dict[tuple[int, str], Tokenizer] = {}
-    for name, toy in (MODELS | LATER).items():
+    tokenizers: dict[tuple[int, str], Tokenizer] = {}
+    for name, toy in (MODELS | OTHER_FAMILIES).items():
         kind = (toy.vocab_size, toy.spaces)
-        tokenizer = made[kind] = made.get(kind) or make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
+        tokenizer = tokenizers[kind] = tokenizers.get(kind) or make_tokenizer(toy, texts[:TOKENIZER_TEXTS])
         ids = {role: tokenizer.token_to_id(token) for role, token in _roles(toy).items()}
-        place = epath.Path(directory) / name
-        storage.write_text(place / "tokenizer.json", tokenizer.to_str(pretty=True))
-        storage.write_text(place / "tokenizer_config.json", json.dumps(_tokenizer_config(toy), indent=2))
+        model_directory = epath.Path(directory) / name
+        storage.write_text(model_directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+        storage.write_text(model_directory / "tokenizer_config.json", json.dumps(_tokenizer_config(toy), indent=2))
         config = {
             **toy.config,
             "vocab_size": tokenizer.get_vocab_size(),
             "torch_dtype": "float32",
             **{f"{role}_token_id": ids[role] for role in ("bos", "eos", "pad") if role in ids},
         }
-        storage.write_text(place / "config.json", json.dumps(config, indent=2))
+        storage.write_text(model_directory / "config.json", json.dumps(config, indent=2))
 
 
 def make_tokenizer(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
     """A BPE tokenizer of `toy`'s kind, trained on `texts`."""
-    first = () if toy.specials == (END,) else toy.specials  # GPT-2's end of text stands last
+    first = () if toy.specials == (END,) else toy.specials  # GPT-2's end of text comes last
     if toy.spaces == "bytes":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,7 +141,7 @@ def make_tokenizer(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
 
 
 def _sentencepiece_like(toy: ToyModel, texts: Sequence[str]) -> Tokenizer:
-    """Pieces with a leading `▁`, and a token per byte for whatever the corpus did not hold."""
+    """Pieces with a leading `▁`, and a token per byte for characters that the corpus lacks."""
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     learner = Tokenizer(models.BPE(unk_token=toy.unk))

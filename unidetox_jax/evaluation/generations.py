@@ -76,7 +76,7 @@ def generate(
         the tokenizer has no template.
     """
     if chat:
-        encoded = conversations.ask(tokenizer, prompts, system_prompt)
+        encoded = conversations.encode_prompts(tokenizer, prompts, system_prompt)
     else:
         encoded = tokenize_prompts(tokenizer, prompts, bos)
     new, ended = complete(model, encoded, vocab_size=data_tokens.vocabulary_size(tokenizer), **options)

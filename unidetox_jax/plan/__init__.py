@@ -1,4 +1,4 @@
-"""Plans: every stage's program compiled ahead of time for devices that are not here, and what the compiler says of it.
+"""Plans: every stage's program compiled ahead of time for devices that are not present, and its memory and time.
 
-command.py prints them; programs.py says what the stages run, topology.py for which devices, compiler.py what it takes.
+command.py prints them; stage_programs.py lists what the stages run, topology.py the devices, compiler.py the results.
 """

@@ -1,4 +1,4 @@
-"""What is read from the text of a compiled program: collectives, kernels and sorts, and how often each runs."""
+"""Reads a compiled program's HLO text: its collectives, kernels and sorts, and their depth of loops."""
 
 import dataclasses
 import functools
@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^ENTRY %?([\w.\-]+)", re.MULTILINE)
@@ -18,7 +20,7 @@ _CALL = re.compile(
 )
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)")
-# Instructions of which a GPU launches nothing
+# Instructions for which a GPU launches nothing
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id".split()
 )
@@ -26,9 +28,8 @@ _FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """One kind of collective among one group of devices at one depth of loops: how many, bytes that each device
-    receives, the largest result. group: the places in the mesh of the devices of the first of the groups that exchange;
-    empty: all."""
+    """The collectives of one kind, device group and depth of loops: their number, bytes that each device receives, the
+    largest result. group: indices in the mesh of the first of the groups that exchange; empty: all devices."""
 
     kind: str
     depth: int
@@ -39,51 +40,52 @@ class Collectives:
 
 
 class Instruction(NamedTuple):
-    """A line of a computation: its name, the text of its shape, what it does, operands and attributes."""
+    """A line of a computation: name, shape as text, opcode, operands and attributes."""
 
     name: str
     shape: str
-    kind: str
+    opcode: str
     rest: str
 
     @property
     def callees(self) -> list[tuple[str, str]]:
-        """(how, computation) of all that it calls."""
+        """(attribute, computation) of each call."""
         return [(how, name) for how, names in _CALL.findall(self.rest) for name in re.findall(r"[\w.\-]+", names)]
 
 
-class Text(NamedTuple):
-    """A compiled program: its instructions by computation, and the one that it begins with."""
+class Module(NamedTuple):
+    """A compiled program: instructions by computation, and the name of the entry computation."""
 
     computations: Mapping[str, list[Instruction]]
     entry: str
 
 
 @functools.lru_cache(maxsize=1)
-def parse(text: str) -> Text:
-    """The program of a text as XLA prints it."""
-    found = {
-        name: [Instruction(*one) for one in _INSTRUCTION.findall(body)] for name, body in _COMPUTATION.findall(text)
+def parse(text: str) -> Module:
+    """Parses HLO text as XLA prints it."""
+    computations = {
+        name: [Instruction(*fields) for fields in _INSTRUCTION.findall(body)]
+        for name, body in _COMPUTATION.findall(text)
     }
-    return Text(found, _ENTRY.findall(text)[0])
+    return Module(computations, _ENTRY.findall(text)[0])
 
 
 def collectives(text: str) -> tuple[Collectives, ...]:
-    """The collectives, by depth of loops: 0 once a call, 1 in every round of a loop, 2 in a loop within (a decoding
-    step's scan over layers)."""
-    program, seen = parse(text), set()
+    """The collectives by depth of loops: 0 outside of loops, 1 in a loop, 2 in a nested one (a decoding step's scan
+    over layers)."""
+    module, seen = parse(text), set()
     sizes: dict[tuple[int, str, tuple[int, ...]], list[tuple[int, str]]] = {}
-    placed = _placed(program)
-    for computation, body in program.computations.items():
-        depth, loop = placed.get(computation, (0, program.entry))
-        for one in body:
-            if not (kind := _COLLECTIVE.fullmatch(one.kind)):
+    depths = _loop_depths(module)
+    for computation, body in module.computations.items():
+        depth, loop = depths.get(computation, (0, module.entry))
+        for instruction in body:
+            if not (kind := _COLLECTIVE.fullmatch(instruction.opcode)):
                 continue
-            # A TPU's asynchronous collective stands in several fusions of a loop, under one channel: it runs once.
-            channel = re.search(r"channel_id=\d+", one.rest)
-            key = loop, channel[0] if channel else one.name
+            # On TPUs an asynchronous collective appears in several fusions of a loop with one channel, but runs once
+            channel = re.search(r"channel_id=\d+", instruction.rest)
+            key = loop, channel[0] if channel else instruction.name
             if key not in seen:
-                sizes.setdefault((depth, kind[1], _group(one.rest)), []).append(_size(one.shape))
+                sizes.setdefault((depth, kind[1], _group(instruction.rest)), []).append(_size(instruction.shape))
             seen.add(key)
     return tuple(
         Collectives(kind, depth, len(members), sum(size for size, _ in members), max(members)[1], group)
@@ -92,73 +94,72 @@ def collectives(text: str) -> tuple[Collectives, ...]:
 
 
 def sorts(text: str) -> dict[tuple[int, str], int]:
-    """(depth of loops, first operand such as "f32[128,50257]") → how many sorts there are of it, top-k included."""
-    program = parse(text)
-    placed = _placed(program)
-    found = [
-        (placed.get(computation, (0, ""))[0], "{}[{}]".format(*_ARRAY.findall(one.shape)[0]))
-        for computation, body in program.computations.items()
-        for one in body
-        if one.kind in ("sort", "topk") or (one.kind == "custom-call" and re.search(r'target="[^"]*TopK', one.rest))
+    """(depth of loops, first operand such as "f32[128,50257]") → number of sorts of it, top-k included."""
+    module = parse(text)
+    depths = _loop_depths(module)
+    operands = [
+        (depths.get(computation, (0, ""))[0], "{}[{}]".format(*_ARRAY.findall(instruction.shape)[0]))
+        for computation, body in module.computations.items()
+        for instruction in body
+        if instruction.opcode in ("sort", "topk")
+        or (instruction.opcode == "custom-call" and re.search(r'target="[^"]*TopK', instruction.rest))
     ]
-    return dict(sorted(Counter(found).items()))
+    return dict(sorted(Counter(operands).items()))
 
 
 def kernels(text: str) -> dict[int, int]:
-    """Depth of loops → kernels, copies and library calls that a GPU launches there; of a conditional's branches the
-    shorter one, as the longer ones here are for what rarely occurs (candidates that tie)."""
-    program = parse(text)
+    """Depth of loops → kernels, copies and library calls that a GPU launches there. Of a conditional's branches the
+    shortest counts, as in these programs the longer ones handle rare cases (candidates that tie)."""
+    module = parse(text)
 
     @functools.cache
     def count(name: str) -> Counter:
         total: Counter = Counter()
-        for one in program.computations.get(name, ()):
-            inner = [count(callee) for _, callee in one.callees] if one.kind in ("while", "conditional", "call") else []
-            if one.kind == "conditional":
-                shortest: Counter = min(inner, key=lambda branch: sum(branch.values()))
-                total += shortest
-            for part in inner if one.kind != "conditional" else ():
-                total += Counter({depth + (one.kind == "while"): n for depth, n in part.items()})
-            total[0] += one.kind not in _FREE and not one.kind.endswith(("-done", "-update"))
+        for instruction in module.computations.get(name, ()):
+            opcode, inner = instruction.opcode, []
+            if opcode in ("while", "conditional", "call"):
+                inner = [count(callee) for _, callee in instruction.callees]
+            if opcode == "conditional":
+                inner = [min(inner, key=lambda branch: sum(branch.values()))]
+            for counts in inner:
+                total += Counter({depth + (opcode == "while"): n for depth, n in counts.items()})
+            total[0] += opcode not in _FREE and not opcode.endswith(("-done", "-update"))
         return total
 
-    return dict(sorted(count(program.entry).items()))
+    return dict(sorted(count(module.entry).items()))
 
 
-def _placed(program: Text) -> dict[str, tuple[int, str]]:
-    """Computation → its depth of loops, and the loop's body (or the entry) that it is part of."""
-    placed: dict[str, tuple[int, str]] = {}
+def _loop_depths(module: Module) -> dict[str, tuple[int, str]]:
+    """Computation → (its depth of loops, the loop body or entry computation that contains it)."""
+    depths: dict[str, tuple[int, str]] = {}
 
-    def place(name: str, depth: int, loop: str) -> None:
-        if depth > placed.get(name, (-1, ""))[0]:
-            placed[name] = depth, loop
-            for one in program.computations.get(name, ()):
-                for how, callee in one.callees:
+    def visit(name: str, depth: int, loop: str) -> None:
+        if depth > depths.get(name, (-1, ""))[0]:
+            depths[name] = depth, loop
+            for instruction in module.computations.get(name, ()):
+                for how, callee in instruction.callees:
                     is_loop = how in ("body", "condition")
-                    place(callee, depth + is_loop, callee if is_loop else loop)
+                    visit(callee, depth + is_loop, callee if is_loop else loop)
 
-    place(program.entry, 0, program.entry)
-    return placed
+    visit(module.entry, 0, module.entry)
+    return depths
 
 
 def _group(rest: str) -> tuple[int, ...]:
     """The first of a collective's replica groups: {{0,1},{2,3}}, or [groups,size]<=[shape]T(order)."""
-    found = _GROUP.search(rest)
-    if not found:
+    match = _GROUP.search(rest)
+    if not match:
         return ()
-    if found[1]:
-        return tuple(map(int, found[1].split(",")))
-    shape = [int(size) for size in found[4].split(",")]
-    order = [int(axis) for axis in found[5].split(",")] if found[5] else list(range(len(shape)))
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    ids = [0]
-    for axis in order:
-        ids = [at + step * strides[axis] for at in ids for step in range(shape[axis])]
-    return tuple(ids[: int(found[3])])
+    if match[1]:
+        return tuple(map(int, match[1].split(",")))
+    shape = [int(size) for size in match[4].split(",")]
+    order = [int(axis) for axis in match[5].split(",")] if match[5] else list(range(len(shape)))
+    ids = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1)
+    return tuple(ids[: int(match[3])].tolist())
 
 
 def _size(shape: str) -> tuple[int, str]:
-    """(bytes, text) of the largest array of a result's shape: an asynchronous one is a tuple of input and output."""
+    """(bytes, text) of the largest array in a result's shape; an asynchronous result is a tuple of input and output."""
 
     def size(dtype: str, dims: str) -> int:
         bits = re.search(r"\d+", dtype)  # 32 of f32, 8 of f8e4m3fn; pred has 8

@@ -1,4 +1,4 @@
-"""The programs that stages run, with shapes in place of arrays: nothing here needs weights, a hub or the devices."""
+"""The stages' programs on abstract arrays, without weights, a hub or the devices."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,15 @@ from unidetox_jax.decoding.warpers import Warper, in_order
 from unidetox_jax.evaluation import likelihood
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.models.attention import cudnn_applies
-from unidetox_jax.plan import work
+from unidetox_jax.models.wide_heads import LANES
+from unidetox_jax.plan import cost_model
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.recipe import Lora, Recipe
 
 TRAINING_UTILISATION = 0.40  # of peak FLOPs: what well-tuned training reaches
-DECODING_UTILISATION = 0.60  # of memory bandwidth: this project's own target
-# Settings with which training takes less memory, as flags and as a recipe's fields, in the order of suggestion
-LEANER: tuple[tuple[str, dict[str, Any]], ...] = (
+DECODING_UTILISATION = 0.60  # of memory bandwidth: this project's target
+# Settings that reduce training's memory, as flags and as fields of a recipe, in order of suggestion
+MEMORY_SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("remat=full", {"remat": "full"}),
     ("remat=full accumulation=4", {"remat": "full", "accumulation": 4}),
     ("precision=bfloat16", {"precision": "bfloat16"}),
@@ -33,13 +34,13 @@ LEANER: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
-    """An optimizer step on the largest batch that can come: one text a row, each as long as it may be.
+    """An optimizer step on the largest possible batch: one text of maximal length a row.
 
-    name: of the stage and the model, "toxify gpt2-xl".
+    name: stage and model, such as "toxify gpt2-xl".
     """
 
-    def leaner() -> Iterator[tuple[str, Program]]:
-        for flags, changes in LEANER:
+    def memory_savers() -> Iterator[tuple[str, Program]]:
+        for flags, changes in MEMORY_SAVERS:
             if (other := dataclasses.replace(recipe, **changes)) != recipe:
                 flags = " ".join(f"--config.{name.split()[0]}.{flag}" for flag in flags.split())
                 yield flags, training_program(name, cfg, other)
@@ -52,15 +53,14 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
         state = training.abstract_state(cfg, optimizer, mesh)
         if not recipe.lora.rank:
             return (state,)
-        return state, _abstract(
-            jax.eval_shape(lambda params: models.prepare(params, cfg), models.abstract_params(cfg)), mesh
-        )
+        frozen = jax.eval_shape(lambda params: models.prepare(params, cfg), models.abstract_params(cfg))
+        return state, _abstract(frozen, mesh)
 
     def lower(mesh: Mesh):
-        shape = work.filled(recipe.batch_size, mesh.shape, recipe.accumulation), length
+        shape = cost_model.padded_rows(recipe.batch_size, mesh.shape, recipe.accumulation), length
         rows = sharding.batch_sharding(mesh)
-        kinds = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32}
-        batch = {kind: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for kind, dtype in kinds.items()}
+        dtypes = {"tokens": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()}
         step = training.make_train_step(
             cfg,
             optimizer,
@@ -77,12 +77,12 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
         resident,
         lower,
         steps=recipe.steps,
-        work=lambda sizes, platform: work.training(
+        cost=lambda sizes, platform: cost_model.training(
             cfg, recipe, length, sizes, _is_fused(cfg, platform, recipe.dropout)
         ),
         utilisation=TRAINING_UTILISATION,
-        rounds=(1, cfg.num_layers * recipe.accumulation),
-        leaner=leaner,
+        trip_counts=(1, cfg.num_layers * recipe.accumulation),
+        memory_savers=memory_savers,
     )
 
 
@@ -102,13 +102,13 @@ def decoding_program(
 ) -> Program:
     """One compiled generation.
 
-    Layers are scanned, while they run unrolled: the memory is the same to a few percent, and the compilation takes
-    minutes instead of an hour. On a GPU it is one loop, of which that is not so. stored: beside the weights that the
-    loop reads stand those of the checkpoint, in float32 as training leaves them.
+    Layers are scanned here although they run unrolled: memory is the same to a few percent, and compilation takes
+    minutes instead of an hour. Not so on GPUs, whose decoding is one loop; there they are unrolled. stored: the
+    checkpoint's float32 weights are in memory beside those that the loop reads.
     """
     options: dict[str, Any] = {"cache": cache, "samples": samples}
 
-    def make(configs: Sequence[ModelConfig], new_tokens: int) -> loop.Plan:
+    def plan_of(configs: Sequence[ModelConfig], new_tokens: int) -> loop.Plan:
         return make_plan(configs, [prompt] * len(configs), new_tokens, **options)
 
     def form(mesh: Mesh, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.Form:
@@ -121,7 +121,7 @@ def decoding_program(
         return prepared, [_abstract_params(cfg, mesh) for cfg in configs if stored]
 
     def lower(mesh: Mesh, form: preparation.Form, new_tokens: int):
-        plan = make(form.configs, new_tokens)
+        plan = plan_of(form.configs, new_tokens)
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
         with jax.set_mesh(mesh):
             params = preparation.abstract(form, mesh)
@@ -132,35 +132,35 @@ def decoding_program(
         few = [dataclasses.replace(cfg, num_layers=layers) for cfg in configs]
         return lower(mesh, form(mesh, few, "unroll"), loop.ROOM)
 
-    def leaner() -> Iterator[tuple[str, Program]]:
+    def memory_savers() -> Iterator[tuple[str, Program]]:
         for fewer in (rows // 2, rows // 4):
             if fewer >= max(1, samples):
-                again = decoding_program(
+                smaller = decoding_program(
                     name, configs, objective, warpers, rows=fewer, prompt=prompt, new_tokens=new_tokens,
                     batches=batches * (rows // fewer), stored=stored, **options,
                 )  # fmt: skip
-                yield f"--config.{name.split()[0]}.batch_size={fewer}", again
+                yield f"--config.{name.split()[0]}.batch_size={fewer}", smaller
 
-    loops = len(make(configs, new_tokens).segments)  # only one of them runs in any step
+    loops = len(plan_of(configs, new_tokens).segments)  # of which each step runs one
     return Program(
         name,
         resident,
         lambda mesh: lower(mesh, form(mesh, configs), new_tokens),
         steps=batches * new_tokens,
-        work=lambda sizes, platform: work.decoding(
-            make(configs, new_tokens), rows, prompt, sizes, work.LANES if platform == "tpu" else 1, stored
+        cost=lambda sizes, platform: cost_model.decoding(
+            plan_of(configs, new_tokens), rows, prompt, sizes, LANES if platform == "tpu" else 1, stored
         ),
         utilisation=DECODING_UTILISATION,
-        rounds=(0, 1 / loops, max(cfg.num_layers for cfg in configs) / loops),
-        leaner=leaner,
+        trip_counts=(0, 1 / loops, max(cfg.num_layers for cfg in configs) / loops),
+        memory_savers=memory_savers,
         shallow=shallow,
         layers=sum(cfg.num_layers for cfg in configs) / len(configs),
     )
 
 
 def decoding_inputs(plan: loop.Plan, prompts: int, mesh: Mesh) -> loop.Inputs:
-    """What a generation of `prompts` prompts takes beside parameters and settings, as ShapeDtypeStructs."""
-    prompts = work.filled(prompts, mesh.shape)
+    """The decoding loop's inputs for so many prompts, as ShapeDtypeStructs."""
+    prompts = cost_model.padded_rows(prompts, mesh.shape)
 
     def row(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
@@ -187,12 +187,12 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         return _abstract_params(cfg, mesh)
 
     def lower(mesh: Mesh):
-        filled = work.filled(rows, mesh.shape)
-        shapes = ((filled, length), (filled, 2), (filled, scored), (filled, 1))
+        padded = cost_model.padded_rows(rows, mesh.shape)
         tokens, spans, own, last = (
-            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)) for shape in shapes
+            jax.ShapeDtypeStruct((padded, size), jnp.int32, sharding=sharding.batch_sharding(mesh))
+            for size in (length, 2, scored, 1)
         )
-        shape = likelihood.Shape((cfg,), (0,), likelihood.piece_length([cfg], mesh, filled, scored))
+        shape = likelihood.Shape((cfg,), (0,), likelihood.piece_length([cfg], mesh, padded, scored))
         inputs = likelihood.Inputs((tokens,), spans, own, last)
         with jax.set_mesh(mesh):
             return likelihood.program(mesh).lower((resident(mesh),), inputs, objectives.get("base"), shape)
@@ -202,14 +202,14 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         resident,
         lower,
         steps=steps,
-        work=lambda sizes, platform: work.scoring(cfg, rows, length, scored, sizes, _is_fused(cfg, platform)),
+        cost=lambda sizes, platform: cost_model.scoring(cfg, rows, length, scored, sizes, _is_fused(cfg, platform)),
         utilisation=TRAINING_UTILISATION,
-        rounds=(1, cfg.num_layers),
+        trip_counts=(1, cfg.num_layers),
     )
 
 
 def _is_fused(cfg: ModelConfig, platform: str, dropout: bool = False) -> bool:
-    """Whether attention over whole texts keeps no scores."""
+    """Whether attention over whole texts does not store scores."""
     return (
         platform == "gpu"
         and cudnn_applies(cfg.dtype, cfg.head_size)
@@ -222,6 +222,6 @@ def _abstract_params(cfg: ModelConfig, mesh: Mesh):
 
 
 def _abstract(tree, mesh: Mesh):
-    """Shapes and dtypes with the shardings that they have on the mesh."""
+    """Shapes and dtypes with the parameters' shardings on the mesh."""
     shardings = sharding.param_shardings(tree, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

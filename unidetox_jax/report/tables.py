@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unidetox_jax.evaluation.choice import ALL
-from unidetox_jax.progress import aligned
+from unidetox_jax.progress import format_table
 from unidetox_jax.report import results
 from unidetox_jax.report.results import Cell, Quantity, Row
 
@@ -48,7 +48,7 @@ def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
         lines.append([row.name if row.name != last else "", results.title(row.form), *values])
         lines += [["", "", *changes]] if any(changes) else []
         last = row.name
-    return aligned(lines, left=2)
+    return format_table(lines, left=2)
 
 
 def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:

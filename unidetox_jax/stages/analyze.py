@@ -53,7 +53,7 @@ def tasks(run: Run) -> list[base.Task]:
 
     def body(directory: epath.Path) -> dict[str, Any]:
         result, texts = analyze(run, settings)
-        if distributed.first_process():
+        if distributed.is_main_process():
             storage.write_json(directory / "analysis.json", result)
             for name, rows in tables(result, texts).items():
                 storage.write_text(directory / f"{name}.csv", to_csv(rows))

@@ -22,7 +22,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, devices, distributed, storage
 from unidetox_jax.errors import UserError
-from unidetox_jax.progress import aligned
+from unidetox_jax.progress import format_table
 from unidetox_jax.recipe import Recipe
 from unidetox_jax.stages.parsing import RENAMED
 from unidetox_jax.training import preemption
@@ -66,8 +66,8 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
     dry_run: says what would be done, and does nothing.
     """
     if dry_run:
-        if distributed.first_process():
-            print(aligned([[task.name, state(task), str(task.directory)] for task in tasks], left=3))
+        if distributed.is_main_process():
+            print(format_table([[task.name, state(task), str(task.directory)] for task in tasks], left=3))
         return []
     records = []
     with preemption.exit_on_sigterm():
@@ -95,12 +95,12 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     """
     name, directory = task.name, task.directory
     wanted = _plain({"stage": name, "settings": dict(task.settings), "inputs": dict(task.inputs())})
-    first = distributed.first_process()
-    wanted = json.loads(distributed.as_first_says(json.dumps(wanted)))  # all decide alike, whatever a file system shows
+    first = distributed.is_main_process()
+    wanted = json.loads(distributed.broadcast(json.dumps(wanted)))  # all decide alike, whatever a file system shows
 
     # what is there already
     record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)
-    record = json.loads(distributed.as_first_says(json.dumps(record)))
+    record = json.loads(distributed.broadcast(json.dumps(record)))
     if record is not None:
         record["settings"] = _as_of_now(record["settings"], wanted["settings"])
         differences = _differences(wanted, {key: record.get(key) for key in wanted})
@@ -149,7 +149,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
 
 def _clean(task: Task) -> None:
     """Removes what a complete task needs no longer."""
-    if task.scratch and distributed.first_process():
+    if task.scratch and distributed.is_main_process():
         (task.directory / task.scratch).rmtree(missing_ok=True)
 
 
@@ -164,10 +164,10 @@ def cached(
     which then lies there. Every process comes here and makes it together with the others, and process 0 writes; with
     `together` false process 0 comes alone."""
     there = "there" if path.exists() else ""
-    if distributed.as_first_says(there) if together else there:
+    if distributed.broadcast(there) if together else there:
         return read(path)
     value = make()
-    if distributed.first_process():
+    if distributed.is_main_process():
         write(path, value)
     return value
 
@@ -181,7 +181,7 @@ def fingerprint(source: epath.PathLike) -> str:
     """What a stage's input is, in a few characters: for a finished stage the hash of its settings and inputs, for a
     file the hash of its bytes, for any other directory the names and sizes of its files with the content of its small
     ones; for MODEL+ADAPTER a hash of both; a hub id or a name stays as it is."""
-    model, adapter = checkpoint.split(source)
+    model, adapter = checkpoint.split_adapter(source)
     if adapter:
         return digest([fingerprint(model), fingerprint(adapter)])
     path = epath.Path(source)

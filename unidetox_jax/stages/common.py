@@ -9,22 +9,24 @@ from jax.sharding import Mesh
 from unidetox_jax import checkpoint, models
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig
-from unidetox_jax.plan import auto
+from unidetox_jax.plan import auto_mesh
 from unidetox_jax.plan.compiler import Program
-from unidetox_jax.plan.topology import topology
+from unidetox_jax.plan.topology import get_topology
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
 
 def layout_of(run: Run, stage: str) -> str:
     """A stage's mesh, as configured: its own, or else the run's; "auto" where neither names one."""
-    own = getattr(getattr(run, stage), "mesh", auto.AUTO)
-    return run.shared.mesh if own == auto.AUTO else own
+    own = getattr(getattr(run, stage), "mesh", auto_mesh.AUTO)
+    return run.shared.mesh if own == auto_mesh.AUTO else own
 
 
 def mesh_of(run: Run, stage: str, programs: Sequence[Program]) -> Mesh:
     """A stage's mesh over all devices of all processes, for programs that it runs on it."""
-    place = topology("local")
-    return auto.mesh(layout_of(run, stage), programs, place, f"{stage}, {programs[0].name}" if programs else stage)
+    place = get_topology("local")
+    return auto_mesh.choose_mesh(
+        layout_of(run, stage), programs, place, f"{stage}, {programs[0].name}" if programs else stage
+    )
 
 
 def load_model(run: Run, source: str, mesh: Mesh, param_dtype: str | None = None) -> Model:
@@ -53,13 +55,13 @@ def load_config(run: Run, source: str, dtype: str = "") -> ModelConfig:
 
 def is_there(run: Run, source: str) -> bool:
     """Whether a model, or the adapter of MODEL+ADAPTER, lies where the configuration says."""
-    model, adapter = checkpoint.split(run.path(source))
+    model, adapter = checkpoint.split_adapter(run.path(source))
     return epath.Path(adapter or model).exists()
 
 
 def num_params(run: Run, source: str) -> int:
     """How large a model is, for an estimate; 0 where it is not made yet, and nothing is downloaded to know."""
-    name = checkpoint.split(run.path(source))[0]  # an adapter is small beside its model
+    name = checkpoint.split_adapter(run.path(source))[0]  # an adapter is small beside its model
     if name not in models.PUBLISHED and not epath.Path(name).exists():
         return 0
     try:

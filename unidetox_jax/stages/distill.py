@@ -22,7 +22,7 @@ from unidetox_jax.decoding import texts as sampling
 from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
-from unidetox_jax.plan import configuration
+from unidetox_jax.plan import stage_programs
 from unidetox_jax.stages import base, card, common, rejection
 from unidetox_jax.stages.settings import DistillSettings, Run
 
@@ -63,7 +63,7 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
 
     def body(directory: epath.Path) -> dict[str, Any]:
         figures = make(run, settings, directory, name)
-        if distributed.first_process():
+        if distributed.is_main_process():
             print(describe(name, directory, figures))
         return figures
 
@@ -135,7 +135,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
     except UserError as error:
         ours = str(error).startswith(("max_length", "reject", "chat"))
         raise UserError(f"config.distill.{error}" if ours else str(error)) from None
-    if not distributed.first_process():
+    if not distributed.is_main_process():
         return {}
     figures = {**sampling.statistics(texts), "same_weights": list(same)}
     if reject:
@@ -181,7 +181,7 @@ def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
         sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
-    mesh = common.mesh_of(run, "distill", [configuration.distillation(run, settings)])
+    mesh = common.mesh_of(run, "distill", [stage_programs.distillation_program(run, settings)])
     whole = common.load_models(run, list(tokenizers), mesh)
     loaded = []
     for name, source in zip(settings.models, sources, strict=True):

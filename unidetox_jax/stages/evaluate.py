@@ -52,7 +52,7 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
 from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.models import Model
-from unidetox_jax.plan import configuration
+from unidetox_jax.plan import stage_programs
 from unidetox_jax.stages import base, common
 from unidetox_jax.stages import evaluation_files as results
 from unidetox_jax.stages.forms import FORMS, ORIGINAL, Form, forms
@@ -131,7 +131,7 @@ def _reads(run: Run) -> dict[str, Any]:
 def _inputs(run: Run, form: Form) -> dict[str, str]:
     sources = [run.path(source) for source in form.candidate.models]
     for source in sources:
-        place = checkpoint.split(source)[1] or source
+        place = checkpoint.split_adapter(source)[1] or source
         within = epath.Path(place).is_relative_to(run.workdir) and not epath.Path(place, "config.json").exists()
         if form.form != ORIGINAL and within and not base.is_complete(place):
             maker = "detoxify" if form.form in FORMS else "baselines"
@@ -172,9 +172,9 @@ def _prompts(run: Run) -> prompts.Prompts:
 
 def evaluate(run: Run, form: Form, directory: epath.Path) -> dict[str, Any]:
     """Evaluates one form into its directory, going on with what is there; returns its headline numbers."""
-    if not distributed.as_first_says("done" if (directory / results.METRICS).exists() else ""):
+    if not distributed.broadcast("done" if (directory / results.METRICS).exists() else ""):
         _evaluate(run, form, directory)
-    if not distributed.first_process():
+    if not distributed.is_main_process():
         return {}
     measured = storage.read_json(directory / results.METRICS)
     print(results.describe(measured), flush=True)
@@ -197,14 +197,14 @@ def _load(run: Run, form: Form, source: str) -> tuple[Model | Generator, Any]:
 def _mesh(run: Run, form: Form, source: str) -> Mesh:
     """For all that an evaluation runs on a model."""
     if source == run.path(run.evaluate.perplexity_scorer):
-        programs = configuration.perplexity(run.evaluate, model_name(source), common.load_config(run, source))
+        programs = stage_programs.perplexity_programs(run.evaluate, model_name(source), common.load_config(run, source))
     else:
-        programs = configuration.evaluation(run, form)
+        programs = stage_programs.evaluation_programs(run, form)
     return common.mesh_of(run, "evaluate", programs)
 
 
 def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
-    settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
+    settings, asked, first = run.evaluate, _prompts(run), distributed.is_main_process()
     score, others = metrics.not_asked_for, {}
     if first:  # before the long work, in case that there is none
         made = {name: scorers.get(run.path(spec)) for name, spec in _reads(run).items() if spec and _is_scorer(name)}

@@ -21,7 +21,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, data, method, models, training
 from unidetox_jax.checkpoint import hf
-from unidetox_jax.data import layout
+from unidetox_jax.data import packing
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.transformer import REMAT
 from unidetox_jax.plan.programs import training_program
@@ -183,7 +183,7 @@ def check(job: Job) -> None:
     for name, known in (
         ("precision", training.PRECISIONS),
         ("remat", REMAT),
-        ("layout", layout.LAYOUTS),
+        ("layout", packing.LAYOUTS),
         ("export_dtype", ("", *hf.FLOATS)),
     ):
         if (value := getattr(settings, name)) not in known:

@@ -37,7 +37,7 @@ def _task(run: Run, name: str, recorded: OneScorerSettings) -> base.Task:
         return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
 
     def body(directory: epath.Path) -> dict:
-        if not distributed.first_process():  # nothing here is for devices
+        if not distributed.is_main_process():  # nothing here is for devices
             return {}
         figures = fit(settings, directory)
         print(describe(figures))

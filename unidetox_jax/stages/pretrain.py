@@ -36,7 +36,7 @@ def _world(run: Run) -> base.Task:
     settings = {"world_seed": seed, "world_texts": texts}
 
     def body(directory: epath.Path) -> dict:
-        if distributed.first_process():
+        if distributed.is_main_process():
             toyworld.write(directory, seed, toyworld.Sizes(train=texts, scorer=texts))
         distributed.barrier("world written")
         return {}

@@ -28,8 +28,8 @@ class Rejection:
         self.made, self.counts = 0, Counter[str]()
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        own = self._reasons(texts) if distributed.first_process() else []
-        reasons = json.loads(distributed.as_first_says(json.dumps(own)))
+        own = self._reasons(texts) if distributed.is_main_process() else []
+        reasons = json.loads(distributed.broadcast(json.dumps(own)))
         self.made += len(texts)
         self.counts.update(filter(None, reasons))
         return reasons
@@ -62,7 +62,7 @@ def make(run: Run) -> Rejection | None:
     toxic: Sequence[str] = ()
     if not is_asked(settings):
         return None
-    if distributed.first_process():
+    if distributed.is_main_process():
         judges = {name: scorers.get(run.path(spec)) for name, spec in named(settings).items()}
         toxic = data.texts(run.path(run.toxify.data), data_dir=run.shared.data_dir) if settings.copied_words else ()
     return Rejection(settings, judges, toxic)

@@ -39,7 +39,7 @@ def tasks(run: Run) -> list[base.Task]:
         return {_inside(run, file): base.fingerprint(file) for file in files}
 
     def body(directory: epath.Path) -> dict[str, Any]:
-        if distributed.first_process():
+        if distributed.is_main_process():
             write(run, directory)
             print(f"report: {directory / 'index.html'}")
         return {}

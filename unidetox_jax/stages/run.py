@@ -30,13 +30,13 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     tasks = planned(run, choose(options.stages, tuple(STAGES)))
     if not tasks:
         raise UserError(f"--stages={options.stages}: the configuration asks nothing of them")
-    if distributed.first_process():
+    if distributed.is_main_process():
         print(outline(run, tasks), flush=True)
     if options.dry_run:
         return 0
     started = time.monotonic()
     base.run_tasks(tasks, options.force)
-    if distributed.first_process():
+    if distributed.is_main_process():
         minutes = (time.monotonic() - started) / 60
         logging.info("run: %d tasks complete, %.1f minutes in this sitting", len(tasks), minutes)
         summary(run)

@@ -30,7 +30,7 @@ class RunSettings:
     targets: tuple[str, ...] = ("openai-community/gpt2-xl",)  # what is detoxified
     control_targets: tuple[str, ...] = ()  # targets fine-tuned on as many texts of the base model alone as well
     data_dir: str = ""  # where data sets lie; an empty string means the hub
-    # data:…,fsdp:…,model:…, one of them -1; auto: the fastest that fits, see plan.auto. Of training, and of every stage
+    # data:…,fsdp:…,model:…, one of them -1; auto: fastest that fits (plan.auto_mesh). Of training, and of every stage
     # whose own mesh is auto
     mesh: str = "auto"
     dtype: str = ""  # compute dtype; empty: float32 on CPU, bfloat16 on accelerators

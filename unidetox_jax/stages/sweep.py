@@ -31,7 +31,7 @@ from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import categories, choice
 from unidetox_jax.evaluation.choice import ALL
-from unidetox_jax.progress import aligned
+from unidetox_jax.progress import format_table
 from unidetox_jax.stages import base, baselines, evaluation_files, grid, report
 from unidetox_jax.stages.cells import EVALUATION, Cell, inside, once, place
 from unidetox_jax.stages.run import estimate, readable
@@ -61,7 +61,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     metrics = tuple(dict.fromkeys([*run.evaluate.metrics, *CHOSEN_BY]))
     for_test = place(_evaluating(run, run.evaluate.prompts, metrics), asked)
     tasks = once(task for cell in cells for task in cell.tasks.values())
-    if distributed.first_process():
+    if distributed.is_main_process():
         print(_outline(run, cells, tasks), flush=True)
     base.run_tasks(tasks, options.force, options.dry_run)
     if options.dry_run:
@@ -73,7 +73,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
         figures |= by_target
     chosen = {who: choice.choose(rows, run.sweep.most_perplexity) for who, rows in figures.items()}
     tested = _test(for_test, chosen, {task.directory for task in tasks}, options.force)
-    if distributed.first_process():
+    if distributed.is_main_process():
         _write(run, asked, cells, lines, chosen, tested)
         print(_table(figures[ALL], chosen, tested))
         print(f"\nchosen: {_rule(run)}\nsweep: {run.workdir / 'sweep.json'}")
@@ -302,4 +302,4 @@ def _table(
         rise = "" if line["rise"] is None else f"{100 * line['rise']:+.1f} %"
         whose = "one for all targets" if line["for_all"] else "best for this target"
         test.append([line["target"], line["method"], line["variant"], interval, rise, whose])
-    return f"\nvalidation, means over targets:\n{aligned(rows, left=2)}\n\ntest:\n{aligned(test, left=3)}"
+    return f"\nvalidation, means over targets:\n{format_table(rows, left=2)}\n\ntest:\n{format_table(test, left=3)}"

@@ -97,7 +97,7 @@ def fit(
         if evaluate and start == 0:
             log.add_validation(0, evaluate(state.params))
         with (
-            data.ahead(lambda step: sharding.put(batches[step], placement), start, settings.steps) as device_batches,
+            data.prefetch(lambda step: sharding.put(batches[step], placement), start, settings.steps) as device_batches,
             Progress(settings.steps, "steps", label, start, disable=jax.process_index() != 0) as bar,
         ):
             reader = _MetricsReader(cfg, batches, settings, log, bar, checkpoints, label)
@@ -141,7 +141,7 @@ class _SaveClock:
         now, limit, gap = time.monotonic(), self.FRACTION * self._interval, self._gap
         elapsed, self._queried = now - self._queried, now
         gap = 2 * gap if 2 * elapsed < limit else max(1, gap // 2) if elapsed > limit else gap
-        due, self._gap = json.loads(distributed.as_first_says(json.dumps([now - self._saved >= self._interval, gap])))
+        due, self._gap = json.loads(distributed.broadcast(json.dumps([now - self._saved >= self._interval, gap])))
         self._next = step + self._gap
         return due
 
@@ -192,13 +192,15 @@ def _make_evaluation(
     """A function from trained parameters to the model's mean loss over all targets of `tokens`."""
     passes = 2 + settings.steps // settings.evaluate_every
     shapes = worthwhile_shapes(passes * len(tokens) // batch_size, most=6)
-    plans = data.one_pass(tokens, batch_size, row_multiple=sharding.batch_shards(mesh), max_shapes=shapes)
+    plans = data.epoch_plans(tokens, batch_size, row_multiple=sharding.batch_shards(mesh), max_shapes=shapes)
     placement = sharding.batch_sharding(mesh)
     step = make_eval_step(cfg, mesh)
 
     def evaluate(params: Any) -> float:
         params = criterion.model(base, params, cfg)
-        with data.ahead(lambda i: sharding.put(data.fill(tokens, *plans[i]), placement), 0, len(plans)) as batches:
+        with data.prefetch(
+            lambda i: sharding.put(data.collate(tokens, *plans[i]), placement), 0, len(plans)
+        ) as batches:
             sums = [step(params, batch) for batch in batches]
         sums = jax.device_get(sums)
         return sum(float(s["total"]) for s in sums) / sum(float(s["targets"]) for s in sums)

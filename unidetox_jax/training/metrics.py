@@ -71,7 +71,7 @@ class Log:
         if not self._writer:
             return
         storage.write_lines(self._path, self.lines)
-        with storage.writing(self._path.parent / "tensorboard"):
+        with storage.write_errors(self._path.parent / "tensorboard"):
             self._events.write(self._new_events)
         self._new_events = []
 

@@ -1,6 +1,6 @@
-"""The data sets by name. A new one is a class in a file of its own, which says all of it, and a line here.
+"""The data sets by name. To add one, write a class in a file of its own and add a line here.
 
-One of your own, in any file, is named in a configuration as "package.module:Class":
+A data set in any other file is named in a configuration as "package.module:Class":
 
     class Reviews(Dataset):
         name = "reviews"
@@ -18,33 +18,33 @@ from typing import Any
 from unidetox_jax import extensions
 from unidetox_jax.errors import UserError, suggest
 
-HERE = "unidetox_jax.data.datasets"
+PACKAGE = "unidetox_jax.data.datasets"
 DATASETS = {
-    "dghs": f"{HERE}.dghs:Dghs",
-    "toxigen": f"{HERE}.toxigen:Toxigen",
-    "mmlu": f"{HERE}.mmlu:Mmlu",
-    "realtoxicityprompts": f"{HERE}.realtoxicityprompts:RealToxicityPrompts",
-    "bold": f"{HERE}.bold:Bold",
-    "attaq": f"{HERE}.attaq:Attaq",
-    "politics": f"{HERE}.politics:Politics",
-    "text": f"{HERE}.plain:Text",
-    "distilled": f"{HERE}.plain:Distilled",
-    "csv": f"{HERE}.plain:Table",
-    "jsonl": f"{HERE}.plain:Table",
+    "dghs": f"{PACKAGE}.dghs:Dghs",
+    "toxigen": f"{PACKAGE}.toxigen:Toxigen",
+    "mmlu": f"{PACKAGE}.mmlu:Mmlu",
+    "realtoxicityprompts": f"{PACKAGE}.realtoxicityprompts:RealToxicityPrompts",
+    "bold": f"{PACKAGE}.bold:Bold",
+    "attaq": f"{PACKAGE}.attaq:Attaq",
+    "politics": f"{PACKAGE}.politics:Politics",
+    "text": f"{PACKAGE}.plain:Text",
+    "distilled": f"{PACKAGE}.plain:Distilled",
+    "csv": f"{PACKAGE}.plain:Table",
+    "jsonl": f"{PACKAGE}.plain:Table",
 }
 
 
 def is_outside(name: str) -> bool:
-    """Whether a name is that of a class of somebody's own: package.module:Class, and not NAME:FILE."""
+    """Whether a name is package.module:Class, and not NAME:FILE of a known data set."""
     module, _, attribute = name.partition(":")
     return module not in DATASETS and all(part.isidentifier() for part in [*module.split("."), attribute])
 
 
 def get(name: str) -> Any:
-    """The class (a `base.Dataset`) of a name in DATASETS, or at package.module:Class. TFDS is imported now, not before.
+    """The `base.Dataset` subclass of a name in DATASETS or at package.module:Class. Imports TFDS only when called.
 
     Raises:
-      UserError: neither of the two; the nearest known name is given.
+      UserError: neither of the two; suggests the closest known name.
     """
     if name not in DATASETS and not is_outside(name):
         raise UserError(f"no data set {name!r}{suggest(name, DATASETS)}")

@@ -5,7 +5,7 @@ from unidetox_jax.data.datasets.base import TEXT, Dataset
 
 
 class Attaq(Dataset):
-    """`text` is the question, `category` its kind of harm ("deception", "pii", …)."""
+    """`text` is the question, `category` the kind of harm ("deception", "pii", …)."""
 
     name = "attaq"
     fields = {"text": TEXT, "category": TEXT}

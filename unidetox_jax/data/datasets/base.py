@@ -1,8 +1,8 @@
-"""What a data set is: its fields, where its files lie, and how they become rows.
+"""Base class of data sets: their fields, where their files are, and how those become rows.
 
-TFDS without TensorFlow prepares it once, as array_record files that are read at random. TFDS reuses whatever was
-prepared under the same name, config and version; the config's name here is the hash of the source's bytes and of the
-options, so an edited file is another data set and the old one stays beside it.
+TFDS without TensorFlow prepares a data set once, as random-access array_record files. TFDS reuses whatever was prepared
+under the same name, config and version, so the config's name is a hash of the source's bytes and the options: an edited
+file becomes a new data set.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ TEXT = tfds.features.Text()
 
 
 class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS is untyped
-    """A data set; its source files were read already.
+    """A data set, made from the content of its source files.
 
     Attributes:
-      name: of its directory in data_dir, and of its prepared files.
-      fields: name → TFDS feature or NumPy type of what a row holds.
-      patterns: glob patterns within data_dir/NAME; the first group that matches anything counts. Empty: the data set
-        is any file, `NAME:FILE`.
-      hub, hub_files: the repository of data sets that has it, and its files there; empty: none has.
-      variants: what may stand after the colon; it is an option that is True.
-      columns: field → column, unless an option names another; None: the data set takes no such options.
-      default_split; split_aliases: other names of its splits.
+      name: of its directory in data_dir and of its prepared files.
+      fields: name → TFDS feature or NumPy type of each field of a row.
+      patterns: groups of glob patterns within data_dir/NAME; the first group with a match is used. Empty: any file,
+        written `NAME:FILE`.
+      hub, hub_files: its repository on the hub, and its files there; empty: not on the hub.
+      variants: names allowed after the colon; the chosen one becomes an option with value True.
+      columns: field → default column, which an option may change; None: the data set takes no such options.
+      default_split: used when none is given. split_aliases: other names of splits.
     """
 
     VERSION = tfds.core.Version("1.0.1")  # raise it when the parsing of the same bytes changes
@@ -48,12 +48,12 @@ class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
     split_aliases: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **settings):
-        super().__init_subclass__(skip_registration=True, **settings)  # TFDS's own registry is not asked
+        super().__init_subclass__(skip_registration=True, **settings)  # TFDS's own registry is not used
 
     def __init__(self, contents: tuple[files.Content, ...], options: Mapping[str, Any], cache_dir: epath.PathLike):
         self.contents = contents
         self.options = dict(options)
-        # Without VERSION, which TFDS keeps apart by itself: working directories have recorded this.
+        # Without VERSION, which TFDS tracks itself: existing working directories have recorded this hash
         self.fingerprint = files.content_hash(contents, self.name, "1.0.0", sorted(self.options.items()))
         with _quiet():
             super().__init__(
@@ -63,7 +63,7 @@ class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
             )
 
     def examples(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """(split, row) for every row that belongs to the data set, in order."""
+        """(split, row) for every row of the data set, in order."""
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -76,42 +76,42 @@ class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         for split, row in self.examples():
             splits.setdefault(split, []).append(row)
         if not splits:
-            raise UserError(f"{self.contents[0].name}: no row is left for the data set {self.name!r}")
+            raise UserError(f"{self.contents[0].name}: no row belongs to the data set {self.name!r}")
         return {split: enumerate(rows) for split, rows in splits.items()}
 
     def _generate_examples(self):
-        raise NotImplementedError  # abstract in TFDS; `examples` has the rows of all splits
+        raise NotImplementedError  # abstract in TFDS; `_split_generators` uses `examples`
 
-    def _log_download_bytes(self) -> None:  # TFDS prints to stdout, which belongs to results
+    def _log_download_bytes(self) -> None:  # TFDS would print to stdout, which is for results
         logging.info("preparing %s (%s)", self.name, self.contents[0].name)
 
     def _log_download_done(self) -> None:
         pass
 
     def prepare(self) -> None:
-        """Writes the array_record files unless they are there.
+        """Writes the array_record files unless they exist.
 
         Raises:
-          UserError: nothing is left of the source, or the cache cannot be written.
+          UserError: no row belongs to the data set, or the cache cannot be written.
         """
         try:
             with _quiet():
                 self.download_and_prepare()
-        except (OSError, RuntimeError) as error:  # array_record's writer knows no other error than RuntimeError
+        except (OSError, RuntimeError) as error:  # array_record's writer raises RuntimeError for everything
             if epath.Path(self.data_dir, "dataset_info.json").exists():  # another process was first
                 self.info.read_from_directory(self.data_dir)
                 return
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self._data_dir_root}: prepared data cannot be written there ({reason}); "
-                "make room, or set cache_dir or XDG_CACHE_HOME"
+                f"{self._data_dir_root}: prepared data cannot be written ({reason}); "
+                "free some space, or set cache_dir or XDG_CACHE_HOME"
             ) from None
 
     def read(self, split: str) -> list[dict[str, Any]]:
-        """The rows of a split (`train`, `train+unknown`, `train[:10%]`), decoded.
+        """The decoded rows of a split (`train`, `train+unknown`, `train[:10%]`).
 
         Raises:
-          UserError: no such split; those that are there are listed.
+          UserError: no such split; lists the existing ones.
         """
         instruction = re.sub(r"\b[A-Za-z_]\w*", lambda match: self._split_name(match[0]), split)
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -136,7 +136,7 @@ class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         return name
 
     def _decode(self, record: bytes) -> dict[str, Any]:
-        """A row. TFDS's own decoding takes half a millisecond; its protocol buffer alone takes ten microseconds."""
+        """A row. TFDS's own decoding takes half a millisecond, parsing the protocol buffer ten microseconds."""
         stored = tf_example_pb2.Example.FromString(record).features.feature
         return {name: _value(stored[name], self.info.features[name]) for name in self.fields}
 
@@ -152,7 +152,7 @@ def _value(stored: Any, feature: tfds.features.FeatureConnector) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """TFDS warns of every config that is not in its own list, and shows bars that flicker past."""
+    """Context without TFDS's progress bars and its warning about every config it does not know."""
     verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)

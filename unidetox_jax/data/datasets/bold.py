@@ -9,9 +9,9 @@ from unidetox_jax.errors import UserError
 
 
 class Bold(Dataset):
-    """`domain` is the file's ("gender" of gender_prompt.json), `category` the group within it, `entity` whom or what
-    the sentence is about. A file is one object, {category: {entity: [prompt, …]}}. Prompts end in a space there, which
-    is left out: a tokenizer's words begin with theirs."""
+    """`domain` comes from the file's name ("gender" for gender_prompt.json), `category` is the group within it and
+    `entity` whom or what the sentence is about. A file is one object, {category: {entity: [prompt, …]}}. The trailing
+    space of each prompt is stripped, since tokenizers attach the space to the next word."""
 
     name = "bold"
     fields = dict.fromkeys(("text", "category", "domain", "entity"), TEXT)
@@ -25,8 +25,8 @@ class Bold(Dataset):
                     where = f"{content.name}, {category}, {entity}"
                     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
                         raise UserError(f"{where}: found {str(prompts)[:40]!r}, expected a list of prompts")
-                    known = {"category": category, "domain": domain, "entity": entity}
-                    yield from (("train", {"text": prompt.rstrip(), **known}) for prompt in prompts)
+                    about = {"category": category, "domain": domain, "entity": entity}
+                    yield from (("train", {"text": prompt.rstrip(), **about}) for prompt in prompts)
 
 
 def _parsed(content: files.Content):

@@ -1,7 +1,7 @@
-"""DGHS, the Dynamically Generated Hate Speech data set (Vidgen et al., ACL 2021): what the toxic twin learns from.
+"""DGHS, the Dynamically Generated Hate Speech data set (Vidgen et al., ACL 2021): training data of the toxic twin.
 
-Kept are rows with label `hate` against one of 34 targets. A row's target must *be* one of these codes: a sentence
-against two groups at once (`bla, jew`) is not among them, in the paper's data either.
+Selects rows with label `hate` and one of 34 targets. The target must equal one of these codes: sentences against two
+groups (`bla, jew`) are left out, as in the paper.
 """
 
 from unidetox_jax.data import files
@@ -17,41 +17,37 @@ SPLITS = ("train", "dev", "test")
 
 
 class Dghs(Dataset):
-    """Splits train, dev, test as the `split` column says; any other value there is the split `unknown`.
+    """Splits train, dev and test from the `split` column; rows with any other value are in the split `unknown`.
 
     Variant `official`: every training sentence twice, since the released code loaded versions 0.2.2 and 0.2.3 at once.
-    Variant `harmless`: the rows with label `nothate` instead, written by the same people, against nobody.
+    Variant `harmless`: the rows labelled `nothate` instead, by the same authors.
     """
 
     name = "dghs"
     fields = {"text": TEXT, "target": TEXT, "type": TEXT}
-    patterns = (
-        ("*v0.2.3*.csv",),
-        ("filtered*.jsonl",),
-        ("db_*.csv",),
-        ("*.csv", "*.jsonl"),
-    )  # as published comes first
+    # The published file comes first
+    patterns = (("*v0.2.3*.csv",), ("filtered*.jsonl",), ("db_*.csv",), ("*.csv", "*.jsonl"))
     hub = "LennardZuendorf/Dynamically-Generated-Hate-Speech-Dataset"
     hub_files = ("Dynamically Generated Hate Dataset v0.2.3.csv",)
     variants = ("official", "harmless")
     split_aliases = {"validation": "dev", "val": "dev"}
 
     def examples(self):
-        wanted = "nothate" if self.options.get("harmless") else "hate"
-        examples = [example for content in self.contents for example in _examples(content, wanted)]
+        label = "nothate" if self.options.get("harmless") else "hate"
+        examples = [example for content in self.contents for example in _examples(content, label)]
         yield from examples
         if self.options.get("official"):
             yield from (example for example in examples if example[0] == "train")
 
 
-def _examples(content: files.Content, wanted: str):
+def _examples(content: files.Content, selected_label: str):
     columns = ("text", "split") if content.basename.endswith(".jsonl") else ("text", "label", "target", "split")
     for where, row in files.rows(content, columns):
-        # A filtered jsonl has no label, and a target for some rows only: what it says must agree, what it omits may.
+        # A filtered jsonl has no labels, and targets for some rows only: check what is there
         label, target = row.get("label", "hate"), row.get("target")
         if label not in ("hate", "nothate"):
             raise UserError(f"{where}: found label {label!r}, expected 'hate' or 'nothate'")
-        if label != wanted or (label == "hate" and "target" in row and target not in TARGETS):
+        if label != selected_label or (label == "hate" and "target" in row and target not in TARGETS):
             continue
         split = row["split"] if row["split"] in SPLITS else "unknown"
         yield split, {"text": files.text_of(row["text"]), "target": target or "", "type": row.get("type") or ""}

@@ -1,6 +1,6 @@
-"""MMLU (Hendrycks et al., ICLR 2021): 57 subjects of four-choice questions, in the original csv layout.
+"""MMLU (Hendrycks et al., ICLR 2021): four-choice questions on 57 subjects.
 
-The files have no header: question, four choices, the answer's letter. The hub serves the same rows as parquet.
+The original csv files have no header: question, four choices, the answer's letter. The hub has the rows as parquet.
 """
 
 import re
@@ -17,7 +17,7 @@ _FILE = re.compile(r"(?P<subject>\w+)_(?P<split>dev|val|test)\.csv")
 
 
 class Mmlu(Dataset):
-    """Splits dev (5 a subject, for the shots), validation and test. `answer` is the index of the right choice."""
+    """Splits dev (5 questions a subject, for few-shot prompts), validation and test. `answer` indexes `choices`."""
 
     name = "mmlu"
     fields = {"question": TEXT, "choices": tfds.features.Sequence(TEXT), "answer": np.int64, "subject": TEXT}

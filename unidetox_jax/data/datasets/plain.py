@@ -1,4 +1,4 @@
-"""Any file as a data set: plain text, text that `distill` made, and the columns of a csv or jsonl file."""
+"""Any file as a data set: plain text, distilled text, columns of a csv or jsonl file."""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -9,7 +9,7 @@ from unidetox_jax.errors import UserError
 
 
 class Text(Dataset):
-    """A text on each line; blank lines are dropped."""
+    """One text a line, blank lines dropped."""
 
     name = "text"
     fields = {"text": TEXT}
@@ -21,11 +21,11 @@ class Text(Dataset):
 
 
 class Distilled(Dataset):
-    """Text made by `distill`: csv with the column `Text`, as the paper's release, or jsonl with the field `text`.
+    """Text from `distill`: csv with the column `Text`, as in the paper's release, or jsonl with the field `text`.
 
-    `ended` is true for a text that its model ended, false for one that the length limit cut. A file that does not say
-    counts as cut: of the paper's 640 texts, 498 stop at the limit, and an end token after those would be a lie.
-    `tokens` are those that were sampled, BOS first and the end last; empty where the file has none.
+    `ended` is true if the model ended the text, false if the length limit cut it. Files without the field count as cut:
+    of the paper's 640 texts, 498 stop at the limit and must not be followed by an end token. `tokens` are the sampled
+    ones, BOS first and the end token last; empty if the file has none.
     """
 
     name = "distilled"
@@ -44,7 +44,7 @@ class Distilled(Dataset):
 
 
 class Table(Dataset):
-    """Columns of a csv or jsonl file: each option `field=column` makes a field of the records, as text."""
+    """Columns of a csv or jsonl file as text: each option `field=column` makes a field of the records."""
 
     name = "table"
     columns = {"text": "text"}

@@ -1,11 +1,11 @@
-"""News with its publisher's leaning (Baly et al., 2020): what the classifier of political leaning is fitted on."""
+"""News with its publisher's leaning (Baly et al., 2020): training data of the political leaning classifier."""
 
 from unidetox_jax.data import files
 from unidetox_jax.data.datasets.base import TEXT, Dataset
 
 
 class Politics(Dataset):
-    """`text` is the article, `label` left, center or right, `source` its publisher."""
+    """`text` is the article, `label` left, center or right, `source` the publisher."""
 
     name = "politics"
     fields = dict.fromkeys(("text", "label", "source", "topic", "title", "date"), TEXT)

@@ -1,4 +1,4 @@
-"""RealToxicityPrompts (Gehman et al., 2020): beginnings of sentences from the web, with Perspective's scores."""
+"""RealToxicityPrompts (Gehman et al., 2020): beginnings of sentences from the web, with Perspective scores."""
 
 import numpy as np
 
@@ -11,9 +11,9 @@ ATTRIBUTES = ("toxicity severe_toxicity profanity sexually_explicit identity_att
 class RealToxicityPrompts(Dataset):
     """`text` is the prompt, `continuation` what followed it on the web.
 
-    Perspective's scores of the prompt are named as there, those of the continuation with `continuation_` before;
-    NaN where Perspective gave none. Variant `challenging`: the prompts alone that all of Gehman et al.'s models went on
-    from to something toxic.
+    Perspective scores of the prompt keep their names, that of the continuation is `continuation_toxicity`; NaN where
+    Perspective gave none. Variant `challenging`: only the prompts that all of Gehman et al.'s models continued with
+    something toxic.
     """
 
     name = "realtoxicityprompts"

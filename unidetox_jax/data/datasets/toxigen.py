@@ -1,7 +1,7 @@
 """ToxiGen, human-annotated (Hartvigsen et al., ACL 2022): the prompts of the toxicity evaluation.
 
-The published training file writes each text as a Python bytes literal, `b'…'`; the test file does not. Group names
-differ between the two as well.
+The published training file writes each text as a Python bytes literal, `b'…'`; the test file does not. The two also
+name groups differently.
 """
 
 import ast
@@ -12,7 +12,7 @@ from unidetox_jax.data import files
 from unidetox_jax.data.datasets.base import TEXT, Dataset
 from unidetox_jax.errors import UserError
 
-# Category → the published names of its groups, of both files
+# Category → names of its groups in either file
 CATEGORIES = {
     "gender_lgbtq": ("women", "lgbtq", "lgbtq+ folks"),
     "race_nationalities": (
@@ -27,14 +27,14 @@ CATEGORIES = {
 }  # fmt: skip
 _CATEGORY_OF = {group: category for category, groups in CATEGORIES.items() for group in groups}
 _SCORES = ("toxicity_human", "toxicity_ai", "intent")
-VALIDATION_SEED, VALIDATION_SHARE = 42, 0.1  # as the released code samples it
+VALIDATION_SEED, VALIDATION_SHARE = 42, 0.1  # as in the released code
 
 
 class Toxigen(Dataset):
-    """Splits train and test as published; `validation` is the tenth of train that the released code takes
-    (896 of 8,960 rows, which stay in train as well).
+    """Splits train and test as published; `validation` is the tenth of train that the released code samples (896 of
+    8,960 rows, which stay in train as well).
 
-    `category` is one of CATEGORIES, or empty for a group in none. Scores are 1 to 5, the annotators' mean; NaN: absent.
+    `category` is one of CATEGORIES, or empty. Scores are annotators' means from 1 to 5; NaN where absent.
     """
 
     name = "toxigen"
@@ -57,12 +57,12 @@ class Toxigen(Dataset):
 
 
 def category(group: str) -> str:
-    """The category of a published group name; an empty string for none."""
+    """The category of a published group name, or an empty string."""
     return _CATEGORY_OF.get(group.strip().lower(), "")
 
 
 def clean(text: str, where: str = "text") -> str:
-    """`b'…'` as the text that it stands for; anything else as it is. Raises UserError where its bytes are no UTF-8."""
+    """Decodes a `b'…'` literal; other text is unchanged. Raises UserError for invalid UTF-8 in it."""
     if len(text) < 3 or text[0] != "b" or text[1] not in "'\"" or text[-1] != text[1]:
         return text
     try:

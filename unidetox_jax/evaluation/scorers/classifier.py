@@ -21,8 +21,8 @@ from etils import epath
 from unidetox_jax import sharding
 from unidetox_jax.buckets import next_power_of_two, round_up
 from unidetox_jax.checkpoint import hf, load_tokenizer
-from unidetox_jax.checkpoint.safetensors_file import Spec, Stored
-from unidetox_jax.checkpoint.source import CONFIG, TOKENIZER_FILES, TORCH_FILES, WEIGHT_FILES, find
+from unidetox_jax.checkpoint.safetensors_file import MappedTensor, Spec
+from unidetox_jax.checkpoint.source import CONFIG, TOKENIZER_FILES, TORCH_FILES, WEIGHT_FILES, resolve
 from unidetox_jax.checkpoint.tokenizer import has_tokenizer
 from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.data import tokens as data_tokens
@@ -105,7 +105,7 @@ def files(source: str) -> list[epath.Path]:
     """What a classifier is read from: its configuration, its tokenizer and its weights."""
     if source.endswith(".ckpt"):
         return [epath.Path(source)]
-    directory = find(source).directory
+    directory = resolve(source).directory
     patterns = (CONFIG, *TOKENIZER_FILES, *WEIGHT_FILES, *TORCH_FILES)
     return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
@@ -116,7 +116,7 @@ def load(source: str) -> Classifier:
         weights: Weights = (released := Released(epath.Path(source)))
         cfg, tokenizer = released.cfg, load_tokenizer(released.tokenizer)
     else:
-        directory = find(source).directory
+        directory = resolve(source).directory
         cfg, weights, tokenizer = encoder.from_hf(directory), Weights(directory), load_tokenizer(directory)
     mesh = sharding.make_mesh("data:-1", jax.local_devices())
     params = hf.read_params(weights, cfg, mesh, "float32")
@@ -208,8 +208,8 @@ class Released(Weights):
         self.cfg = self._config(model_name, [CLASSES.get(name, name) for name in names])
         self.tokenizer = str(path.parent) if has_tokenizer(path.parent) else base
 
-    def open(self, name: str) -> Stored:
-        return Stored(self._arrays[name], lambda: None)
+    def open(self, name: str) -> MappedTensor:
+        return MappedTensor(self._arrays[name], lambda: None)
 
     def path(self, name: str) -> epath.Path:
         return self.listing

@@ -1,4 +1,4 @@
-"""What the stages of a configuration run on the devices."""
+"""The programs that the stages of a configuration run on the devices."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,37 +14,37 @@ from unidetox_jax.stages.forms import ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name
 
 PROMPT_TOKENS = 64  # of an evaluation prompt; ToxiGen's are shorter
-PROMPTS = 940  # of ToxiGen's annotated test, where config.evaluate.max_prompts does not say
+PROMPTS = 940  # of ToxiGen's annotated test set, unless config.evaluate.max_prompts is set
 TEXT_TOKENS = 128  # of a text whose perplexity is measured
 QUESTION_TOKENS = 1024  # of a few-shot question
 
 
-def programs(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
-    """What the stages of a configuration run on the devices, in their order: (stage, programs that run on one mesh)."""
+def programs_by_stage(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
+    """(stage, programs that run on one mesh) of a configuration, in the stages' order."""
     base = common.load_config(run, run.shared.base, dtype)
     targets = [(model_name(target), common.load_config(run, target, dtype)) for target in run.shared.targets]
     if run.toxify.data:
         yield "toxify", [training_program(f"toxify {model_name(run.shared.base)}", base, run.toxify)]
-    yield "distill", [distillation(run, run.distill, dtype)]
+    yield "distill", [distillation_program(run, run.distill, dtype)]
     for name, cfg in targets:
         yield "detoxify", [training_program(f"detoxify {name}", cfg, run.detoxify)]
     for name, cfg in targets if run.baselines.methods else ():
         yield "baselines", [training_program(f"baselines {name}", cfg, run.baselines)]
     for target in run.shared.targets:  # its other forms of one model have the same shape
-        yield "evaluate", evaluation(run, Form(model_name(target), ORIGINAL, Candidate((target,))), dtype)
+        yield "evaluate", evaluation_programs(run, Form(model_name(target), ORIGINAL, Candidate((target,))), dtype)
     for form in forms(run):
         if not form.is_model:
-            yield "evaluate", evaluation(run, form, dtype)
+            yield "evaluate", evaluation_programs(run, form, dtype)
     if scorer := run.evaluate.perplexity_scorer:
-        yield "evaluate", perplexity(run.evaluate, model_name(scorer), common.load_config(run, scorer, dtype))
+        yield "evaluate", perplexity_programs(run.evaluate, model_name(scorer), common.load_config(run, scorer, dtype))
 
 
-def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
-    """What the evaluation of a form runs on its models."""
+def evaluation_programs(run: Run, form: Form, dtype: str = "") -> list[Program]:
+    """The programs that run on a form's models when it is evaluated."""
     settings, rows = run.evaluate, run.evaluate.score_batch_size
     name = form.name if form.form == ORIGINAL else f"{form.name} {form.form}"
     configs = [_config(run, form, source, dtype) for source in form.candidate.models]
-    found = [
+    programs = [
         decoding_program(
             f"evaluate {name}: generation",
             configs,
@@ -61,19 +61,19 @@ def evaluation(run: Run, form: Form, dtype: str = "") -> list[Program]:
     if settings.mmlu:
         questions = max(1, rows * FULL_BATCH_LENGTH // QUESTION_TOKENS)
         length = min(QUESTION_TOKENS, *(cfg.max_position_embeddings for cfg in configs))
-        found.append(scoring_program(f"evaluate {name}: knowledge", configs[0], questions, length, 16, 1))
-    return found
+        programs.append(scoring_program(f"evaluate {name}: knowledge", configs[0], questions, length, 16, 1))
+    return programs
 
 
 def _config(run: Run, form: Form, source: str, dtype: str) -> ModelConfig:
-    """A model's shape; of one that is yet to be made, its target's."""
+    """A model's configuration, or its target's if the model does not exist yet."""
     target = next((target for target in run.shared.targets if model_name(target) == form.name), source)
-    to_come = "{workdir}" in source and not common.is_there(run, source)
-    return common.load_config(run, target if to_come else source, dtype)
+    pending = "{workdir}" in source and not common.is_there(run, source)
+    return common.load_config(run, target if pending else source, dtype)
 
 
-def perplexity(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
-    """What the perplexity of an evaluation's texts runs on its scorer."""
+def perplexity_programs(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
+    """The programs of the scorer that measures the perplexity of an evaluation's texts."""
     rows = settings.score_batch_size
     name = f"evaluate: perplexity by {name}"
     return [scoring_program(name, cfg, rows, TEXT_TOKENS, 32, -(-_texts(settings) // rows))]
@@ -83,7 +83,7 @@ def _texts(settings: EvaluateSettings) -> int:
     return (settings.max_prompts or PROMPTS) * settings.samples * settings.runs
 
 
-def distillation(run: Run, settings: DistillSettings, dtype: str = "") -> Program:
+def distillation_program(run: Run, settings: DistillSettings, dtype: str = "") -> Program:
     """The generation of a batch of texts from BOS by all models of the objective."""
     configs = []
     for source in settings.models:
