@@ -258,7 +258,7 @@ def test_states_are_those_of_every_model_in_every_way_of_reading(way, monkeypatc
     pair = [model_of(name)[1], model_of(name, seed=1)[1]]
     tokens, mask = prompts_of(pair[0].cfg)
     if way.startswith("side"):
-        monkeypatch.setattr(preparation, "form", functools.partial(as_on_a_gpu, preparation.form))
+        monkeypatch.setattr(preparation, "choose_layout", functools.partial(as_on_a_gpu, preparation.choose_layout))
         pair = preparation.prepare(pair, layer_loop="scan")
         assert pair[0].params.side_by_side
     settings = {"max_new_tokens": 75 if way == "apart" else 14, "attention_mask": mask, "eos_id": (),
@@ -341,7 +341,7 @@ def state_without_context(base):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("test_context_objectives:state_without_context", "has a state, but no argument `context`"),
+        ("test_context_objectives:state_without_context", "declares a state, but no argument `context`"),
         ("sasa", "setting subspace has no default|setting beta has no default"),
         (
             "sasa(subspace='nowhere.npz', beta=1)",
@@ -370,9 +370,9 @@ def test_mistakes_are_one_line_before_anything_is_loaded(text, expected, tmp_pat
 @pytest.mark.parametrize(
     "function, expected",
     [
-        (tuple_without_state, "returns a tuple; a state beside the scores is declared by @with_state"),
-        (another_state, r"returns the state int32\[3\], expected one like the first, float32\[1\]"),
-        (scores_alone, r"has a state, expected \(scores, state\)"),
+        (tuple_without_state, "returns a tuple; declare its state with @with_state"),
+        (another_state, r"returns the state int32\[3\], expected one like the initial, float32\[1\]"),
+        (scores_alone, r"declares a state, so it must return \(scores, state\)"),
     ],
 )
 def test_a_state_that_is_none_is_one_line(function, expected):
@@ -384,7 +384,7 @@ def test_a_place_that_has_no_context_is_refused():
     objective = objectives.get("repetition_penalty")
     assert objective.needs_context and not objectives.get("base").needs_context
     assert objective.arguments == ("base",) and objective.settings == {"penalty": 1.2}
-    with pytest.raises(UserError, match="repetition_penalty: sees the text so far .*, which only generation gives"):
+    with pytest.raises(UserError, match="repetition_penalty: needs the text so far .*, which only generation provides"):
         objective(jnp.zeros((1, 5)))
     with pytest.raises(UserError, match="found \\(0, 7\\), expected whole numbers from 0 to 2"):
         rows_of("gpt2", objectives.get("dola_dynamic(layers=(0, 7))"))

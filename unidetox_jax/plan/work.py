@@ -74,7 +74,7 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: Sizes, lanes: int, 
     padded to. stored: see `programs.decoding_program`."""
     shards, ways = sizes["data"] * sizes["fsdp"], sizes["model"]
     rows = filled(-(-rows // plan.samples), sizes) // shards * plan.samples
-    gather = preparation.gathers(plan.configs, ways)
+    gather = preparation.gather_fits(plan.configs, ways)
     flops = traffic = memory = gathered = summed = 0.0
     for cfg in plan.configs:
         size, weights = np.dtype(cfg.dtype).itemsize, costs.read_bytes(cfg, ways)
