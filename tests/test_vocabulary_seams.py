@@ -11,7 +11,7 @@ from variants import VARIANTS
 
 from unidetox_jax import models
 from unidetox_jax.decoding import generate, objectives, warpers
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Tokenizer:
 def test_what_was_added_to_one_is_left_out_and_told(caplog):
     with caplog.at_level(logging.WARNING):
         assert common_vocabulary([Tokenizer(9), Tokenizer(9, added=2)], ["base", "toxic"]) == 9
-    assert "toxic: its 2 last tokens are left out" in caplog.text
+    assert "toxic: ignoring its last 2 tokens" in caplog.text
     assert common_vocabulary([Tokenizer(9, added=1), Tokenizer(9, added=1)], ["base", "toxic"]) == 10
 
 

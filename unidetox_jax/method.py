@@ -27,7 +27,7 @@ from unidetox_jax.data import chat as conversations
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import generations, scorers
 from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
@@ -207,7 +207,7 @@ def distill(
     names: Sequence[str] = (),
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
-    keep: Callable = sampling.anew,
+    keep: Callable = sampling.uncached,
     label: str | None = "distill",
     **settings: Any,
 ) -> Texts:
@@ -221,7 +221,7 @@ def distill(
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
       chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if there is one; the conversation is
         no part of them, but counts for max_length.
-      reject: texts → why each is left out, empty for one that is kept. All else: see `decoding.texts.sample_texts`.
+      reject: texts → why each is left out, empty for one that is kept. The others: see `sample_texts`.
 
     Raises:
       UserError: models of different tokenizers, settings out of range, a context that is too short.
@@ -317,7 +317,7 @@ def evaluate(
 
     others = extensions.parse_named(protocol.other_scorers, "other_scorers", "SCORER")
     score, loaded = scorers.get(scorer), OneModel(load_pair)
-    runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.anew)
+    runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.uncached)
     subject = Subject(protocol, from_texts(prompts, categories), runs, score=score)
     subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})
     results = measure(protocol.metrics, subject, EVALUATED, loaded)

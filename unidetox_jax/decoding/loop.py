@@ -132,7 +132,6 @@ def program(params: tuple[Any, ...], inputs: Inputs, objective: Objective, warpe
     return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), output)
 
 
-
 def step(
     params: tuple[Any, ...], keys, state: State, inputs: Inputs, objective: Objective, warpers, plan: Plan
 ) -> State:

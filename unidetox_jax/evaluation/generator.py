@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.objective import Objective
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.models import Model, ModelConfig
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unidetox_jax import extensions
-from unidetox_jax.decoding.texts import anew
+from unidetox_jax.decoding.text_sampling import uncached
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.generations import Continuations
@@ -148,7 +148,7 @@ class Subject:
     score: Scorer = not_asked_for
     others: Mapping[str, Scorer] = dataclasses.field(default_factory=dict)
     load: Callable[[], tuple[Model | Generator, Any]] = not_asked_for
-    keep: Callable[[str, Callable[[], Any]], Any] = anew
+    keep: Callable[[str, Callable[[], Any]], Any] = uncached
 
     def each_run(self, name: str, measure: Callable[[int], np.ndarray]) -> np.ndarray:
         """measure(run) of every run, kept one by one: [R, …]."""
@@ -236,7 +236,7 @@ class OneModel:
 
 
 def measure(
-    names: Sequence[str], subject: Subject, source: str, models: OneModel, keep: Callable = anew, first: bool = True
+    names: Sequence[str], subject: Subject, source: str, models: OneModel, keep: Callable = uncached, first: bool = True
 ) -> dict[str, Result]:
     """The metrics of one model, those first that read it.
 

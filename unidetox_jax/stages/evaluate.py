@@ -47,7 +47,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.decoding import objectives
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
 from unidetox_jax.evaluation.generator import Generator
