@@ -112,9 +112,9 @@ def test_dynamic_dola_chooses_the_farthest_layer_of_each_row():
 )  # fmt: skip
 def test_the_layers_of_dola_are_those_of_transformers(count, high, expected):
     """Its rule for a head that is the embedding; of three layers it has none."""
-    from unidetox_jax.decoding.context_objectives import _candidates
+    from unidetox_jax.decoding.context_objectives import _candidate_layers
 
-    assert _candidates((), high, count).tolist() == list(expected)
+    assert _candidate_layers((), high, count).tolist() == list(expected)
 
 
 def contrastive_score(reference, ids, k, alpha):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unidetox_jax import data
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation import continuations
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
 
@@ -153,7 +153,7 @@ def test_the_library_says_what_transformers_says(tokenizer):
     [(ENDING, [1, 3, 4], [1, 3, 4, 2]), (OPT, [2, 3, 4], [2, 3, 4]), (PLAIN, [3, 4], [3, 4])],
 )
 def test_no_text_ends_where_another_is_to_follow(tokenizer, begun, whole):
-    assert encode(tokenizer, ["a b"]) == generations.tokenize_prompts(tokenizer, ["a b"]) == [begun]
+    assert encode(tokenizer, ["a b"]) == continuations.tokenize_prompts(tokenizer, ["a b"]) == [begun]
     assert encode(tokenizer, ["a b"], end=True) == [whole]
     assert encode(tokenizer, ["a b"], begin=False) == [[3, 4]]
 

@@ -7,7 +7,7 @@ import torch
 from tests.eval_helpers import make_pair, make_tokenizer
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, generator, likelihood, mmlu
+from unidetox_jax.evaluation import continuations, generator, likelihood, mmlu
 
 BOS = 0
 
@@ -66,7 +66,7 @@ def test_likelihoods_are_the_objectives_with_every_prefix_after_bos(trio, prefix
 def test_text_is_the_objectives_with_every_prefix_after_bos(trio):
     subject, tokenizer = make(trio, "proxy_tuning(alpha=0.7)", PREFIXES), make_tokenizer()
     prompts = ["a dog sat", "the cat", "it was very small and then the bird ran"]
-    made = generations.generate(
+    made = continuations.generate(
         subject, tokenizer, prompts, samples=2, max_new_tokens=6, warpers=[warpers.greedy()], eos_id=()
     )
     before = [tokenizer.encode(text, add_special_tokens=False) for text in PREFIXES]
@@ -82,10 +82,12 @@ def test_one_model_under_base_is_that_model_to_the_bit(trio):
     model, tokenizer = trio[0][1], make_tokenizer()
     alone = make(trio[:1], "base")
     options = {"samples": 3, "max_new_tokens": 7, "warpers": warpers.choose(top_k=20, top_p=0.9), "seed": 5}
-    ours, theirs = (generations.generate(m, tokenizer, ["a dog", "the cat sat on"], **options) for m in (alone, model))
+    ours, theirs = (
+        continuations.generate(m, tokenizer, ["a dog", "the cat sat on"], **options) for m in (alone, model)
+    )
     assert ours.texts == theirs.texts and (ours.ended == theirs.ended).all()
     requests = [[0, 5, 6], [0, 9]], [[7, 8], [10]]
-    whole = generator.alone(model)
+    whole = generator.as_generator(model)
     np.testing.assert_array_equal(
         likelihood.loglikelihood(whole, *requests).sums, likelihood.loglikelihood(model, *requests).sums
     )
@@ -118,7 +120,7 @@ def test_an_objective_with_context_writes_and_judges_nothing(trio):
     subject, tokenizer = make(trio[:1], "repetition_penalty(penalty=1000.0)"), make_tokenizer()
     options = {"samples": 1, "max_new_tokens": 8, "warpers": [warpers.greedy()], "eos_id": ()}
     (text,), (plain,) = (
-        generations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
+        continuations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
     )
     assert text != plain
     with pytest.raises(UserError, match="likelihood: given text has none under repetition_penalty"):

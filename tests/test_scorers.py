@@ -64,7 +64,7 @@ def test_agreement_that_does_not_exist_is_none():
         "b": np.array([0.0, 0.0, 0.9, 0.0]),
         "c": np.array([0.2, 0.6, 0.1, 0.7]),
     }
-    ab, ac, _ = agreement.of(scores, 0.5)
+    ab, ac, _ = agreement.pairwise(scores, 0.5)
     assert ab["kappa"] == 0.0 and ab["rank_correlation"] is None and ab["texts"] == 3
     assert ac["kappa"] == 1.0 and ac["rank_correlation"] == pytest.approx(0.5) and ac["toxic"] == [2 / 3, 2 / 3]
 

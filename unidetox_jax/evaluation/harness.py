@@ -20,7 +20,7 @@ from unidetox_jax.data.chat import render
 from unidetox_jax.data.tokens import decode, encode, vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation import continuations
 from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.models import Model
@@ -138,7 +138,7 @@ class HarnessLM(TemplateLM):
         room = self.max_length - count
         if room < 1:
             raise UserError(f"harness: a task asks for {count} new tokens, the model reads {self.max_length}")
-        new, _ = generations.complete(
+        new, _ = continuations.complete(
             self.model,
             [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             samples=1,

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unidetox_jax.evaluation import scorers
+from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.prompts import load
-from unidetox_jax.evaluation.protocol import Protocol
 
 
 def prompts(
     prompts: str = "toxigen",
-    scorer: str = Protocol.scorer,
-    threshold: float = Protocol.threshold,
+    scorer: str = EvaluationConfig.scorer,
+    threshold: float = EvaluationConfig.threshold,
     data_dir: str = "",
     max_prompts: int = 0,
     seed: int = 0,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from unidetox_jax import buckets, models, sharding
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.generator import Generator, alone
+from unidetox_jax.evaluation.generator import Generator, as_generator
 from unidetox_jax.evaluation.likelihood_batches import Batch, batches_of, families_of, rows_of
 from unidetox_jax.models import Model, ModelConfig
 from unidetox_jax.progress import Progress
@@ -85,7 +85,7 @@ def loglikelihood(
       UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, a token
         that is not in the model's vocabulary, or an objective that needs more than logits.
     """
-    generator = alone(model)
+    generator = as_generator(model)
     if generator.objective.needs_context:
         raise UserError(f"likelihood: given text has none under {generator.objective.name}, which needs a context")
     limit = max_length or generator.cfg.max_position_embeddings
@@ -152,7 +152,7 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
         last[place, : len(row.last)] = row.last
         spans[place] = row.start, len(row.scored)
 
-    reads: list[Any] = [functools.partial(generator.read_by, index) for index in range(len(configs))]
+    reads: list[Any] = [functools.partial(generator.model_input, index) for index in range(len(configs))]
     ahead = [len(prefix) for prefix in generator.prefixes]
     if not any(ahead):
         reads, ahead = reads[:1], ahead[:1]  # all models read the same

@@ -28,10 +28,10 @@ from unidetox_jax import extensions
 from unidetox_jax.decoding.text_sampling import uncached
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import bootstrap
-from unidetox_jax.evaluation.generations import Continuations
+from unidetox_jax.evaluation.config import EvaluationConfig
+from unidetox_jax.evaluation.continuations import Continuations
 from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.prompts import Prompts
-from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.evaluation.scorers import Scorer
 from unidetox_jax.models import Model
 
@@ -129,7 +129,7 @@ class Subject:
     """What a metric is computed from.
 
     Attributes:
-      settings: `Protocol`, which is config.evaluate as well.
+      settings: `EvaluationConfig`, which is config.evaluate as well.
       runs: the continuations of each run.
       path: fills in the places of a path or data set of the settings.
       data_dir: where named data sets lie.
@@ -140,7 +140,7 @@ class Subject:
         .npy, else what JSON has.
     """
 
-    settings: Protocol
+    settings: EvaluationConfig
     prompts: Prompts
     runs: Sequence[Continuations]
     path: Callable[[str], str] = str

@@ -57,7 +57,9 @@ class OtherScorers(Metric):
             arrays |= {f"{key} by {name}": values for key, values in of_prompts.items()}
             columns[f"score by {name}"] = PerText(scores[name], 6)
         compared = {name or settings.scorer: values for name, values in scores.items()}
-        return Result({"scorers": found, "agreement": agreement.of(compared, settings.threshold)}, arrays, columns)
+        return Result(
+            {"scorers": found, "agreement": agreement.pairwise(compared, settings.threshold)}, arrays, columns
+        )
 
     def _specs(self, settings: Any) -> dict[str, str]:
         return extensions.parse_named(settings.other_scorers, "config.evaluate.other_scorers", "SCORER")
