@@ -309,7 +309,7 @@ def test_functions_without_context_cost_nothing(monkeypatch):
     generate([model], [[5, 6, 9]], objective=build(plainly), **settings)
     request = make_request([model], [[5, 6, 9]], objective=build(plainly), max_new_tokens=7)
     _, state = jax.eval_shape(functools.partial(loop.begin, plan=request.plan), *request[:2], build(plainly))
-    assert state.memory is None
+    assert state.objective_state is None
 
 
 def plainly(base):

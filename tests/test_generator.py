@@ -123,5 +123,5 @@ def test_an_objective_with_context_writes_and_judges_nothing(trio):
         continuations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
     )
     assert text != plain
-    with pytest.raises(UserError, match="likelihood: given text has none under repetition_penalty"):
+    with pytest.raises(UserError, match="likelihood: repetition_penalty needs a context"):
         likelihood.loglikelihood(subject, [[0]], [[5]])

@@ -27,7 +27,7 @@ from unidetox_jax.progress import Progress
 
 FULL_BATCH_LENGTH = 128  # prompts of up to this many tokens use the full batch size, longer ones a smaller one
 SHORTEST_BUCKET = 16  # tokens
-FEWEST_BATCHES = 3  # per bucket
+MIN_BATCHES = 3  # per bucket
 
 
 class Continuations(NamedTuple):
@@ -182,7 +182,7 @@ class _Batch(NamedTuple):
 
 def _batches(lengths: Sequence[int], samples: int, batch_size: int):
     """Batches, longest prompts first, of one shape per length bucket. Buckets are powers of two; one with fewer than
-    `FEWEST_BATCHES` batches joins one up to four times as long, as compiling costs as much as several batches."""
+    `MIN_BATCHES` batches joins one up to four times as long, as compiling costs as much as several batches."""
     by_length: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
         by_length.setdefault(max(buckets.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET), []).append(index)
@@ -197,7 +197,7 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int):
 
         merged: list[tuple[int, list[int]]] = []
         for slots, members in by_length.items():
-            if merged and len(members) < FEWEST_BATCHES * size(slots) and merged[-1][0] <= 4 * slots:
+            if merged and len(members) < MIN_BATCHES * size(slots) and merged[-1][0] <= 4 * slots:
                 merged[-1][1].extend(members)
             else:
                 merged.append((slots, list(members)))

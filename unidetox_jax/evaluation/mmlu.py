@@ -19,7 +19,7 @@ from unidetox_jax import data
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.generator import Generator
-from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.likelihood import common_prefix_length, loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
@@ -127,7 +127,7 @@ def evaluate(
     tokens = encode(tokenizer, texts)
     for at in range(0, len(texts), len(LETTERS)):
         four = tokens[at : at + len(LETTERS)]
-        shared = shared_beginning(*four)
+        shared = common_prefix_length(*four)
         contexts += [text[:shared] for text in four]
         continuations += [text[shared:] for text in four]
     likelihoods = loglikelihood(model, contexts, continuations, batch_size, label=label)

@@ -17,7 +17,7 @@ from unidetox_jax.data.tokens import bos, encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.generator import Generator
-from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.likelihood import common_prefix_length, loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
@@ -116,7 +116,7 @@ def conditional(
         for row in np.flatnonzero(owner == index):
             full_tokens[row] = prompt_tokens[index] + full_tokens[row]
 
-    shared = [shared_beginning(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
+    shared = [common_prefix_length(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
     tails = dict.fromkeys((int(p), c) for p, c in zip(owner, shared, strict=True) if c < len(prompt_tokens[p]))
     texts = [(tokens, c) for tokens, c in zip(full_tokens, shared, strict=True)]
     texts += [(prompt_tokens[p], c) for p, c in tails]

@@ -192,7 +192,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         tokens, spans, own, last = (
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)) for shape in shapes
         )
-        shape = likelihood.Shape((cfg,), (0,), likelihood.piece_length([cfg], mesh, filled, scored))
+        shape = likelihood.Shape((cfg,), (0,), likelihood.chunk_length([cfg], mesh, filled, scored))
         inputs = likelihood.Inputs((tokens,), spans, own, last)
         with jax.set_mesh(mesh):
             return likelihood.program(mesh).lower((resident(mesh),), inputs, objectives.get("base"), shape)
