@@ -31,7 +31,7 @@ from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import continuations, scorers
 from unidetox_jax.evaluation.config import EvaluationConfig
-from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
+from unidetox_jax.evaluation.metrics import ModelCache, Subject, measure
 from unidetox_jax.evaluation.prompts import from_texts
 from unidetox_jax.models import lora
 from unidetox_jax.recipe import Lora, Recipe
@@ -316,7 +316,7 @@ def evaluate(
         return found.model, found.tokenizer
 
     others = extensions.named(config.other_scorers, "other_scorers", "SCORER")
-    score, loaded = scorers.get(scorer), OneModel(load_pair)
+    score, loaded = scorers.get(scorer), ModelCache(load_pair)
     runs = continuations.generate_runs(lambda: loaded(EVALUATED), prompts, config, sampling.uncached)
     subject = Subject(config, from_texts(prompts, categories), runs, score=score)
     subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})

@@ -205,7 +205,7 @@ def _mesh(run: Run, form: Form, source: str) -> Mesh:
 
 def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.first_process()
-    score, others = metrics.not_asked_for, {}
+    score, others = metrics.unavailable, {}
     if first:  # before the long work, in case that there is none
         made = {name: scorers.get(run.path(spec)) for name, spec in _reads(run).items() if spec and _is_scorer(name)}
         score = made.pop("scorer", score)
@@ -215,7 +215,7 @@ def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
         path = directory / PARTS / name
         return base.cached(path, make, *FORMATS[path.suffix], together)
 
-    models, source = metrics.OneModel(functools.partial(_load, run, form)), run.path(form.source)
+    models, source = metrics.ModelCache(functools.partial(_load, run, form)), run.path(form.source)
     runs = continuations.generate_runs(functools.partial(models, source), asked.texts, settings, keep)
     subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score, others)
     measured = metrics.measure(settings.metrics, subject, source, models, keep, first)
