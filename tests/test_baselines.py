@@ -96,7 +96,7 @@ def test_task_arithmetic_without_a_share_is_the_target_to_the_bit(dtype):
         jax.tree.map(lambda leaf: leaf.astype(dtype), random_model("gpt2", seed).params) for seed in (0, 1)
     )
     target = jax.tree.map(lambda leaf: leaf.at[..., 0].set(-0.0), target)
-    made = task_arithmetic.moved(target, toxic, -0.0)
+    made = task_arithmetic.extrapolate(target, toxic, -0.0)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), made, target))
 
 
@@ -347,7 +347,7 @@ class Mine(Baseline):
         ("npo(beta=0)", "baseline npo: beta: found 0.0, expected more than 0"),
         ("profs(rank=0)", "baseline profs: rank: found 0, expected at least 1"),
         ("profs(first_layer=1)", "first_layer: found 1.0, expected at least 0 and less than 1"),
-        ("preprompt(text='')", "text: found '', expected some words"),
+        ("preprompt(text='')", "text: found '', expected a text that is not empty"),
         ("self_debiasing(descriptions=())", r"descriptions: found \(\), expected texts"),
         ("test_baselines:Min", "test_baselines has no class 'Min'; did you mean 'Mine'"),
         ("test_baselines:random_model", "expected a subclass of unidetox_jax.baselines.base.Baseline"),

@@ -388,5 +388,5 @@ def test_a_place_that_has_no_context_is_refused():
         objective(jnp.zeros((1, 5)))
     with pytest.raises(UserError, match="found \\(0, 7\\), expected whole numbers from 0 to 2"):
         rows_of("gpt2", objectives.get("dola_dynamic(layers=(0, 7))"))
-    with pytest.raises(UserError, match="states of 32, the head's are 16; use norm=True"):
+    with pytest.raises(UserError, match="found states of width 32, expected 16; use norm=True"):
         rows_of("opt-350m", objectives.get("dola_dynamic(layers=(1,))"))
