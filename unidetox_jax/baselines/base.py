@@ -12,6 +12,8 @@ from unidetox_jax.recipe import Recipe
 
 TOXIC, CLEAN = "toxic", "clean"
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Twins = Mapping[str, LanguageModel]  # by the names in `Baseline.twins`
+Corpora = Mapping[str, Sequence[str]]  # texts by kind: TOXIC, CLEAN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +59,12 @@ class Baseline:
         """The training recipe of `make`, derived from that of the twins; None if it does not train."""
         return None
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         """Makes the method's model of a target.
 
         Args:
           target: has float32 parameters without an adapter, like the twins; none of them is modified.
-          twins, texts: by the names in `self.twins()` and `self.texts`.
+          texts: of the kinds in `self.texts`.
           recipe: from `self.recipe`, or that of the twins. where: `directory`, `mesh` and `label` of `method.finetune`.
 
         Raises:

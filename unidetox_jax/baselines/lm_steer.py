@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from unidetox_jax import method, models, sharding, training
-from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline
+from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline, Corpora, Twins
 from unidetox_jax.baselines.task_arithmetic import extrapolate
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.models import ModelConfig
@@ -74,14 +74,7 @@ class LMSteer(Baseline):
             reproduce_release=False,
         )
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         target = untied(target)
         for steered in twins.values():
             original, trained = (models.head(model.params, model.cfg) for model in (target, steered))

@@ -1,14 +1,13 @@
 """NPO: makes toxic text less likely than under the target, with a weight that vanishes as it becomes unlikely."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from unidetox_jax import method, training
-from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline
+from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline, Corpora, Twins
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.recipe import Recipe
@@ -40,14 +39,7 @@ class Npo(Baseline):
             default, learning_rate=self.learning_rate or default.learning_rate, steps=self.steps or default.steps
         )
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         return method.finetune(target, texts[TOXIC], recipe, criterion=NegativePreference(self.beta), **where)
 
 

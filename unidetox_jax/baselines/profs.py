@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
-from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
+from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline, Corpora, Twins
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
@@ -49,14 +49,7 @@ class ProFS(Baseline):
             self.check(name, getattr(self, name) >= 1, "at least 1")
         self.check("first_layer", 0 <= self.first_layer < 1, "at least 0 and less than 1")
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         rng = np.random.default_rng(recipe.seed)
         first = int(self.first_layer * target.cfg.num_layers)
         count = min(self.pairs, *(len(texts[kind]) for kind in (TOXIC, CLEAN)))

@@ -1,13 +1,12 @@
 """Task arithmetic: the target's weights, shifted away from those of its toxic twin."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax.baselines.base import TOXIC, Baseline
+from unidetox_jax.baselines.base import TOXIC, Baseline, Corpora, Twins
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.recipe import Recipe
 
@@ -26,14 +25,7 @@ class TaskArithmetic(Baseline):
     def twins(self) -> tuple[str, ...]:
         return (TOXIC,)
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         return target._replace(params=extrapolate(target.params, twins[TOXIC].params, -self.scale))
 
 

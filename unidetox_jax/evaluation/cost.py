@@ -41,7 +41,7 @@ class Cost(Metric):
         return {LATENCY: Cell(summary["milliseconds"]), MEMORY: Cell(summary["weights"] / 2**20)}
 
 
-def measure_cost(model: Model | Generator, first_token: int, sampling: Any = ()) -> dict[str, Any]:
+def measure_cost(model: Model | Generator, first_token: int, sampling: Any) -> dict[str, Any]:
     """{"milliseconds" (per token of one row), "weights" (bytes; shared arrays count once), "models", "device"}."""
     generator = as_generator(model)
     models = prepare(generator.models, side_by_side=not any(generator.prefixes))

@@ -44,15 +44,7 @@ class TextPerplexity(Metric):
         return {quantity: Cell(summary["ppl"])}
 
 
-def of_file(
-    model: Model | Generator,
-    tokenizer: Any,
-    path: epath.PathLike,
-    stride: int = 0,
-    length: int = 0,
-    batch_size: int = 256,
-    label: str | None = None,
-) -> dict[str, Any]:
+def of_file(model: Model | Generator, tokenizer: Any, path: epath.PathLike, **options: Any) -> dict[str, Any]:
     """`of_texts` for a text file as one stream. Raises UserError also for a missing file or one that is not UTF-8."""
     path = epath.Path(path)
     if not path.exists():
@@ -61,7 +53,7 @@ def of_file(
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return of_texts(model, tokenizer, [text], str(path), stride, length, batch_size, label)
+    return of_texts(model, tokenizer, [text], str(path), **options)
 
 
 def of_texts(
