@@ -46,9 +46,9 @@ class Baseline:
         another method's model, in the syntax of `baselines.get`."""
         return ()
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
-        """How it generates text. twins: name → path; own: the path of the model from `make`."""
-        return Candidate(models=(own,))
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
+        """How it generates text. twins: name → path; model: the path of the one from `make`."""
+        return Candidate(models=(model,))
 
     @property
     def makes(self) -> bool:

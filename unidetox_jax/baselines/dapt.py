@@ -20,5 +20,5 @@ class Dapt(Baseline):
     def twins(self) -> tuple[str, ...]:
         return (CLEAN,)
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         return Candidate((twins[CLEAN],))

@@ -24,5 +24,5 @@ class DetoxiGen(Baseline):
     def twins(self) -> tuple[str, ...]:
         return (TOXIC,)
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         return Candidate(("{target}", twins[TOXIC]), f"detoxigen(alpha={self.alpha}, top_p={self.top_p})")

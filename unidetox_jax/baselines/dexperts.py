@@ -23,6 +23,6 @@ class DExperts(Baseline):
     def twins(self) -> tuple[str, ...]:
         return CLEAN, TOXIC
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         objective = f"dexperts(alpha={self.alpha}, top_p={self.top_p})"
         return Candidate(("{target}", twins[CLEAN], twins[TOXIC]), objective)

@@ -33,7 +33,7 @@ class Preprompt(Baseline):
         super().__post_init__()
         self.check("text", bool(self.text), "a text that is not empty")
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         return Candidate(prefixes=(self.text,))
 
 
@@ -58,6 +58,6 @@ class SelfDebiasing(Baseline):
         valid = bool(self.descriptions) and all(isinstance(text, str) and text for text in self.descriptions)
         self.check("descriptions", valid, "at least one text, none of them empty")
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         objective = f"self_debiasing(decay={self.decay}, epsilon={self.epsilon})"
         return Candidate(("{target}",) * (1 + len(self.descriptions)), objective, ("", *self.descriptions))
