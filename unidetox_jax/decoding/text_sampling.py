@@ -86,10 +86,8 @@ def sample_texts(
         row_ids = np.arange(first, first + size, dtype=np.int32)  # the last batch has the same shape as the others
         prompts = np.tile(np.asarray(prompt, np.int32), (size, 1))
         result = generate(models, prompts, row_ids=row_ids, log_probabilities=True, **options)
-        needed = range(min(size, limit - first))
-        start = prompt if begin is None else begin
-        rows = [_row(result, i, int(row_ids[i]), start, tokenizer, seed, names) for i in needed]
-        rate = int(result.lengths[needed].sum()) / (time.monotonic() - started)
+        rows = _rows(result, row_ids[: limit - first], prompt if begin is None else begin, tokenizer, seed, names)
+        rate = int(result.lengths[: len(rows)].sum()) / (time.monotonic() - started)
         bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
         return {"made_on": hardware, "rows": rows}
 
@@ -98,8 +96,7 @@ def sample_texts(
             if len(accepted) < num_texts:
                 batch = keep(f"{first // size:06d}", functools.partial(sample_batch, first))
                 made_on.add(batch["made_on"])
-                reasons = reject([row["text"] for row in batch["rows"]]) if reject else [""] * len(batch["rows"])
-                accepted += [row for row, reason in zip(batch["rows"], reasons, strict=True) if not reason]
+                accepted += _accepted(batch["rows"], reject)
                 bar.update(min(len(accepted), num_texts) - bar.n)
     if len(accepted) < num_texts:
         raise UserError(
@@ -108,17 +105,30 @@ def sample_texts(
     return Texts(tuple(accepted[:num_texts]), tuple(sorted(made_on)))
 
 
-def _row(result, index: int, row_id: int, start, tokenizer, seed: int, names: Sequence[str]) -> dict[str, Any]:
-    tokens = [*start, *result.tokens[index, : result.lengths[index]].tolist()]
-    values = zip(names, result.log_probabilities[:, index], strict=True)
-    return {  # in the key order of a sorted JSON file, so that a stored row is identical to the byte
-        "ended": bool(result.ended[index]),
-        "log_probabilities": {name: round(float(value), 5) for name, value in sorted(values)},
-        "row": row_id,
-        "seed": seed,
-        "text": decode(tokenizer, [tokens])[0],
-        "tokens": tokens,
-    }
+def _rows(result, row_ids, start, tokenizer, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The result's rows as dictionaries, without those that only pad the batch."""
+    rows = []
+    for index, row_id in enumerate(row_ids.tolist()):
+        tokens = [*start, *result.tokens[index, : result.lengths[index]].tolist()]
+        values = zip(names, result.log_probabilities[:, index], strict=True)
+        rows.append(
+            {  # in the key order of a sorted JSON file, so that a stored row is identical to the byte
+                "ended": bool(result.ended[index]),
+                "log_probabilities": {name: round(float(value), 5) for name, value in sorted(values)},
+                "row": row_id,
+                "seed": seed,
+                "text": decode(tokenizer, [tokens])[0],
+                "tokens": tokens,
+            }
+        )
+    return rows
+
+
+def _accepted(rows: list[dict[str, Any]], reject: Callable[[Sequence[str]], Sequence[str]] | None) -> list:
+    if reject is None:
+        return rows
+    reasons = reject([row["text"] for row in rows])
+    return [row for row, reason in zip(rows, reasons, strict=True) if not reason]
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
