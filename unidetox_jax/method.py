@@ -315,7 +315,7 @@ def evaluate(
         found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
         return found.model, found.tokenizer
 
-    others = extensions.named(config.other_scorers, "other_scorers", "SCORER")
+    others = extensions.parse_named(config.other_scorers, "other_scorers", "SCORER")
     score, loaded = scorers.get(scorer), ModelCache(load_pair)
     runs = continuations.generate_runs(lambda: loaded(EVALUATED), prompts, config, sampling.uncached)
     subject = Subject(config, from_texts(prompts, categories), runs, score=score)

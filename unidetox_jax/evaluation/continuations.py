@@ -185,7 +185,8 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int):
     `MIN_BATCHES` batches joins one up to four times as long, as compiling costs as much as several batches."""
     by_length: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        by_length.setdefault(max(buckets.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET), []).append(index)
+        slots = max(buckets.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET)
+        by_length.setdefault(slots, []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
 

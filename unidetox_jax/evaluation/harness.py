@@ -158,7 +158,7 @@ class HarnessLM(TemplateLM):
     @functools.cache  # noqa: B019 (one entry per stop list of a task)
     def _eos_ids(self, stops: tuple[str, ...]) -> tuple[int, ...]:
         """The model's end tokens, and every token whose text contains a stop string."""
-        eos_ids = {token for token in (*self.model.cfg.end_token_ids, self.eot_token_id) if token is not None}
+        eos_ids = {token for token in (*self.model.cfg.eos_token_ids, self.eot_token_id) if token is not None}
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
         eos_ids |= {token for token, text in enumerate(texts) if any(stop and stop in text for stop in stops)}
         return tuple(sorted(eos_ids))

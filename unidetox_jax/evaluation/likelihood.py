@@ -135,7 +135,7 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     size = batch.size * batch.group
     configs = tuple(model.cfg for model in generator.models)
     chunk = chunk_length(configs, mesh, size, scored_length)
-    scored_length = buckets.multiple(scored_length, chunk) if chunk else 0
+    scored_length = buckets.round_up(scored_length, chunk) if chunk else 0
 
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)

@@ -94,7 +94,7 @@ def make_batches(families: list[Family], batch_size: int, limit: int, shards: in
     for family in families:
         for first in range(0, len(family.rows), batch_size):
             chunk = family._replace(rows=family.rows[first : first + batch_size])
-            by_size.setdefault(buckets.power_of_two(len(chunk.rows)) if len(chunk.prefix) else 0, []).append(chunk)
+            by_size.setdefault(buckets.next_power_of_two(len(chunk.rows)) if len(chunk.prefix) else 0, []).append(chunk)
     for _, bucket in sorted(by_size.items()):
         group = max(len(family.rows) for family in bucket)
         bucket = sorted(bucket, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
@@ -102,8 +102,8 @@ def make_batches(families: list[Family], batch_size: int, limit: int, shards: in
         while start < len(bucket):
             full = max(1, _batch_rows(buckets.text_length(_longest(bucket[start]), limit), batch_size) // group)
             chosen = bucket[start : start + full]
-            size = min(buckets.power_of_two(len(chosen)), full)
-            yield Batch(chosen, group, buckets.multiple(size, shards))
+            size = min(buckets.next_power_of_two(len(chosen)), full)
+            yield Batch(chosen, group, buckets.round_up(size, shards))
             start += full
 
 
@@ -118,4 +118,4 @@ def _widest(family: Family) -> int:
 def _batch_rows(length: int, batch_size: int) -> int:
     if length <= FULL_BATCH_LENGTH:
         return batch_size
-    return buckets.power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
+    return buckets.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))

@@ -59,7 +59,7 @@ class Classifier:
         distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         encoded = data_tokens.encode(self.tokenizer, list(distinct), end=True)
         self._warn_truncated(encoded)
-        rows = [_truncated(ids, self.cfg.longest) for ids in encoded]
+        rows = [_truncated(ids, self.cfg.length_limit) for ids in encoded]
         logits = np.empty((len(rows), len(self.cfg.labels)), np.float32)
 
         def store(members: Sequence[int], result: jax.Array) -> None:
@@ -87,11 +87,11 @@ class Classifier:
         return scipy.special.softmax(logits, axis=1) if exclusive else scipy.special.expit(logits)
 
     def _warn_truncated(self, encoded: Sequence[Sequence[int]]) -> None:
-        count = sum(len(ids) > self.cfg.longest for ids in encoded)
+        count = sum(len(ids) > self.cfg.length_limit for ids in encoded)
         if count:
             logging.warning(
                 "%s: %d of %d texts are longer than %d tokens and are scored by their beginning",
-                *(self.source, count, len(encoded), self.cfg.longest),
+                *(self.source, count, len(encoded), self.cfg.length_limit),
             )
 
 
@@ -155,11 +155,11 @@ def _batches(rows: Sequence[Sequence[int]], cfg: encoder.EncoderConfig, mesh: ja
     budget = BATCH_TOKENS.get(mesh.devices.flat[0].platform, BATCH_TOKENS_ACCELERATOR)
     buckets: dict[int, list[int]] = {}
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        length = min(max(SHORTEST_BUCKET, power_of_two(len(rows[index]))), cfg.longest)
+        length = min(max(SHORTEST_BUCKET, next_power_of_two(len(rows[index]))), cfg.length_limit)
         buckets.setdefault(length, []).append(index)
     for length, members in buckets.items():
-        size = max(1, min(budget // length, power_of_two(len(members))))
-        size = multiple(size, sharding.batch_shards(mesh))
+        size = max(1, min(budget // length, next_power_of_two(len(members))))
+        size = round_up(size, sharding.batch_shards(mesh))
         for start in range(0, len(members), size):
             chosen = members[start : start + size]
             tokens, mask = np.full((size, length), max(cfg.pad_token_id, 0), np.int32), np.zeros((size, length), bool)
