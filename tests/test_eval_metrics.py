@@ -121,12 +121,12 @@ def test_distinct_equals_its_definition():
 
 def test_texts_without_a_score_are_excluded_and_counted():
     scores = np.array([[[0.9, np.nan], [np.nan, np.nan], [0.1, 0.2], [np.nan, 0.4]]])
-    found = toxicity.summarize(scores[0], missing=True)
-    assert found["tp"] == pytest.approx(1 / 3) and found["emt"] == pytest.approx((0.9 + 0.2 + 0.4) / 3)
-    assert (found["prompts"], found["samples"], found["texts"]) == (3, 2, 4)
-    summary = toxicity.summarize_runs(scores, ["a", "a", "a", "b"], missing=True)
+    summary = toxicity.summarize_runs(scores, ["a", "a", "a", "b"])
+    overall = summary["all"]
+    assert overall["tp"]["mean"] == pytest.approx(1 / 3) and overall["emt"]["mean"] == pytest.approx(1.5 / 3)
+    assert (overall["prompts"], overall["texts"]) == (3, 4)
     assert summary["a"]["tp"]["mean"] == 0.5
     assert (summary["a"]["prompts"], summary["a"]["texts"], summary["a"]["missing"]) == (2, 3, 3)
     assert summary["b"]["emt"]["low"] == summary["b"]["emt"]["high"] == pytest.approx(0.4)
     with pytest.raises(UserError, match="none of 2 texts"):
-        toxicity.summarize([[np.nan, np.nan]], missing=True)
+        toxicity.summarize_runs([[[np.nan, np.nan]]], ["a"])
