@@ -213,10 +213,10 @@ def test_inconsistent_arguments_are_rejected():
     elsewhere = [jax.device_put(gpt2.params, sharding.replicated(sharding.make_mesh("", [device])))
                  for device in jax.devices()[:2]]  # fmt: skip
     for message, chosen, prompts, settings in (
-        ("has a vocabulary of 99 tokens, model 0 .* of 131", [gpt2, small], ones, {"objective": contrastive}),
+        ("has a vocabulary of 99 tokens, but model 0 .* has 131", [gpt2, small], ones, {"objective": contrastive}),
         (r"found 1 models, expected 2 \(base, toxic\)", [gpt2], ones, {"objective": contrastive}),
         ("together 641, but the context of model 0 .* is 640", [gpt2], ones, {"max_new_tokens": 638}),
-        ("model 1 has .* only models of one shape", [gpt2, models.early_exit(gpt2, 2)], ones,
+        ("model 1 has .* only models of equal shape", [gpt2, models.early_exit(gpt2, 2)], ones,
          {"objective": contrastive, "cache": "official"}),
         ("expected 'own' or 'official'", [gpt2], ones, {"cache": "shared"}),
         ("token 131 in row 1", [gpt2], [[1, 2], [3, 131]], {}),

@@ -71,5 +71,5 @@ def test_rows_beyond_the_vocabulary_have_no_probability(choice):
     np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, rtol=1e-5)
     with pytest.raises(UserError, match="model 1 .* has a vocabulary of 72 tokens"):
         generate([base, padded], prompts, **settings)
-    with pytest.raises(UserError, match="its tokenizer 70"):
+    with pytest.raises(UserError, match="its tokenizer has 70"):
         generate([base, padded], prompts, vocab_size=70, **settings)
