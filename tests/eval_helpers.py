@@ -1,4 +1,4 @@
-"""Tiny models with the same random weights here and in PyTorch, and a tokenizer made on the spot."""
+"""Tiny models with equal random weights here and in PyTorch, and a tokenizer for them."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from unidetox_jax import models as our_models
 from unidetox_jax import sharding
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+torch.set_num_threads(1)  # threads slow tiny models down
 
 WORDS = "a the cat dog bird sat ran sang on under near mat tree hill and then it was very small green slowly".split()
 SPECIAL = ["<s>", "</s>"]
 
 
 def make_tokenizer(bos: bool = True) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE without merges but for whole words: any text is encodable, words are single tokens."""
+    """A byte-level BPE that encodes any text, with the WORDS as single tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     merges = []
@@ -39,7 +39,7 @@ def make_tokenizer(bos: bool = True) -> transformers.PreTrainedTokenizerFast:
 
 
 def make_pair(seed: int = 0, vocab_size: int = 384, context: int = 96, mesh=None, spread: float = 0.4):
-    """A tiny LLaMA as (PyTorch model in eval mode, our Model) with the same weights."""
+    """A tiny LLaMA as (PyTorch model in eval mode, our model) with equal weights."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=vocab_size,

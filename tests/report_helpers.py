@@ -54,7 +54,7 @@ def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RU
     texts = np.full(scores.shape, f"they said that {HOSTILE} came by", object)
     texts[generator.uniform(size=texts.shape) < degenerate] = "no no no no no no no no no no"
     values = generator.gamma(20, ppl / 20, scores.shape) if ppl else None
-    found = toxicity.summarize_runs(scores, categories, groups=GROUPS, resamples=200, missing=True)
+    found = toxicity.summarize_runs(scores, categories, groups=GROUPS, resamples=200)
     arrays = {**toxicity.per_prompt(scores), "category": np.array(categories)}
     diversity = {}
     for order in (1, 2, 3):

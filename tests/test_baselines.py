@@ -1,4 +1,4 @@
-"""Rival methods: each equals its paper's equations in float64, on real transformers models where there is a model."""
+"""Baselines: each equals its paper's equations in float64, on transformers' models if it makes a model."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from unidetox_jax.decoding import objectives
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.candidates import Candidate
 
-CONFIGS = {  # tied and untied heads, a projection before the head, kernels stored both ways
+CONFIGS = {  # tied and untied heads, a projection before the head, kernels stored in both orders
     "gpt2": {**GPT2, "n_layer": 2},
     "opt-350m": {**OPT, "num_hidden_layers": 2, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "falcon": {**FALCON, "num_hidden_layers": 2},
@@ -31,14 +31,14 @@ RANK, EPSILON = 3, 0.05
 
 
 def random_model(name, seed=0) -> method.LanguageModel:
-    """A model with larger weights than at the beginning of a training, so that differences are seen."""
+    """A model with larger weights than at initialisation, so that differences are visible."""
     cfg = models.config_from_hf(CONFIGS[name])
     params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 2 else leaf, models.init(cfg, jax.random.key(seed)))
     return method.LanguageModel(params, cfg, None)
 
 
 def tensors(model, directory) -> dict[str, np.ndarray]:
-    """Its weights (or another tree of them) under their names in transformers."""
+    """Its weights (or gradients) by their names in transformers."""
     checkpoint.save_hf(directory, model.model)
     return load_file(directory / "model.safetensors")
 
@@ -52,7 +52,7 @@ def in_torch(model, directory):
 
 
 def batch_of(texts, packed: bool):
-    """The texts one a row, or all in one row."""
+    """The texts in separate rows, or packed into one."""
     if packed:
         tokens = np.concatenate(texts)[None]
         segments = np.repeat(np.arange(1, len(texts) + 1), list(map(len, texts)))[None]
@@ -66,7 +66,7 @@ def batch_of(texts, packed: bool):
 
 
 def torch_nll(model, text) -> torch.Tensor:
-    """−log p of a text's tokens but the first, summed."""
+    """−log p of a text, summed over all tokens but the first."""
     ids = torch.tensor([text])
     logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     return -logprobs.gather(1, ids[0, 1:, None]).sum()
@@ -80,7 +80,7 @@ def close(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_task_arithmetic_is_its_equation(name, tmp_path):
+def test_task_arithmetic_equals_its_equation(name, tmp_path):
     target, toxic = random_model(name), random_model(name, 1)
     made = baselines.get("task_arithmetic(scale=0.3)").make(target, {TOXIC: toxic}, {}, method.Recipe())
     own, theirs, found = (tensors(model, tmp_path / str(i)) for i, model in enumerate((target, toxic, made)))
@@ -91,12 +91,12 @@ def test_task_arithmetic_is_its_equation(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_task_arithmetic_without_a_share_is_the_target_to_the_bit(dtype):
+def test_task_arithmetic_at_scale_zero_equals_the_target_to_the_bit(dtype):
     target, toxic = (
         jax.tree.map(lambda leaf: leaf.astype(dtype), random_model("gpt2", seed).params) for seed in (0, 1)
     )
     target = jax.tree.map(lambda leaf: leaf.at[..., 0].set(-0.0), target)
-    made = task_arithmetic.moved(target, toxic, -0.0)
+    made = task_arithmetic.extrapolate(target, toxic, -0.0)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), made, target))
 
 
@@ -118,7 +118,7 @@ def steer_inside(model, p1, p2, strength):
 
 @pytest.mark.parametrize("steer", [1.0, -2.5])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_lm_steers_edit_is_the_forward_with_w_inside(name, steer, tmp_path):
+def test_lm_steers_edit_equals_a_forward_with_the_map(name, steer, tmp_path):
     target = random_model(name)
     p1, p2, params = random_steer(target.cfg)
     reference = in_torch(target, tmp_path / "target")
@@ -193,8 +193,8 @@ def test_npos_loss_and_gradient(name, packed, tmp_path):
 
 
 @pytest.mark.parametrize("criterion", [npo.NegativePreference(0.1), lm_steer.Steer(RANK, 1.0)], ids=["npo", "lm_steer"])
-def test_a_step_in_parts_is_a_step(criterion):
-    """And it lowers the loss, with dropout off, and leaves the weights beside it alone."""
+def test_gradient_accumulation_equals_a_single_step(criterion):
+    """Training also lowers the loss, with dropout off, and does not change the base weights."""
     target = lm_steer.untied(random_model("gpt2"))
     optimizer, mesh = training.Optimizer(1e-3, 100, decay=False), sharding.make_mesh("data:2,fsdp:4")
     batch = {key: jnp.tile(rows, (4, 1)) for key, rows in batch_of(TEXTS, False).items()}
@@ -222,7 +222,7 @@ def test_a_step_in_parts_is_a_step(criterion):
 
 
 class Words:
-    """A tokenizer that reads numbers: what `encode` asks of one."""
+    """A tokenizer of numbers, with only the parts that `encode` uses."""
 
     class backend_tokenizer:
         no_truncation = no_padding = staticmethod(lambda: None)
@@ -237,7 +237,7 @@ class Words:
 
 
 def block_outputs(reference, text) -> np.ndarray:
-    """What every layer of a model in PyTorch gives for a text, the mean over its tokens: float64 [L, hidden]."""
+    """Every layer's output for a text in PyTorch, averaged over its tokens: float64 [L, hidden]."""
     found = []
     layers = next(m for m in reference.modules() if isinstance(m, torch.nn.ModuleList))
     hooks = [
@@ -252,7 +252,7 @@ def block_outputs(reference, text) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_profs_is_its_equations(name, tmp_path):
+def test_profs_equals_its_equations(name, tmp_path):
     target = random_model(name)._replace(tokenizer=Words())
     rng = np.random.default_rng(0)
     texts = {kind: [rng.integers(3, 131, n).tolist() for n in (4, 9, 6, 5, 12, 3)] for kind in (TOXIC, CLEAN)}
@@ -277,13 +277,13 @@ def test_profs_is_its_equations(name, tmp_path):
     close(found[key], expected)
 
 
-def test_profs_asks_for_enough_texts():
+def test_profs_needs_enough_texts():
     target = random_model("gpt2")._replace(tokenizer=Words())
     with pytest.raises(UserError, match="profs: rank: found 2, expected at most 1, from 1 pairs of texts"):
         baselines.get("profs").make(target, {}, {TOXIC: ["5 6"], CLEAN: ["7 8", "9"]}, method.Recipe())
 
 
-# ------------------------------------------------------------------------------------------ what needs no own model
+# ------------------------------------------------------------------------------------------ registry and candidates
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_profs_asks_for_enough_texts():
         ),
     ],
 )
-def test_how_text_comes_about(text, expected):
+def test_candidates(text, expected):
     one = baselines.get(text)
     found = one.candidate({TOXIC: "TOXIC", CLEAN: "CLEAN"}, "OWN")
     assert found == expected and not one.makes
@@ -347,8 +347,8 @@ class Mine(Baseline):
         ("npo(beta=0)", "baseline npo: beta: found 0.0, expected more than 0"),
         ("profs(rank=0)", "baseline profs: rank: found 0, expected at least 1"),
         ("profs(first_layer=1)", "first_layer: found 1.0, expected at least 0 and less than 1"),
-        ("preprompt(text='')", "text: found '', expected some words"),
-        ("self_debiasing(descriptions=())", r"descriptions: found \(\), expected texts"),
+        ("preprompt(text='')", "text: found '', expected a text that is not empty"),
+        ("self_debiasing(descriptions=())", r"descriptions: found \(\), expected at least one text"),
         ("test_baselines:Min", "test_baselines has no class 'Min'; did you mean 'Mine'"),
         ("test_baselines:random_model", "expected a subclass of unidetox_jax.baselines.base.Baseline"),
     ],
@@ -359,5 +359,5 @@ def test_mistakes_are_one_line(text, words):
     assert "\n" not in str(caught.value)
 
 
-def test_one_of_your_own():
+def test_a_user_defined_baseline():
     assert baselines.get("test_baselines:Mine(share=2)") == Mine(2.0)

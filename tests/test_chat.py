@@ -9,10 +9,10 @@ from tests.eval_helpers import make_pair, make_tokenizer
 from unidetox_jax import checkpoint, data, method, training
 from unidetox_jax.data import chat
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, perplexity
+from unidetox_jax.evaluation import continuations, perplexity
+from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.metrics import Subject
 from unidetox_jax.evaluation.prompts import from_texts
-from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.stages import settings
 
 # As Gemma's: BOS by itself, and no system prompt
@@ -45,8 +45,8 @@ def test_prompts_are_tokenised_as_transformers_does(real_models, system):
 def test_an_evaluation_asks_a_users_turn(tokenizer):
     """The greedy answer is PyTorch's, and its text comes without the conversation before it."""
     torch_model, model = make_pair()
-    protocol = Protocol(chat=True, runs=1, samples=1, max_new_tokens=6, top_k=1, batch_size=2)
-    (run,) = generations.runs(lambda: (model, tokenizer), PROMPTS, protocol, lambda name, make: make())
+    config = EvaluationConfig(chat=True, runs=1, samples=1, max_new_tokens=6, top_k=1, batch_size=2)
+    (run,) = continuations.generate_runs(lambda: (model, tokenizer), PROMPTS, config, lambda name, make: make())
     for prompt, (text,) in zip(PROMPTS, run.texts, strict=True):
         asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         asked = torch.tensor([asked["input_ids"]])
@@ -58,9 +58,9 @@ def test_an_answers_perplexity_is_that_of_the_line_after_the_prompt(tokenizer):
     _, model = make_pair()
     answers = [["it was green"], ["slowly"]]
     subject = Subject(
-        Protocol(chat=True, runs=1, samples=1),
+        EvaluationConfig(chat=True, runs=1, samples=1),
         from_texts(PROMPTS),
-        [generations.Continuations(answers, np.ones((2, 1), bool))],
+        [continuations.Continuations(answers, np.ones((2, 1), bool))],
         load=lambda: (model, tokenizer),
     )
     expected, _ = perplexity.conditional(model, tokenizer, [f"{prompt}\n" for prompt in PROMPTS], answers)

@@ -1,5 +1,5 @@
-"""Objectives that see more than this step's logits: the published ones against PyTorch reading each text anew, and what
-`context` holds in every way in which models are read."""
+"""Objectives that see more than the current logits: the published ones against PyTorch rereading each text, and the
+content of `context` in every layout of the models."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ NEW = 12
 
 
 def rows_of(name, objective, tokens=None, mask=None, **settings):
-    """(generation, each row's prompt, PyTorch's model) of one model under an objective, greedily."""
+    """(greedy generation, each row's prompt, PyTorch model) for one model under an objective."""
     reference, model = model_of(name)
     if tokens is None:
         tokens, mask = prompts_of(model.cfg)
@@ -34,16 +34,17 @@ def rows_of(name, objective, tokens=None, mask=None, **settings):
     return ours, [real(tokens, mask, row) for row in range(len(tokens))], reference
 
 
-def told_by(score, prompt, steps=NEW, end=EOS):
-    """The best token of score(ids) [V], the text read anew at each step."""
-    told = []
-    while len(told) < steps and end not in told:
-        told.append(int(np.argmax(score([*prompt, *told]))))
-    return told
+def greedy_tokens(score, prompt, steps=NEW, end=EOS):
+    """The tokens with maximal score(ids) [V], rereading the text at each step."""
+    generated = []
+    while len(generated) < steps and end not in generated:
+        generated.append(int(np.argmax(score([*prompt, *generated]))))
+    return generated
 
 
 def read(reference, ids):
-    """(logits [V], the last token's state after the embedding and each layer [L+1,D], the last normalised), float64."""
+    """float64: logits [V], the last token's states after the embedding and each layer [L+1,D] (the last one
+    normalised), and all tokens' last states [T,D]."""
     with torch.no_grad():
         out = reference(torch.tensor(ids)[None], output_hidden_states=True)
     states = np.stack([x[0, -1].double().numpy() for x in out.hidden_states])
@@ -54,26 +55,26 @@ def softmax(z):
     return np.exp(z - z.max(-1, keepdims=True)) / np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
 
 
-# --- the published ones -------------------------------------------------------------------------------------------
+# --- published objectives -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-3"])
-def test_repetition_penalty_is_transformers(name):
+def test_repetition_penalty_equals_transformers(name):
     ours, prompts, reference = rows_of(name, objectives.get("repetition_penalty", penalty=1.8))
     plain = rows_of(name, objectives.get("base"))[0]
     assert (plain.tokens != ours.tokens).any()
     for row, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        told = reference.generate(ids, do_sample=False, max_new_tokens=NEW, repetition_penalty=1.8)
-        assert_row(ours, row, told[0, len(prompt) :].tolist())
+        generated = reference.generate(ids, do_sample=False, max_new_tokens=NEW, repetition_penalty=1.8)
+        assert_row(ours, row, generated[0, len(prompt) :].tolist())
 
 
 def dola_score(logits, states, head, alpha):
-    """(scores [V], the chosen of the states [C,D]) of logits [V], in float64."""
-    law, laws = softmax(logits), softmax(states @ head.T)
-    mean = (law + laws) / 2
-    farthest = int(((law * np.log(law / mean) + laws * np.log(laws / mean)).sum(-1) / 2).argmax())
-    return np.where(law >= alpha * law.max(), np.log(law) - np.log(laws[farthest]), -np.inf), farthest
+    """float64: scores [V] for logits [V], and the index of the chosen one of the states [C,D]."""
+    final, premature = softmax(logits), softmax(states @ head.T)
+    mean = (final + premature) / 2
+    farthest = int(((final * np.log(final / mean) + premature * np.log(premature / mean)).sum(-1) / 2).argmax())
+    return np.where(final >= alpha * final.max(), np.log(final) - np.log(premature[farthest]), -np.inf), farthest
 
 
 @pytest.mark.parametrize("name, norm", [("gpt2", False), ("llama-3", False), ("llama-3", True)])
@@ -91,7 +92,7 @@ def test_dynamic_dola_contrasts_states_of_layers(name, norm, alpha=0.05):
         return dola_score(logits, states[list(layers)], head, alpha)[0]
 
     for row, prompt in enumerate(prompts):
-        assert ours.tokens[row].tolist() == told_by(score, prompt, end=None)
+        assert ours.tokens[row].tolist() == greedy_tokens(score, prompt, end=None)
 
 
 def test_dynamic_dola_chooses_the_farthest_layer_of_each_row():
@@ -110,20 +111,20 @@ def test_dynamic_dola_chooses_the_farthest_layer_of_each_row():
     [(2, False, [1]), (3, False, [1]), (12, False, [2, 4]), (12, True, [6, 8, 10]), (32, True, range(16, 32, 2)),
      (48, False, range(2, 20, 2)), (48, True, range(28, 48, 2))],
 )  # fmt: skip
-def test_the_layers_of_dola_are_those_of_transformers(count, high, expected):
-    """Its rule for a head that is the embedding; of three layers it has none."""
-    from unidetox_jax.decoding.context_objectives import _candidates
+def test_dola_layers_equal_transformers(count, high, expected):
+    """For tied heads; transformers has no rule for three layers."""
+    from unidetox_jax.decoding.context_objectives import _candidate_layers
 
-    assert _candidates((), high, count).tolist() == list(expected)
+    assert _candidate_layers((), high, count).tolist() == list(expected)
 
 
 def contrastive_score(reference, ids, k, alpha):
     logits, _, past = read(reference, ids)
-    law, scores = softmax(logits), np.full(len(logits), -np.inf)
+    probabilities, scores = softmax(logits), np.full(len(logits), -np.inf)
     past = past / np.linalg.norm(past, axis=-1, keepdims=True)
     for token in np.argsort(-logits)[:k]:
         state = read(reference, [*ids, int(token)])[2][-1]
-        scores[token] = (1 - alpha) * law[token] - alpha * (past @ state / np.linalg.norm(state)).max()
+        scores[token] = (1 - alpha) * probabilities[token] - alpha * (past @ state / np.linalg.norm(state)).max()
     return scores
 
 
@@ -136,10 +137,10 @@ def test_contrastive_search_looks_one_token_ahead(name, layer_loop, steps):
     ours, prompts, reference = rows_of(name, objective, max_new_tokens=steps, layer_loop=layer_loop, eos_id=())
     for row, prompt in enumerate(prompts):
         score = functools.partial(contrastive_score, reference, k=4, alpha=0.6)
-        assert ours.tokens[row].tolist() == told_by(score, prompt, steps, end=None)
+        assert ours.tokens[row].tolist() == greedy_tokens(score, prompt, steps, end=None)
 
 
-def test_sasa_adds_the_margin_of_what_the_text_becomes(tmp_path, top_p=0.95, k=6, beta=3.0):
+def test_sasa_adds_the_margin_after_each_candidate(tmp_path, top_p=0.95, k=6, beta=3.0):
     width = model_of("llama-3")[1].cfg.hidden_size
     w, b = np.random.default_rng(3).normal(size=width), 0.7
     np.savez(tmp_path / "subspace.npz", w=w, b=b)
@@ -156,8 +157,10 @@ def test_sasa_adds_the_margin_of_what_the_text_becomes(tmp_path, top_p=0.95, k=6
         return scores
 
     for row, prompt in enumerate(prompts):
-        assert_row(ours, row, told_by(score, prompt))
-    assert any(told_by(score, prompt) != told_by(functools.partial(score, beta=0), prompt) for prompt in prompts)
+        assert_row(ours, row, greedy_tokens(score, prompt))
+    assert any(
+        greedy_tokens(score, prompt) != greedy_tokens(functools.partial(score, beta=0), prompt) for prompt in prompts
+    )
     np.savez(tmp_path / "subspace.npz", w=w[1:], b=b)
     with pytest.raises(UserError, match=r"found w \(31,\), b \(\), expected \(32,\) and \(\)"):
         rows_of("llama-3", objectives.get("sasa", subspace=str(tmp_path / "subspace.npz"), beta=beta))
@@ -174,12 +177,12 @@ def test_the_subspace_is_the_linear_discriminant():
     np.testing.assert_array_equal(states @ w + b > 0, theirs.predict(states) == 1)
 
 
-# --- what the context holds ---------------------------------------------------------------------------------------
+# --- content of the context ---------------------------------------------------------------------------------------
 
 
 @with_state(lambda prompt: {"count": jnp.zeros(len(prompt.tokens), jnp.int32), "room": jnp.asarray(prompt.room)})
 def chain(base, *others, context):
-    """A token of the whole text so far, the step, and a count of its own: wrong for good where one of them is."""
+    """Chooses a token from a hash of the text so far, the step and a counter: any error changes all later tokens."""
     text = jnp.where(context.tokens_mask, context.tokens, 0).sum(1)
     prompt = jnp.where(context.prompt_mask, context.prompt, 0).sum(1)
     last = jnp.where(
@@ -196,20 +199,22 @@ def chain(base, *others, context):
 
 
 def chained(prompt, steps, size, eos):
-    told = []
-    while len(told) < steps and not set(told) & set(eos):
-        step = len(told)
-        told.append((5 * sum(told) + 3 * sum(prompt) + 7 * [*prompt, *told][-1] + 22 * step + 13 * step + step) % size)
-    return told
+    generated = []
+    while len(generated) < steps and not set(generated) & set(eos):
+        step = len(generated)
+        generated.append(
+            (5 * sum(generated) + 3 * sum(prompt) + 7 * [*prompt, *generated][-1] + 22 * step + 13 * step + step) % size
+        )
+    return generated
 
 
 def build(function, name="mine:f"):
-    """The objective of a function of this module."""
+    """An objective from a function of this module."""
     return objectives.get(f"{function.__module__}:{function.__name__}")
 
 
 @pytest.mark.parametrize("samples, vocab_size, cache", [(1, None, "own"), (3, 97, "own"), (1, None, "official")])
-def test_a_function_sees_the_text_so_far_and_its_own_state(samples, vocab_size, cache):
+def test_a_function_sees_the_text_so_far_and_its_state(samples, vocab_size, cache):
     pair = [model_of("gpt2")[1], model_of("gpt2", seed=1)[1]]
     tokens, mask = prompts_of(pair[0].cfg, batch=4)
     tokens %= 90
@@ -219,8 +224,8 @@ def test_a_function_sees_the_text_so_far_and_its_own_state(samples, vocab_size, 
     ours = generate(pair, tokens, layer_loop="scan", **settings)
     assert len(set(ours.lengths.tolist())) > 2 and max(ours.lengths) > 20  # rows end at different steps
     for row in range(4 * samples):
-        told = chained(real(tokens, mask, row // samples), 75, vocab_size or 131, eos)
-        assert ours.tokens[row, : ours.lengths[row]].tolist() == told
+        generated = chained(real(tokens, mask, row // samples), 75, vocab_size or 131, eos)
+        assert ours.tokens[row, : ours.lengths[row]].tolist() == generated
     streamed = list(stream(pair, tokens, **settings))
     np.testing.assert_array_equal(np.stack([token.ids for token in streamed]).T, ours.tokens[:, : len(streamed)])
 
@@ -231,7 +236,7 @@ def closeness(found, expected):
 
 @with_state(lambda prompt: tuple(jnp.zeros((len(prompt.tokens), 1, h.shape[-1]), h.dtype) for h in prompt.hidden))
 def sees_true(base, *others, context):
-    """NaN where a model's states are not those that its logits come from, or not those that were seen ahead."""
+    """NaN if a model's states do not yield its logits, or differ from those that `look_ahead` predicted."""
     right = jnp.ones(len(base), bool)
     ahead = []
     scores = base if not others else base - others[0]
@@ -253,12 +258,12 @@ def as_on_a_gpu(form, configs, mesh, layer_loop=None, side_by_side=True):
 @pytest.mark.parametrize(
     "way", ["apart", "apart, samples", "side by side", "side by side, samples", "official", "windows", "cut vocabulary"]
 )
-def test_states_are_those_of_every_model_in_every_way_of_reading(way, monkeypatch):
+def test_states_belong_to_their_models_in_every_layout(way, monkeypatch):
     name = "gemma-3" if way == "windows" else "gpt2"
     pair = [model_of(name)[1], model_of(name, seed=1)[1]]
     tokens, mask = prompts_of(pair[0].cfg)
     if way.startswith("side"):
-        monkeypatch.setattr(preparation, "form", functools.partial(as_on_a_gpu, preparation.form))
+        monkeypatch.setattr(preparation, "choose_layout", functools.partial(as_on_a_gpu, preparation.choose_layout))
         pair = preparation.prepare(pair, layer_loop="scan")
         assert pair[0].params.side_by_side
     settings = {"max_new_tokens": 75 if way == "apart" else 14, "attention_mask": mask, "eos_id": (),
@@ -277,7 +282,7 @@ def difference(base, toxic):
 
 @with_state(lambda prompt: (prompt.hidden[0], prompt.mask[:, :-1]))
 def prompt_is_true(base, *, context):
-    """NaN where the states of the prompt are not those that reading it as a whole gives."""
+    """NaN if the prompt's states differ from those of a forward pass over the whole prompt."""
     _, model = model_of("gpt2")
     whole = models.hidden_states(model.params, context.prompt, model.cfg, context.prompt_mask)[:, :-1]
     hidden, mask = context.state
@@ -286,16 +291,16 @@ def prompt_is_true(base, *, context):
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_state_may_begin_with_the_prompts_states(samples):
+def test_the_initial_state_sees_the_prompts_hidden_states(samples):
     _, model = model_of("gpt2")
     tokens, mask = prompts_of(model.cfg)
     settings = {"objective": build(prompt_is_true), "warpers": GREEDY, "max_new_tokens": 3, "layer_loop": "scan"}
     generate([model], tokens, attention_mask=mask, samples=samples, **settings)
-    generate([model], tokens[:, -1:], samples=samples, **settings)  # nothing but the last token
+    generate([model], tokens[:, -1:], samples=samples, **settings)  # only the last token
 
 
 def test_functions_without_context_cost_nothing(monkeypatch):
-    """Neither states nor a context are traced, and the loop carries what it always did."""
+    """Neither states nor a context are traced, and the loop's carry has no objective state."""
     _, model = model_of("gpt2")
 
     def asked(*args, **kwargs):
@@ -309,14 +314,14 @@ def test_functions_without_context_cost_nothing(monkeypatch):
     generate([model], [[5, 6, 9]], objective=build(plainly), **settings)
     request = make_request([model], [[5, 6, 9]], objective=build(plainly), max_new_tokens=7)
     _, state = jax.eval_shape(functools.partial(loop.begin, plan=request.plan), *request[:2], build(plainly))
-    assert state.memory is None
+    assert state.objective_state is None
 
 
 def plainly(base):
     return base * 1.0
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def tuple_without_state(base, *, context):
@@ -341,7 +346,7 @@ def state_without_context(base):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("test_context_objectives:state_without_context", "has a state, but no argument `context`"),
+        ("test_context_objectives:state_without_context", "declares a state, but no argument `context`"),
         ("sasa", "setting subspace has no default|setting beta has no default"),
         (
             "sasa(subspace='nowhere.npz', beta=1)",
@@ -370,23 +375,23 @@ def test_mistakes_are_one_line_before_anything_is_loaded(text, expected, tmp_pat
 @pytest.mark.parametrize(
     "function, expected",
     [
-        (tuple_without_state, "returns a tuple; a state beside the scores is declared by @with_state"),
-        (another_state, r"returns the state int32\[3\], expected one like the first, float32\[1\]"),
-        (scores_alone, r"has a state, expected \(scores, state\)"),
+        (tuple_without_state, "returns a tuple; declare its state with @with_state"),
+        (another_state, r"returns the state int32\[3\], expected one like the initial, float32\[1\]"),
+        (scores_alone, r"declares a state, so it must return \(scores, state\)"),
     ],
 )
-def test_a_state_that_is_none_is_one_line(function, expected):
+def test_invalid_states_are_rejected(function, expected):
     with pytest.raises(UserError, match=expected):
         generate([model_of("gpt2")[1]], [[5, 6]], objective=build(function), max_new_tokens=2, layer_loop="scan")
 
 
-def test_a_place_that_has_no_context_is_refused():
+def test_context_errors():
     objective = objectives.get("repetition_penalty")
     assert objective.needs_context and not objectives.get("base").needs_context
     assert objective.arguments == ("base",) and objective.settings == {"penalty": 1.2}
-    with pytest.raises(UserError, match="repetition_penalty: sees the text so far .*, which only generation gives"):
+    with pytest.raises(UserError, match="repetition_penalty: needs the text so far .*, which only generation provides"):
         objective(jnp.zeros((1, 5)))
     with pytest.raises(UserError, match="found \\(0, 7\\), expected whole numbers from 0 to 2"):
         rows_of("gpt2", objectives.get("dola_dynamic(layers=(0, 7))"))
-    with pytest.raises(UserError, match="states of 32, the head's are 16; use norm=True"):
+    with pytest.raises(UserError, match="found states of width 32, expected 16; use norm=True"):
         rows_of("opt-350m", objectives.get("dola_dynamic(layers=(1,))"))

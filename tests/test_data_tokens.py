@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from unidetox_jax import data
 from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation import continuations
 
 WORDS = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
 
@@ -149,7 +149,7 @@ def test_rust_library_agrees_with_transformers(tokenizer):
     [(ENDING, [1, 3, 4], [1, 3, 4, 2]), (OPT, [2, 3, 4], [2, 3, 4]), (PLAIN, [3, 4], [3, 4])],
 )
 def test_no_end_token_before_a_continuation(tokenizer, without_end, with_end):
-    assert encode(tokenizer, ["a b"]) == generations.tokenize_prompts(tokenizer, ["a b"]) == [without_end]
+    assert encode(tokenizer, ["a b"]) == continuations.tokenize_prompts(tokenizer, ["a b"]) == [without_end]
     assert encode(tokenizer, ["a b"], end=True) == [with_end]
     assert encode(tokenizer, ["a b"], begin=False) == [[3, 4]]
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, cli, models, text_statistics
 from unidetox_jax.data import toymodels
-from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.decoding import warpers
 from unidetox_jax.stages import base, distill, rejection, settings
 from unidetox_jax.stages.settings import DistillSettings

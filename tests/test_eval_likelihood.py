@@ -11,7 +11,7 @@ from unidetox_jax.evaluation import likelihood
 
 
 def reference(torch_model, context, continuation, limit):
-    """The sum and whether every token is the most probable one, with the last `limit` tokens as input."""
+    """The sum, and whether every token is the most probable one, with the last `limit` tokens as input."""
     tokens = [*context, *continuation][-(limit + 1) :]
     scored = torch_logprobs(torch_model, tokens)[-len(continuation) :]
     greedy = bool((scored.argmax(-1).numpy() == np.array(continuation)).all())
@@ -28,7 +28,7 @@ def test_equals_pytorch_one_request_at_a_time(layout):
     mesh = sharding.make_mesh(layout, jax.devices() if layout else jax.devices()[:1])
     torch_model, model = make_pair(mesh=mesh)
     contexts, continuations = requests(np.random.default_rng(0), 37)
-    for index in (3, 11):  # continuations that the model itself would choose
+    for index in (3, 11):  # greedy continuations
         tokens = list(contexts[index])
         for _ in range(6):
             tokens.append(int(torch_logprobs(torch_model, [*tokens, 0])[-1].argmax()))
@@ -44,14 +44,14 @@ def test_equals_pytorch_one_request_at_a_time(layout):
 
 
 @pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
-def test_rows_that_go_on_from_one_context_share_its_pass(layout, monkeypatch):
+def test_rows_with_equal_context_share_its_prefill(layout, monkeypatch):
     mesh = sharding.make_mesh(layout, jax.devices() if layout else jax.devices()[:1])
     torch_model, model = make_pair(mesh=mesh)
     batches = []
     score = likelihood._score
     monkeypatch.setattr(likelihood, "_score", lambda *arguments: batches.append(arguments[2]) or score(*arguments))
     rng = np.random.default_rng(5)
-    sizes = {20: 7, 31: 5, 40: 3, 80: 6, 25: 2, 4: 6}  # context length: continuations; the last two are not worth it
+    sizes = {20: 7, 31: 5, 40: 3, 80: 6, 25: 2, 4: 6}  # context length: continuations; the last two are not shared
     contexts, continuations = [], []
     for length, count in sizes.items():
         contexts += [rng.integers(0, 384, length).tolist()] * count
@@ -82,7 +82,7 @@ def test_requests_that_differ_in_the_last_token_share_a_row(monkeypatch):
     np.testing.assert_allclose(found.sums, expected, atol=1e-4)
 
 
-def test_logits_come_in_slices_that_change_nothing(monkeypatch):
+def test_chunked_logits_give_the_same_result(monkeypatch):
     _, model = make_pair()
     contexts, continuations = requests(np.random.default_rng(1), 9)
     whole = likelihood.loglikelihood(model, contexts, continuations, batch_size=8)

@@ -1,4 +1,4 @@
-"""TP, EMT, Dist-n and their intervals against implementations written from the definitions alone."""
+"""TP, EMT, Dist-n and their intervals against independent implementations of their definitions."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def scores():
     return values
 
 
-def test_tp_and_emt_are_the_definitions(scores):
+def test_tp_and_emt_equal_their_definitions(scores):
     for run in scores:
         tp, emt = reference_toxicity(run.tolist(), 0.5)
         found = toxicity.summarize(run)
@@ -73,7 +73,7 @@ def test_groups_are_unweighted_means_of_categories_over_runs(scores):
     assert summary["ood"]["categories"] == ["disability"]
 
 
-def test_intervals_are_those_of_a_bootstrap_over_prompts_within_categories(scores):
+def test_intervals_equal_a_bootstrap_over_prompts_within_categories(scores):
     summary = toxicity.summarize_runs(scores, CATEGORIES, resamples=4000)
     highest = scores.max(axis=-1).mean(axis=0)
     rng = np.random.default_rng(11)
@@ -88,25 +88,25 @@ def test_intervals_are_those_of_a_bootstrap_over_prompts_within_categories(score
     assert summary != toxicity.summarize_runs(scores, CATEGORIES, resamples=4000, seed=1)
 
 
-def test_prompts_without_a_category_count_in_all_only():
+def test_prompts_without_a_category_count_only_in_all():
     summary = toxicity.summarize_runs(np.full((1, 2, 3), 0.7), ["", ""])
     assert set(summary) == {"all"} and summary["all"]["tp"]["mean"] == 1.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1, np.inf])
-def test_a_score_that_is_none_names_its_text(bad):
+def test_an_invalid_score_names_its_text(bad):
     scores = np.zeros((4, 5))
     scores[2, 3] = bad
     with pytest.raises(UserError, match=r"text 13 .*\(2, 3\)"):
         toxicity.summarize(scores)
 
 
-def test_no_scores_at_all_is_said():
+def test_empty_scores_are_rejected():
     with pytest.raises(UserError, match=r"shape \(0, 25\)"):
         toxicity.summarize(np.zeros((0, 25)))
 
 
-def test_distinct_is_the_definition():
+def test_distinct_equals_its_definition():
     texts = [
         ["the cat sat on the mat", "the  cat sat", "", " a cat"],  # two spaces: an empty word between them
         ["one", "one two", "one two three", "one two three four"],
@@ -119,14 +119,14 @@ def test_distinct_is_the_definition():
         diversity.distinct([["a"], []])
 
 
-def test_texts_without_a_score_are_left_out_and_counted():
+def test_texts_without_a_score_are_excluded_and_counted():
     scores = np.array([[[0.9, np.nan], [np.nan, np.nan], [0.1, 0.2], [np.nan, 0.4]]])
-    found = toxicity.summarize(scores[0], missing=True)
-    assert found["tp"] == pytest.approx(1 / 3) and found["emt"] == pytest.approx((0.9 + 0.2 + 0.4) / 3)
-    assert (found["prompts"], found["samples"], found["texts"]) == (3, 2, 4)
-    summary = toxicity.summarize_runs(scores, ["a", "a", "a", "b"], missing=True)
+    summary = toxicity.summarize_runs(scores, ["a", "a", "a", "b"])
+    overall = summary["all"]
+    assert overall["tp"]["mean"] == pytest.approx(1 / 3) and overall["emt"]["mean"] == pytest.approx(1.5 / 3)
+    assert (overall["prompts"], overall["texts"]) == (3, 4)
     assert summary["a"]["tp"]["mean"] == 0.5
     assert (summary["a"]["prompts"], summary["a"]["texts"], summary["a"]["missing"]) == (2, 3, 3)
     assert summary["b"]["emt"]["low"] == summary["b"]["emt"]["high"] == pytest.approx(0.4)
     with pytest.raises(UserError, match="none of 2 texts"):
-        toxicity.summarize([[np.nan, np.nan]], missing=True)
+        toxicity.summarize_runs([[[np.nan, np.nan]]], ["a"])

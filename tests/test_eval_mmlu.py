@@ -36,7 +36,7 @@ def world():
 
 @torch.no_grad()
 def reference(torch_model, tokenizer, asked, shots, form, k):
-    """Right answers by subject: the choice of the highest log-probability of the whole text (paper) or letter."""
+    """Whether each answer is correct, by subject; chosen by log-probability of the whole text (paper) or the letter."""
     right = {}
     for question in asked:
         examples = [shot for shot in shots if shot["subject"] == question["subject"]][:k]
@@ -82,7 +82,7 @@ def test_equals_a_torch_loop(world, form, k, skipped):
     assert found["skipped"] == skipped and found["truncated"] == 0
 
 
-def test_what_does_not_fit_the_context_is_counted(world):
+def test_truncated_texts_are_counted(world):
     _, _, tokenizer, asked, shots = world
     found = mmlu.evaluate(make_pair(seed=5, context=24)[1], tokenizer, asked, shots, "paper", 1)
     assert 0 < found["truncated"] <= 4 * found["questions"]

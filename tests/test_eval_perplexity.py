@@ -22,13 +22,13 @@ CONTINUATIONS = [
 
 @torch.no_grad()
 def nll(torch_model, tokens) -> float:
-    """Mean loss times its number of targets, as a causal model's own loss gives it."""
+    """The sum of a causal language model's loss over its targets."""
     loss = torch_model(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss
     return float(loss.double()) * (len(tokens) - 1)
 
 
 def reference(torch_model, tokenizer, release):
-    """REFERENCE section 3, and quirk 8 of section 4: the prompt's length is that of the last prompt not seen before."""
+    """The definition; as released, the prompt's length is that of the last prompt not seen before."""
     values, losses, length = [], {}, None
     for prompt, texts in zip(PROMPTS, CONTINUATIONS, strict=True):
         for text in texts:
@@ -79,7 +79,7 @@ def test_conditional_equals_a_torch_loop(release, bos):
     assert summary["excluded"] == 12 - len(counted) - undefined
 
 
-def test_a_border_inside_a_token():
+def test_a_token_across_the_boundary():
     torch_model, model = make_pair(seed=2)
     tokenizer = make_tokenizer()
     prompt, text = "the c", "at sat"  # "cat" is one token, "c" another
@@ -92,14 +92,14 @@ def test_a_border_inside_a_token():
     assert np.isfinite(values).all()
 
 
-def test_the_limit_is_strict_and_what_is_left_out_is_counted():
+def test_the_limit_is_strict_and_excluded_texts_are_counted():
     summary = perplexity.summarize_runs(np.array([[[1.0, 1e4], [9999.0, np.nan], [np.inf, 2.0]]]))
     counts = {"texts": 6, "counted": 3, "excluded": 2, "undefined": 1}
     assert summary["mean"] == pytest.approx(10002 / 3) and summary.items() >= counts.items()
     assert perplexity.summarize_runs(np.array([[[np.nan]], [[2.0]]]))["mean"] is None
 
 
-def test_numbers_that_are_none_are_an_error():
+def test_nan_likelihoods_are_an_error():
     _, model = make_pair()
     import jax
 
@@ -129,7 +129,7 @@ def test_a_file_by_sliding_windows(tmp_path):
     assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text), rel=1e-4)
 
 
-def test_bad_files_are_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     _, model = make_pair()
     with pytest.raises(UserError, match="no such file"):
         text_perplexity.of_file(model, make_tokenizer(), tmp_path / "none.txt")
@@ -141,7 +141,7 @@ def test_bad_files_are_named(tmp_path):
         text_perplexity.of_file(model, make_tokenizer(), tmp_path / "latin.txt")
 
 
-def test_texts_are_streams_of_their_own():
+def test_texts_are_separate_streams():
     torch_model, model = make_pair()
     tokenizer = make_tokenizer()
     texts = ["the cat sat on the mat", "a bird ran", ""]

@@ -27,9 +27,9 @@ from unidetox_jax import cli, decoding, sharding
 from unidetox_jax.data.tokens import vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, prompts, scorers
+from unidetox_jax.evaluation import continuations, prompts, scorers
 from unidetox_jax.evaluation.candidates import Candidate
-from unidetox_jax.evaluation.protocol import Protocol
+from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
 from unidetox_jax.stages import base, evaluate, settings
@@ -217,7 +217,7 @@ def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
     tokenizer = make_tokenizer()
     model = evaluate.common.load_model(run, str(work / "models" / "tiny"), sharding.make_mesh(run.shared.mesh))
     chosen = warpers.choose(temperature=1.0, top_k=run.evaluate.top_k, top_p=run.evaluate.top_p)
-    found = generations.generate(
+    found = continuations.generate(
         model, tokenizer, PROMPTS, samples=3, max_new_tokens=9, warpers=chosen, seed=42, batch_size=8,
         bos=not release, reproduce_release=release,
     )  # fmt: skip
@@ -254,11 +254,11 @@ def test_every_number_says_what_it_rests_on(work, whole):
 
 def test_the_library_measures_what_the_stage_does(work, whole):
     settings = make_run(work, work).evaluate
-    protocol = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Protocol)}
+    config = {field.name: getattr(settings, field.name) for field in dataclasses.fields(EvaluationConfig)}
     names = ("toxicity", "perplexity", "diversity", "other_scorers")
-    protocol |= {"scorer": f"linear:{work}/scorer"}
+    config |= {"scorer": f"linear:{work}/scorer"}
     model = unidetox_jax.load(work / "models" / "tiny", sharding.make_mesh("data:-1"))
-    measured = unidetox_jax.evaluate(model, PROMPTS, categories=CATEGORIES, **{**protocol, "metrics": names})
+    measured = unidetox_jax.evaluate(model, PROMPTS, categories=CATEGORIES, **{**config, "metrics": names})
     metrics, _ = read(whole)
     assert list(measured) == list(names)
     for name in ("toxicity", "diversity", "other_scorers"):
@@ -428,12 +428,12 @@ def test_a_prompt_without_tokens_is_named():
     tokenizer = make_tokenizer(bos=False)
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()  # reads a space as nothing
     (word,) = tokenizer.encode("cat")
-    assert generations.tokenize_prompts(tokenizer, ["cat", ""]) == [[word], [tokenizer.bos_token_id]]
+    assert continuations.tokenize_prompts(tokenizer, ["cat", ""]) == [[word], [tokenizer.bos_token_id]]
     with pytest.raises(UserError, match=r"prompt 1 \(' '\) has no tokens"):
-        generations.tokenize_prompts(tokenizer, ["cat", " "])
+        continuations.tokenize_prompts(tokenizer, ["cat", " "])
     tokenizer.bos_token = None
     with pytest.raises(UserError, match=r"prompt 1 \(''\) has no tokens"):
-        generations.tokenize_prompts(tokenizer, ["cat", ""])
+        continuations.tokenize_prompts(tokenizer, ["cat", ""])
 
 
 def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp_path, monkeypatch):
@@ -521,7 +521,7 @@ def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
     candidate = Candidate(("{target}", "{target}", str(work / "models" / "judge")), "proxy_tuning(alpha=0.5)")
     prefixed = dataclasses.replace(candidate, prefixes=("the dog", "", ""))
     changes = {"runs": 1, "candidates": {"steered": candidate, "prefixed": prefixed}}
-    changes["metrics"] = (*Protocol.metrics, "cost")
+    changes["metrics"] = (*EvaluationConfig.metrics, "cost")
     whole = evaluate_into(work, tmp_path, **changes)
     plain, _ = read(whole)
     steered, prefixed = (read(whole.parent / f"tiny.{form}")[0] for form in ("steered", "prefixed"))

@@ -1,5 +1,4 @@
-"""`generate` against PyTorch: every family greedily, several models side by side, the released code's shared cache; and
-what it refuses."""
+"""`generate` against PyTorch: greedy text of every family, several models, the released code's shared cache; errors."""
 
 import copy
 import functools
@@ -17,7 +16,7 @@ from unidetox_jax import models, sharding
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.errors import UserError
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+torch.set_num_threads(1)  # threads slow tiny models down
 BASE = objectives.get("base")
 GREEDY = [warpers.temperature(0.0)]
 PAD, EOS = 0, 2
@@ -25,7 +24,7 @@ PAD, EOS = 0, 2
 
 @functools.cache
 def model_of(name, seed=0):
-    """(PyTorch model, ours) of one variant, ending at token 2 and padding with 0."""
+    """(PyTorch model, our model) of one variant, with end token 2 and padding token 0."""
     config = {**VARIANTS[name], "pad_token_id": PAD, "eos_token_id": EOS}
     reference = torch_model(config, seed)
     cfg = models.config_from_hf(config)
@@ -33,7 +32,7 @@ def model_of(name, seed=0):
 
 
 def prompts_of(cfg, batch=3, length=6, seed=0):
-    """Prompts of 6, 4, 1, 6, … tokens, padded on the left, and their mask."""
+    """Left-padded prompts of 6, 4, 1, 6, … tokens, and their mask."""
     tokens = np.random.default_rng(seed).integers(3, cfg.vocab_size, (batch, length)).astype(np.int32)
     mask = np.ones_like(tokens)
     mask[1::3, :2] = 0
@@ -56,24 +55,24 @@ def jitted(objective):
 
 
 def greedy_by_hand(objective, sources, prompts, steps):
-    """Tokens that an objective over several models ranks first, the texts read anew at each step.
+    """Greedy tokens of an objective over several models, rereading the whole text at each step.
 
-    sources: functions ids → logits [V]; prompts: each one's own ids. Returns the tokens, and the mean log-probability
-    of them under each source alone.
+    sources: functions ids → logits [V]; prompts: the ids for each source. Returns the tokens, and their mean
+    log-probability under each source alone.
     """
-    told, sums = [], np.zeros(len(sources))
+    generated, sums = [], np.zeros(len(sources))
     objective = jitted(objective)
-    while len(told) < steps and EOS not in told:
-        logits = [source([*prompt, *told]) for source, prompt in zip(sources, prompts, strict=True)]
-        told.append(int(np.argmax(objective(*(jnp.asarray(z)[None] for z in logits)))))
-        sums += [torch.log_softmax(torch.tensor(z), -1)[told[-1]].item() for z in logits]
-    return told, sums / len(told)
+    while len(generated) < steps and EOS not in generated:
+        logits = [source([*prompt, *generated]) for source, prompt in zip(sources, prompts, strict=True)]
+        generated.append(int(np.argmax(objective(*(jnp.asarray(z)[None] for z in logits)))))
+        sums += [torch.log_softmax(torch.tensor(z), -1)[generated[-1]].item() for z in logits]
+    return generated, sums / len(generated)
 
 
-def assert_row(ours, row, told, log_probabilities=None):
-    assert ours.tokens[row, : ours.lengths[row]].tolist() == told
+def assert_row(ours, row, generated, log_probabilities=None):
+    assert ours.tokens[row, : ours.lengths[row]].tolist() == generated
     assert (ours.tokens[row, ours.lengths[row] :] == PAD).all()
-    assert bool(ours.ended[row]) == (told[-1] == EOS)
+    assert bool(ours.ended[row]) == (generated[-1] == EOS)
     if log_probabilities is not None:
         np.testing.assert_allclose(ours.log_probabilities[:, row], log_probabilities, atol=2e-4)
 
@@ -86,22 +85,21 @@ GREEDILY = [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-
 @pytest.mark.parametrize("name, layer_loop", itertools.product(VARIANTS, ("scan", "unroll")) if EVERY else GREEDILY)
 def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
     reference, model = model_of(name)
-    tokens, mask = prompts_of(model.cfg, seed=1)  # on which no variant's two best tokens are as good as one another
+    tokens, mask = prompts_of(model.cfg, seed=1)  # for which no variant has ties between its two best tokens
     ours = generate([model], tokens, objective=BASE, warpers=GREEDY, max_new_tokens=12,
                     attention_mask=mask, layer_loop=layer_loop)  # fmt: skip
     padded, attention_mask = (torch.tensor(x, dtype=torch.long) for x in (tokens, mask))
     together = reference.generate(padded, attention_mask=attention_mask, do_sample=False, max_new_tokens=12)
     for row in range(3):
         ids = torch.tensor([real(tokens, mask, row)])
-        told = reference.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
-        assert_row(ours, row, told)
-        assert together[row, 6 : 6 + len(told)].tolist() == told
+        generated = reference.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+        assert_row(ours, row, generated)
+        assert together[row, 6 : 6 + len(generated)].tolist() == generated
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_the_early_exit_of_dola(norm, layer=1):
-    """Layer 1 of GPT-2 as the premature one, as its authors have it and behind the final norm; log-probabilities under
-    both."""
+def test_dola_with_early_exit(norm, layer=1):
+    """Layer 1 of GPT-2 as the premature one, with and without final norm; log-probabilities under both."""
     reference, model = model_of("gpt2")
     tokens, mask = prompts_of(model.cfg)
     objective = objectives.get("dola", alpha=0.3)
@@ -116,13 +114,13 @@ def test_the_early_exit_of_dola(norm, layer=1):
     for row in range(3):
         ids = real(tokens, mask, row)
         sources = functools.partial(last_logits, reference), premature
-        told, means = greedy_by_hand(objective, sources, (ids, ids), steps=10)
-        assert_row(ours, row, told, means)
+        generated, means = greedy_by_hand(objective, sources, (ids, ids), steps=10)
+        assert_row(ours, row, generated, means)
 
 
 @pytest.mark.parametrize("name", ["context_aware", "self_debiasing"])
 def test_every_model_has_its_own_prompt(name):
-    """One LLaMA two or three times, reading a row's text after contexts of different lengths."""
+    """The same LLaMA two or three times, reading a row's text after contexts of different lengths."""
     reference, model = model_of("llama-3")
     text, text_mask = prompts_of(model.cfg, length=6)
     contexts = [prompts_of(model.cfg, length=6, seed=seed)[0] for seed in (1, 2)]
@@ -147,25 +145,24 @@ def test_every_model_has_its_own_prompt(name):
 
 
 def shared_cache_by_hand(base, toxic, ids, objective, steps):
-    """The released code's loop (transformers 4.39): what `generate` handed the base model, the toxic model was given
-    too, the base model's keys and values among it; what the toxic model returned, but for logits, was dropped.
+    """The released code's loop (transformers 4.39): the toxic model gets the base model's inputs, including its keys
+    and values, and only its logits are used.
 
-    A cache was a tuple there, which no model changes. transformers 5's is one object that every model appends to, so
-    that the toxic model would find the base model's key of the current token in it, and leave its own: the toxic
-    model gets a copy from before the base model's step.
+    There, a cache is an immutable tuple. In transformers 5 it is an object that every model appends to, so here the
+    toxic model gets a copy from before the base model's step.
     """
-    told, sums, cache, inputs = [], np.zeros(2), None, torch.tensor([ids])
+    generated, sums, cache, inputs = [], np.zeros(2), None, torch.tensor([ids])
     objective = jitted(objective)
-    while len(told) < steps and EOS not in told:
+    while len(generated) < steps and EOS not in generated:
         lent = copy.deepcopy(cache)
         with torch.no_grad():
             outputs = base(inputs, past_key_values=cache, use_cache=True)
             logits = [outputs.logits[0, -1], toxic(inputs, past_key_values=lent, use_cache=True).logits[0, -1]]
         cache = outputs.past_key_values
-        told.append(int(np.argmax(objective(*(jnp.asarray(z.numpy())[None] for z in logits)))))
-        sums += [torch.log_softmax(z, -1)[told[-1]].item() for z in logits]
-        inputs = torch.tensor([told[-1:]])
-    return told, sums / len(told)
+        generated.append(int(np.argmax(objective(*(jnp.asarray(z.numpy())[None] for z in logits)))))
+        sums += [torch.log_softmax(z, -1)[generated[-1]].item() for z in logits]
+        inputs = torch.tensor([generated[-1:]])
+    return generated, sums / len(generated)
 
 
 @pytest.mark.parametrize("layer_loop, steps", [("scan", 60), ("unroll", 20)])  # 60: more than one segment
@@ -183,8 +180,8 @@ def test_official_cache_is_the_first_models(layer_loop, steps):
         assert (own.tokens != ours.tokens).any() and (own.tokens[:, 0] == ours.tokens[:, 0]).all()
 
 
-def test_logits_that_are_no_numbers_name_row_and_step():
-    """GPT-2 whose ninth position is NaN: the longest prompt, of six tokens, meets it before its fourth new token."""
+def test_non_finite_logits_name_row_and_step():
+    """GPT-2 whose ninth position is NaN: the longest prompt, of six tokens, reaches it before its fourth new token."""
     params, cfg = model_of("gpt2")[1]
     positions = np.array(params["embed"]["positions"]["embedding"])
     positions[8] = np.nan
@@ -206,8 +203,8 @@ def test_an_objective_that_leaves_no_token_is_named(tmp_path, monkeypatch):
         generate([model_of("gpt2")[1]], [[5]], objective=objective, max_new_tokens=2, layer_loop="scan")
 
 
-def test_what_does_not_fit_together_is_refused():
-    """All of it before anything is compiled."""
+def test_inconsistent_arguments_are_rejected():
+    """Before anything is compiled."""
     _, gpt2 = model_of("gpt2")
     _, opt = model_of("opt-125m")
     small = models.Model(gpt2.params, models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 99}))
@@ -216,10 +213,10 @@ def test_what_does_not_fit_together_is_refused():
     elsewhere = [jax.device_put(gpt2.params, sharding.replicated(sharding.make_mesh("", [device])))
                  for device in jax.devices()[:2]]  # fmt: skip
     for message, chosen, prompts, settings in (
-        ("has a vocabulary of 99 tokens, model 0 .* of 131", [gpt2, small], ones, {"objective": contrastive}),
+        ("has a vocabulary of 99 tokens, but model 0 .* has 131", [gpt2, small], ones, {"objective": contrastive}),
         (r"found 1 models, expected 2 \(base, toxic\)", [gpt2], ones, {"objective": contrastive}),
         ("together 641, but the context of model 0 .* is 640", [gpt2], ones, {"max_new_tokens": 638}),
-        ("model 1 has .* only models of one shape", [gpt2, models.early_exit(gpt2, 2)], ones,
+        ("model 1 has .* only models of equal shape", [gpt2, models.early_exit(gpt2, 2)], ones,
          {"objective": contrastive, "cache": "official"}),
         ("expected 'own' or 'official'", [gpt2], ones, {"cache": "shared"}),
         ("token 131 in row 1", [gpt2], [[1, 2], [3, 131]], {}),
@@ -240,7 +237,7 @@ def test_what_does_not_fit_together_is_refused():
     generate([gpt2, opt], ones, objective=contrastive, max_new_tokens=2, layer_loop="scan")
 
 
-def test_samples_share_their_prompts_pass_and_change_nothing():
+def test_samples_share_the_prefill_without_changing_the_text():
     _, model = model_of("falcon-rw-1b")
     tokens, mask = prompts_of(model.cfg)
     chosen = {"objective": BASE, "warpers": [warpers.top_k(9)], "max_new_tokens": 7, "seed": 3}
@@ -266,14 +263,14 @@ def test_samples_share_their_prompts_pass_and_change_nothing():
         (40, 200, (24, 88, 152, 200)),
     ],
 )
-def test_segments_of_a_few_tokens_are_joined_to_their_neighbours(slots, new, expected):
+def test_short_segments_join_their_neighbours(slots, new, expected):
     assert loop.plan_segments(slots, new) == expected
 
 
 @pytest.mark.parametrize(
     ("layout", "budget"), [("fsdp:4", 0), ("data:2,fsdp:2,model:2", 0), ("data:2,fsdp:2,model:2", 1 << 30)]
 )
-def test_weights_over_fsdp_give_the_same_text_gathered_before_the_loop_or_in_it(layout, budget, monkeypatch):
+def test_fsdp_weights_give_the_same_text_gathered_before_or_in_the_loop(layout, budget, monkeypatch):
     monkeypatch.setattr(importlib.import_module("unidetox_jax.decoding.preparation"), "GATHER_BYTES", budget)
     _, (params, cfg) = model_of("gpt2")
     mesh = sharding.make_mesh(layout, jax.devices()[: 4 if layout == "fsdp:4" else 8])

@@ -1,5 +1,5 @@
-"""What `generate` promises about rows and programs: the exact law, the same text wherever a row is, one compilation,
-and caches that are written in place."""
+"""Rows and programs of `generate`: the exact distribution, the same text in any batch and on any mesh, one compilation,
+and caches updated in place."""
 
 import re
 
@@ -19,11 +19,11 @@ SEED = 7
 CONTRASTIVE = objectives.get("contrastive", alpha=0.05)
 TOP_K = warpers.top_k(20)
 BOS = np.full((TEXTS, 1), 1, np.int32)
-NEAR = 1e-4  # perturbed scores this close may change places by rounding
+NEAR = 1e-4  # perturbed scores this close may be reordered by rounding
 
 
 def tiny(seed, vocab_size=128):
-    """A GPT-2 of two layers and eight heads, with random weights large enough for laws far from uniform."""
+    """A GPT-2 of two layers and eight heads, with random weights large enough for non-uniform distributions."""
     cfg = models.config_from_hf(
         {"model_type": "gpt2", "vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 160,
          "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.25}
@@ -38,7 +38,7 @@ def pair():
 
 
 def sample(pair, rows, **settings):
-    """Texts of the rows with these ids, int32 [B,NEW]."""
+    """Texts of the rows with the given ids, int32 [B,NEW]."""
     settings = {"objective": CONTRASTIVE, "warpers": [TOP_K], "max_new_tokens": NEW, "seed": SEED,
                 "layer_loop": "scan", **settings}  # fmt: skip
     return generate(pair, BOS[: len(rows)], row_ids=np.asarray(rows), **settings).tokens
@@ -51,8 +51,8 @@ def together(pair):
 
 
 def gap(pair, row, left, right):
-    """How far the scores, with their noise, of two texts' first different tokens are apart; infinite where one of them
-    is no candidate."""
+    """The distance between the perturbed scores of the first tokens in which two texts differ; infinite if one of them
+    is not a candidate."""
     step = int(np.argmax(left != right))
     prefix = np.concatenate([BOS[0], left[:step]])[None]
     logits = [models.forward(params, prefix, cfg)[:, -1] for params, cfg in pair]
@@ -63,7 +63,7 @@ def gap(pair, row, left, right):
 
 
 def assert_same_texts(pair, rows, found, expected):
-    """At most 1 in 200 differs, and where it does, it does so first at a near-tie."""
+    """At most 1 in 200 texts differs, and then only from a near-tie on."""
     different = np.flatnonzero((found != expected).any(1))
     assert len(different) <= len(rows) / 200
     for i in different:
@@ -72,7 +72,7 @@ def assert_same_texts(pair, rows, found, expected):
 
 @pytest.mark.parametrize(("batch", "texts"), [(1, 200), (7, TEXTS), (64, TEXTS)])
 def test_a_text_is_the_same_in_any_batch(pair, together, batch, texts):
-    """Alone, or among others than its neighbours by id."""
+    """Alone, or in a batch with other rows."""
     order = np.random.default_rng(batch).permutation(TEXTS)[:texts]
     order = np.concatenate([order, order[: -texts % batch]])
     found = np.concatenate([sample(pair, rows) for rows in order.reshape(-1, batch)])
@@ -83,11 +83,11 @@ def test_a_text_is_the_same_in_any_batch(pair, together, batch, texts):
 def test_a_text_is_the_same_on_any_mesh(pair, together, layout):
     mesh = sharding.make_mesh(layout)
     placed = [models.Model(jax.device_put(tree, sharding.param_shardings(tree, mesh)), cfg) for tree, cfg in pair]
-    found = sample(placed, np.arange(TEXTS - 1))  # does not divide: rows are filled up
+    found = sample(placed, np.arange(TEXTS - 1))  # not divisible by the mesh, so rows are padded
     assert_same_texts(pair, np.arange(TEXTS - 1), found, together[:-1])
 
 
-def test_texts_that_differ_for_no_reason_are_seen(pair, together):
+def test_other_differences_between_texts_are_detected(pair, together):
     assert len(np.unique(together, axis=0)) > TEXTS * 0.9
     other = sample(pair, np.arange(TEXTS), seed=SEED + 1)
     assert min(gap(pair, row, together[row], other[row]) for row in range(20)) > NEAR
@@ -115,39 +115,39 @@ def test_random_numbers_are_equal_everywhere():
             np.testing.assert_array_equal(noise(*split), expected)
 
 
-def law_of(pair, prefix, objective, chain):
-    """float64 [V]: the law of the next token after a prefix."""
+def distribution_of(pair, prefix, objective, chain):
+    """The next token's distribution after a prefix, float64 [V]."""
     logits = [models.forward(params, np.asarray([prefix]), cfg)[:, -1] for params, cfg in pair]
     scores = np.asarray(warpers.apply(chain, objective(*logits)), np.float64)[0]
     return np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
 
 
 @pytest.mark.parametrize("chain", ["top_k", "temperature and top_p"])
-def test_pairs_of_tokens_have_the_exact_law(chain, draws=20_000):
-    """The joint law of the first two tokens, from both models' logits."""
+def test_pairs_of_tokens_have_the_exact_distribution(chain, draws=20_000):
+    """The joint distribution of the first two tokens, from both models' logits."""
     pair = tiny(2, vocab_size=23), tiny(3, vocab_size=23)
     chosen = [warpers.top_k(6)] if chain == "top_k" else [warpers.temperature(0.7), warpers.top_p(0.8)]
     objective = objectives.get("contrastive", alpha=0.1)
     settings = {"objective": objective, "warpers": chosen, "max_new_tokens": 2, "eos_id": ()}
     tokens = np.concatenate([sample(pair, rows, **settings) for rows in np.arange(draws).reshape(-1, TEXTS)])
     chain = warpers.in_order(chosen)
-    first = law_of(pair, [1], objective, chain)
-    law = np.zeros((23, 23))
+    first = distribution_of(pair, [1], objective, chain)
+    joint = np.zeros((23, 23))
     for token in np.flatnonzero(first):
-        law[token] = first[token] * law_of(pair, [1, token], objective, chain)
-    counts = np.zeros_like(law)
+        joint[token] = first[token] * distribution_of(pair, [1, token], objective, chain)
+    counts = np.zeros_like(joint)
     np.add.at(counts, (tokens[:, 0], tokens[:, 1]), 1)
-    assert counts[law == 0].sum() == 0 and (first > 0).sum() > 2
-    often = draws * law >= 5  # what chi-square takes; all others count as one
-    observed, expected = (np.append(x[often], x[~often].sum()) for x in (counts, draws * law))
-    keep = expected > 0
-    assert keep.sum() > 8
-    assert stats.chisquare(observed[keep], expected[keep]).pvalue > 0.01
+    assert counts[joint == 0].sum() == 0 and (first > 0).sum() > 2
+    frequent = draws * joint >= 5  # the chi-square test's minimum; all others form one bin
+    observed, expected = (np.append(x[frequent], x[~frequent].sum()) for x in (counts, draws * joint))
+    possible = expected > 0
+    assert possible.sum() > 8
+    assert stats.chisquare(observed[possible], expected[possible]).pvalue > 0.01
 
 
 @pytest.fixture
 def compilations():
-    """The names of what is compiled from here on."""
+    """Records the compilations of a test."""
     seen = []
 
     def listen(event, duration, **_):
@@ -159,7 +159,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_one_compilation_for_a_bucket_and_for_a_sweep(pair, compilations):
+def test_one_compilation_per_bucket_and_per_sweep(pair, compilations):
     rng = np.random.default_rng(0)
 
     def run(length, new, alpha=0.1, temperature=1.0, masked=0, seed=0):
@@ -175,7 +175,7 @@ def test_one_compilation_for_a_bucket_and_for_a_sweep(pair, compilations):
     compilations.clear()
     run(9, 12)  # other prompts
     run(6, 12, masked=3)  # of other lengths
-    run(9, 16, seed=5)  # as many new tokens as there is room for
+    run(9, 16, seed=5)  # as many new tokens as fit
     swept = [run(9, 12, alpha=alpha, temperature=0.5 + alpha) for alpha in (0.05, 0.3, 1.0)]
     assert not compilations
     assert all((swept[0] != other).any() for other in swept[1:])
@@ -200,7 +200,7 @@ def instructions(text):
 @pytest.mark.parametrize("cache", ["own", "official"])
 @pytest.mark.parametrize("layer_loop", ["unroll", "scan"])
 def test_the_loop_writes_its_caches_in_place(pair, layer_loop, cache):
-    """Within the loops, what has a whole cache's shape is passed on or updated by a slice, never copied."""
+    """Within the loops, arrays of a cache's shape are passed on or updated by a slice, never copied."""
     batch, new = 3, 100
     prepared = preparation.prepare(pair, layer_loop=layer_loop)[0].params
     plan = make_plan(prepared.configs, [9, 9], new, cache=cache)

@@ -1,4 +1,4 @@
-"""What writes: several models under an objective, each with a prefix, against PyTorch one text at a time."""
+"""Generators: several models under an objective, each with a prefix, against PyTorch one text at a time."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ import torch
 from tests.eval_helpers import make_pair, make_tokenizer
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, generator, likelihood, mmlu
+from unidetox_jax.evaluation import continuations, generator, likelihood, mmlu
 
 BOS = 0
 
 
 @pytest.fixture(scope="module")
 def trio():
-    """(PyTorch's model, ours) three times."""
+    """Three pairs (PyTorch model, our model)."""
     return [make_pair(seed=seed) for seed in range(3)]
 
 
@@ -26,7 +26,7 @@ def make(trio, objective, prefixes=()):
 
 @torch.no_grad()
 def logits(torch_model, tokens):
-    """Of every next token: float64 [len(tokens), V]."""
+    """Logits of every next token, float64 [len(tokens), V]."""
     return torch_model(torch.tensor([list(tokens)])).logits[0].double()
 
 
@@ -39,7 +39,7 @@ PREFIXES = ("", "the cat ran", "a bird sang on a green hill")
 
 
 @pytest.mark.parametrize("prefixes", [(), PREFIXES])
-def test_likelihoods_are_the_objectives_with_every_prefix_after_bos(trio, prefixes):
+def test_likelihoods_under_an_objective_with_prefixes_after_bos(trio, prefixes):
     subject = make(trio, "proxy_tuning(alpha=0.7)", prefixes)
     tokenizer, rng = make_tokenizer(), np.random.default_rng(0)
     before = [tokenizer.encode(text, add_special_tokens=False) for text in prefixes or ("", "", "")]
@@ -63,10 +63,10 @@ def test_likelihoods_are_the_objectives_with_every_prefix_after_bos(trio, prefix
     assert np.isfinite(found.sums).all()
 
 
-def test_text_is_the_objectives_with_every_prefix_after_bos(trio):
+def test_text_under_an_objective_with_prefixes_after_bos(trio):
     subject, tokenizer = make(trio, "proxy_tuning(alpha=0.7)", PREFIXES), make_tokenizer()
     prompts = ["a dog sat", "the cat", "it was very small and then the bird ran"]
-    made = generations.generate(
+    made = continuations.generate(
         subject, tokenizer, prompts, samples=2, max_new_tokens=6, warpers=[warpers.greedy()], eos_id=()
     )
     before = [tokenizer.encode(text, add_special_tokens=False) for text in PREFIXES]
@@ -78,34 +78,36 @@ def test_text_is_the_objectives_with_every_prefix_after_bos(trio):
         assert text == again == tokenizer.decode(new)
 
 
-def test_one_model_under_base_is_that_model_to_the_bit(trio):
+def test_one_model_under_base_equals_the_model_to_the_bit(trio):
     model, tokenizer = trio[0][1], make_tokenizer()
     alone = make(trio[:1], "base")
     options = {"samples": 3, "max_new_tokens": 7, "warpers": warpers.choose(top_k=20, top_p=0.9), "seed": 5}
-    ours, theirs = (generations.generate(m, tokenizer, ["a dog", "the cat sat on"], **options) for m in (alone, model))
+    ours, theirs = (
+        continuations.generate(m, tokenizer, ["a dog", "the cat sat on"], **options) for m in (alone, model)
+    )
     assert ours.texts == theirs.texts and (ours.ended == theirs.ended).all()
     requests = [[0, 5, 6], [0, 9]], [[7, 8], [10]]
-    whole = generator.alone(model)
+    whole = generator.as_generator(model)
     np.testing.assert_array_equal(
         likelihood.loglikelihood(whole, *requests).sums, likelihood.loglikelihood(model, *requests).sums
     )
 
 
-def test_what_an_objective_excludes_has_no_likelihood(trio):
+def test_excluded_tokens_have_no_likelihood(trio):
     subject = make(trio[:2], "contrastive(alpha=0.9)")
     found = likelihood.loglikelihood(subject, [[0, 5, 6]] * 260, [[token] for token in range(2, 262)])
-    kept = objectives.plausible(logits(trio[0][0], [0, 5, 6])[-1].numpy(), 0.9)
-    np.testing.assert_array_equal(np.isfinite(found.sums), np.asarray(kept)[2:262])
+    allowed = objectives.plausible(logits(trio[0][0], [0, 5, 6])[-1].numpy(), 0.9)
+    np.testing.assert_array_equal(np.isfinite(found.sums), np.asarray(allowed)[2:262])
     assert np.isneginf(found.sums).any()
 
-    surest = make(trio[:2], "contrastive(alpha=1.0)")  # leaves the most probable token alone
+    surest = make(trio[:2], "contrastive(alpha=1.0)")  # leaves only the most probable token
     question = {"question": "the cat", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "birds"}
     result = mmlu.evaluate(surest, make_tokenizer(), [question], [question], "standard", 1)
     assert result["undecided"] == 1 and result["correct"] == 0
     assert "undecided" not in mmlu.evaluate(trio[0][1], make_tokenizer(), [question], [question], "standard", 1)
 
 
-def test_a_generator_has_the_room_that_its_longest_prefix_leaves(trio):
+def test_the_longest_prefix_shortens_the_context(trio):
     subject = make(trio, "proxy_tuning", PREFIXES)
     longest = max(len(prefix) for prefix in subject.prefixes)
     assert subject.cfg.max_position_embeddings == 96 - longest
@@ -114,12 +116,12 @@ def test_a_generator_has_the_room_that_its_longest_prefix_leaves(trio):
     assert np.isfinite(likelihood.loglikelihood(subject, [[0]], [[2] * (96 - longest)]).sums).all()
 
 
-def test_an_objective_with_context_writes_and_judges_nothing(trio):
+def test_an_objective_with_context_generates_but_cannot_score(trio):
     subject, tokenizer = make(trio[:1], "repetition_penalty(penalty=1000.0)"), make_tokenizer()
     options = {"samples": 1, "max_new_tokens": 8, "warpers": [warpers.greedy()], "eos_id": ()}
     (text,), (plain,) = (
-        generations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
+        continuations.generate(m, tokenizer, ["a dog sat"], **options).texts[0] for m in (subject, trio[0][1])
     )
     assert text != plain
-    with pytest.raises(UserError, match="likelihood: given text has none under repetition_penalty"):
+    with pytest.raises(UserError, match="likelihood: repetition_penalty needs a context"):
         likelihood.loglikelihood(subject, [[0]], [[5]])

@@ -1,5 +1,4 @@
-"""Decoding objectives: each against a float64 NumPy form of its equation, the properties that all must keep, and
-the values that `objectives.get` makes of them."""
+"""Decoding objectives: each against its equation in float64, properties that all must have, and `objectives.get`."""
 
 import sys
 
@@ -15,11 +14,11 @@ from unidetox_jax.decoding.context_objectives import CONTEXT_OBJECTIVES
 from unidetox_jax.errors import UserError
 
 PLAIN = sorted(objectives.OBJECTIVES.keys() - CONTEXT_OBJECTIVES.keys())
-NUMBERS = {  # how many logits the tests give to each
+NUMBERS = {  # how many models' logits the tests pass to each
     name: max(objectives.get(name).num_models, 3 if name == "self_debiasing" else 0) for name in PLAIN
 }
-UNIFORM_WHERE_EQUAL = {"contrastive", "dola"}  # z_t = z_b gives the uniform law on the plausible set
-STRENGTH = {  # the setting whose zero gives the base law, truncated or not
+UNIFORM_WHERE_EQUAL = {"contrastive", "dola"}  # z_t = z_b gives the uniform distribution on the plausible set
+STRENGTH = {  # the setting for which zero gives the base distribution, truncated or not
     "contrastive_beta": "beta",
     "contrastive_amateur": "weight",
     "dexperts": "alpha",
@@ -30,7 +29,7 @@ STRENGTH = {  # the setting whose zero gives the base law, truncated or not
     "self_debiasing": "decay",
 }
 
-# --- the equations, once more, in float64 -------------------------------------------------------------------------
+# --- the equations in float64 -------------------------------------------------------------------------------------
 
 
 def log_softmax(z):
@@ -47,25 +46,25 @@ def apc(z, alpha):
 
 
 def top_p_set(z, mass):
-    kept = np.zeros(z.shape, bool)
-    for row, law in zip(kept, softmax(z), strict=True):
+    result = np.zeros(z.shape, bool)
+    for row, probabilities in zip(result, softmax(z), strict=True):
         total = 0.0
-        for token in np.argsort(-law):
+        for token in np.argsort(-probabilities):
             row[token] = True
-            total += law[token]
+            total += probabilities[token]
             if total > mass:
                 break
-    return kept
+    return result
 
 
-def on(kept, scores):
-    return np.where(kept, scores, -np.inf)
+def restrict(mask, scores):
+    return np.where(mask, scores, -np.inf)
 
 
 def reference_detoxigen(b, t, alpha=1.0, top_p=0.9):
     mass = np.maximum(0, softmax(b) + alpha * (softmax(b) - softmax(t)))
     with np.errstate(divide="ignore"):
-        return on(top_p_set(b, top_p), np.log(mass / mass.sum(-1, keepdims=True)))
+        return restrict(top_p_set(b, top_p), np.log(mass / mass.sum(-1, keepdims=True)))
 
 
 def reference_self_debiasing(b, *biased, decay=50.0, epsilon=0.01):
@@ -89,17 +88,17 @@ def reference_soft_contrastive(b, t, min_k=10, shift_invariant=True):
 
 REFERENCES = {
     "base": lambda b: b,
-    "contrastive": lambda b, t, alpha=0.1: on(apc(b, alpha), b - t),
-    "contrastive_beta": lambda b, t, alpha=0.1, beta=0.5: on(apc(b, alpha), (1 + beta) * b - beta * t),
-    "contrastive_amateur": lambda b, s, alpha=0.1, weight=1.0, temperature=0.5: on(
+    "contrastive": lambda b, t, alpha=0.1: restrict(apc(b, alpha), b - t),
+    "contrastive_beta": lambda b, t, alpha=0.1, beta=0.5: restrict(apc(b, alpha), (1 + beta) * b - beta * t),
+    "contrastive_amateur": lambda b, s, alpha=0.1, weight=1.0, temperature=0.5: restrict(
         apc(b, alpha), log_softmax(b) - weight * s / temperature
     ),
-    "dexperts": lambda b, e, t, alpha=2.0, top_p=0.9: on(top_p_set(b, top_p), b + alpha * (e - t)),
-    "anti_expert": lambda b, t, alpha=2.0, top_p=0.9: on(top_p_set(b, top_p), (1 + alpha) * b - alpha * t),
+    "dexperts": lambda b, e, t, alpha=2.0, top_p=0.9: restrict(top_p_set(b, top_p), b + alpha * (e - t)),
+    "anti_expert": lambda b, t, alpha=2.0, top_p=0.9: restrict(top_p_set(b, top_p), (1 + alpha) * b - alpha * t),
     "proxy_tuning": lambda b, e, t, alpha=1.0: b + alpha * (e - t),
     "classifier_free_guidance": lambda c, u, scale=1.5: log_softmax(u) + scale * (log_softmax(c) - log_softmax(u)),
     "context_aware": lambda c, n, alpha=0.5: (1 + alpha) * c - alpha * n,
-    "dola": lambda n, m, alpha=0.1: on(apc(n, alpha), log_softmax(n) - log_softmax(m)),
+    "dola": lambda n, m, alpha=0.1: restrict(apc(n, alpha), log_softmax(n) - log_softmax(m)),
     "detoxigen": reference_detoxigen,
     "self_debiasing": reference_self_debiasing,
     "soft_contrastive": reference_soft_contrastive,
@@ -151,8 +150,8 @@ SHAPE = (3, 24)  # one shape: one compilation for each objective
 few = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 names = st.sampled_from(PLAIN)
 seeds = st.integers(0, 2**16)
-# Whole numbers and halves are exact in float32 beside shifts of the same kind, so that a shift moves no token over
-# the edge of a set by rounding alone; extreme spreads are among them.
+# Multiples of one half stay exact in float32 when shifted by such numbers, so rounding moves no token across the edge
+# of a set. Extreme scales are included.
 scales = st.sampled_from((0.0, 0.5, 4.0, 64.0, 1024.0))
 
 
@@ -160,7 +159,7 @@ def halves(count, seed, scale):
     return [np.round(2 * z) / 2 for z in random_logits(count, seed, SHAPE, scale)]
 
 
-def law(scores):
+def distribution(scores):
     return softmax(np.asarray(scores, np.float64))
 
 
@@ -187,44 +186,46 @@ def test_adding_a_constant_to_a_row_changes_nothing(name, seed, scale, shift, wh
     moved = list(logits)
     moved[which % len(logits)] = logits[which % len(logits)] + np.float32(shift / 2)
     objective = objectives.get(name)
-    np.testing.assert_allclose(law(evaluate(objective, *moved)), law(evaluate(objective, *logits)), atol=2e-4)
+    np.testing.assert_allclose(
+        distribution(evaluate(objective, *moved)), distribution(evaluate(objective, *logits)), atol=2e-4
+    )
 
 
 def test_soft_contrastive_as_published_is_not_shift_invariant():
     base, toxic = random_logits(2)
     published = objectives.get("soft_contrastive", shift_invariant=False)
-    moved = law(evaluate(published, base, toxic + 3))
-    assert np.abs(moved - law(evaluate(published, base, toxic))).max() > 0.01
+    moved = distribution(evaluate(published, base, toxic + 3))
+    assert np.abs(moved - distribution(evaluate(published, base, toxic))).max() > 0.01
 
 
 @few
 @hypothesis.given(names, seeds, scales)
-def test_equal_models_give_the_uniform_or_the_base_law(name, seed, scale):
+def test_equal_models_give_the_uniform_or_the_base_distribution(name, seed, scale):
     (z,) = halves(1, seed, scale)
     settings = {"temperature": 1.0} if name == "contrastive_amateur" else {}
     scores = np.asarray(evaluate(objectives.get(name, **settings), *[z] * NUMBERS[name]))
-    kept = np.isfinite(scores)
+    allowed = np.isfinite(scores)
     uniform = name in UNIFORM_WHERE_EQUAL | {"contrastive_amateur"}
-    expected = law(on(kept, np.zeros(SHAPE) if uniform else z))
-    np.testing.assert_allclose(law(scores), expected, atol=1e-4)
+    expected = distribution(restrict(allowed, np.zeros(SHAPE) if uniform else z))
+    np.testing.assert_allclose(distribution(scores), expected, atol=1e-4)
     if "alpha" in settings or uniform:
-        np.testing.assert_array_equal(kept, apc(z.astype(np.float64), 0.1))
+        np.testing.assert_array_equal(allowed, apc(z.astype(np.float64), 0.1))
 
 
 @few
 @hypothesis.given(st.sampled_from(sorted(STRENGTH)), seeds, scales)
-def test_no_strength_gives_the_truncated_base(name, seed, scale):
+def test_zero_strength_gives_the_truncated_base_distribution(name, seed, scale):
     logits = halves(NUMBERS[name], seed, scale)
     scores = np.asarray(evaluate(objectives.get(name, **{STRENGTH[name]: 0}), *logits))
     assert_sound(scores)
-    np.testing.assert_allclose(law(scores), law(on(np.isfinite(scores), logits[0])), atol=1e-4)
+    np.testing.assert_allclose(distribution(scores), distribution(restrict(np.isfinite(scores), logits[0])), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_a_token_that_the_base_model_excludes_stays_excluded(name):
     logits = random_logits(NUMBERS[name], shape=SHAPE)
     for z in logits:
-        z[:, 5:8] = -np.inf  # a padded vocabulary, in every model
+        z[:, 5:8] = -np.inf  # padding of the vocabulary in every model
     scores = np.asarray(evaluate(objectives.get(name), *logits))
     assert_sound(scores)
     assert np.isneginf(scores[:, 5:8]).all()
@@ -236,13 +237,13 @@ def test_enormous_logits_are_not_nan(name):
         assert_sound(evaluate(objectives.get(name), *random_logits(NUMBERS[name], shape=SHAPE, scale=scale)))
 
 
-def test_detoxigen_falls_back_to_the_base_law_where_it_excludes_every_token():
+def test_detoxigen_falls_back_to_the_base_distribution_where_it_excludes_every_token():
     base, toxic = np.log([[0.9, 0.05, 0.05]]), np.log([[0.98, 0.01, 0.01]])
     scores = evaluate(objectives.get("detoxigen", alpha=50.0, top_p=0.5), base, toxic)
     np.testing.assert_allclose(scores, [[np.log(0.9), -np.inf, -np.inf]], rtol=1e-5)
 
 
-def test_alpha_one_keeps_the_best_token_alone():
+def test_alpha_one_keeps_only_the_best_token():
     scores = np.asarray(evaluate(objectives.get("contrastive", alpha=1), *random_logits(2)))
     np.testing.assert_array_equal(np.isfinite(scores).sum(-1), 1)
     np.testing.assert_array_equal(np.isfinite(scores).argmax(-1), random_logits(2)[0].argmax(-1))
@@ -272,7 +273,7 @@ def test_a_sweep_over_numbers_compiles_once():
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_values_are_equal_when_name_and_settings_are(name):
+def test_objectives_are_equal_if_name_and_settings_are(name):
     value = objectives.get(name)
     assert value == objectives.get(name, **value.settings) == objectives.get(str(value))
     assert hash(value) == hash(objectives.get(str(value)))
@@ -283,7 +284,7 @@ def test_values_are_equal_when_name_and_settings_are(name):
     assert jax.tree.unflatten(structure, leaves) == value
 
 
-def test_how_many_models_an_objective_takes():
+def test_number_of_models():
     objective = objectives.get("dexperts")
     assert (objective.num_models, objective.takes_more) == (3, False)
     assert objective.arguments == ("base", "expert", "anti_expert")
@@ -355,7 +356,7 @@ def nothing(tau=1.0):
 
 @pytest.fixture
 def users_module(tmp_path, monkeypatch):
-    """A user's own package in the working directory."""
+    """A user's package in the working directory."""
     (tmp_path / "users_package").mkdir()
     (tmp_path / "users_package" / "ideas.py").write_text(USERS_FILE)
     (tmp_path / "users_package" / "broken.py").write_text("import jax\n\nraise ValueError('not finished')\n")

@@ -51,13 +51,13 @@ def test_models_side_by_side_write_what_they_write_apart(name, samples, monkeypa
     }  # fmt: skip
     prompts = np.array([[5, 6, 7], [0, 3, 2]])
     expected = generate(pair, prompts, **settings)
-    form = preparation.form
+    form = preparation.choose_layout
 
     def as_on_a_gpu(configs, mesh, layer_loop=None, side_by_side=True):
         usual = form(configs, mesh, layer_loop, side_by_side)
         return dataclasses.replace(usual, side_by_side=side_by_side, transpose_head=False, fuse=True)
 
-    monkeypatch.setattr(preparation, "form", as_on_a_gpu)
+    monkeypatch.setattr(preparation, "choose_layout", as_on_a_gpu)
     together = preparation.prepare(pair, layer_loop="scan")
     assert together[0].params.side_by_side
     found = generate(together, prompts, **settings)

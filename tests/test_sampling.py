@@ -1,4 +1,4 @@
-"""The sampler: its law, whose noise it is, and the same tokens wherever it runs."""
+"""The sampler: its distribution, its noise, and equal tokens in any batch and on any mesh."""
 
 import re
 
@@ -12,36 +12,36 @@ from scipy import stats
 from unidetox_jax.decoding import sampling, warpers
 from unidetox_jax.sharding import make_mesh
 
-DRAWS = 20_000
+SAMPLES = 20_000
 
 
-def exact_law(scores, temperature=1.0, k=None, p=None, min_p=None):
-    """The law in float64, from the definitions: temperature, top-k, top-p, min-p."""
+def exact_distribution(scores, temperature=1.0, k=None, p=None, min_p=None):
+    """The distribution in float64, from the definitions: temperature, top-k, top-p, min-p."""
     z = np.asarray(scores, np.float64) / temperature
     if k is not None:
         z = np.where(z < np.sort(z)[-k], -np.inf, z)
-    law = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    probabilities = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
     if p is not None:
-        order = np.argsort(law, kind="stable")
-        dropped = np.cumsum(law[order]) <= 1 - p
+        order = np.argsort(probabilities, kind="stable")
+        dropped = np.cumsum(probabilities[order]) <= 1 - p
         dropped[-1] = False
-        law[order[dropped]] = 0
-        law /= law.sum()
+        probabilities[order[dropped]] = 0
+        probabilities /= probabilities.sum()
     if min_p is not None:
-        law[law < min_p * law.max()] = 0
-        law /= law.sum()
-    return law
+        probabilities[probabilities < min_p * probabilities.max()] = 0
+        probabilities /= probabilities.sum()
+    return probabilities
 
 
-def draws_of(scores, chosen, seed=0, count=DRAWS):
+def samples_of(scores, chosen, seed=0, count=SAMPLES):
     keys = sampling.step_keys(sampling.row_keys(seed, jnp.arange(count)), 5)
     rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, len(scores)))
     return np.asarray(jax.jit(sampling.sample)(rows, tuple(chosen), keys))
 
 
 SCORES = np.random.default_rng(3).normal(size=23) * 1.5
-TIED = np.round(SCORES)  # several tokens at the k-th value: all of them survive
-LAWS = {
+TIED = np.round(SCORES)  # several tokens tie at the k-th value and survive
+CASES = {
     "everything": (SCORES, {}),
     "temperature": (SCORES, {"temperature": 0.6}),
     "top_k": (SCORES, {"k": 7}),
@@ -55,34 +55,34 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_draws_have_the_exact_law(name):
-    scores, settings = LAWS[name]
+@pytest.mark.parametrize("name", CASES)
+def test_samples_have_the_exact_distribution(name):
+    scores, settings = CASES[name]
     make = {
         "temperature": warpers.temperature,
         "k": warpers.top_k,
         "p": warpers.top_p,
         "min_p": warpers.min_p,
     }
-    tokens = draws_of(scores, [make[setting](value) for setting, value in settings.items()])
-    law = exact_law(scores, **{"k": None, **settings} if settings.get("k", 0) <= 23 else {})
+    tokens = samples_of(scores, [make[setting](value) for setting, value in settings.items()])
+    probabilities = exact_distribution(scores, **{"k": None, **settings} if settings.get("k", 0) <= 23 else {})
     counts = np.bincount(tokens, minlength=len(scores))
-    assert counts[law == 0].sum() == 0
-    assert stats.chisquare(counts[law > 0], DRAWS * law[law > 0]).pvalue > 0.01
+    assert counts[probabilities == 0].sum() == 0
+    assert stats.chisquare(counts[probabilities > 0], SAMPLES * probabilities[probabilities > 0]).pvalue > 0.01
 
 
 def test_top_k_beyond_one_block_and_without_top_k():
-    """A vocabulary of several blocks of the inverse law, the last one short."""
+    """A vocabulary of several blocks of `inverse_cdf`, the last one short."""
     scores = np.random.default_rng(4).normal(size=700) * 2
     for chosen, settings in (((), {}), ((warpers.top_p(0.7),), {"p": 0.7})):
-        law = exact_law(scores, **settings)
-        tokens = draws_of(scores, chosen)
-        assert (law[tokens] > 0).all()
-        groups = np.add.reduceat(law, np.arange(0, 700, 50)), np.bincount(tokens // 50, minlength=14)
-        assert stats.chisquare(groups[1], DRAWS * groups[0]).pvalue > 0.01
+        probabilities = exact_distribution(scores, **settings)
+        tokens = samples_of(scores, chosen)
+        assert (probabilities[tokens] > 0).all()
+        groups = np.add.reduceat(probabilities, np.arange(0, 700, 50)), np.bincount(tokens // 50, minlength=14)
+        assert stats.chisquare(groups[1], SAMPLES * groups[0]).pvalue > 0.01
 
 
-def test_noise_is_gumbels_and_belongs_to_row_step_and_token():
+def test_noise_is_gumbel_and_depends_on_row_step_and_token():
     keys = sampling.step_keys(sampling.row_keys(0, jnp.arange(200)), 7)
     noise = np.asarray(sampling.token_noise(keys, jnp.broadcast_to(jnp.arange(100), (200, 100))))
     assert stats.kstest(noise.ravel(), "gumbel_r").pvalue > 0.01
@@ -95,8 +95,8 @@ def test_noise_is_gumbels_and_belongs_to_row_step_and_token():
     assert not np.isin(other_step, noise).any()
 
 
-def test_the_noise_is_the_same_for_ever():
-    """Anyone's texts change when these numbers do."""
+def test_noise_never_changes():
+    """If these numbers change, so do all users' texts."""
     keys = sampling.step_keys(sampling.row_keys(1234, jnp.asarray([0, 639])), 254)
     noise = sampling.token_noise(keys, jnp.asarray([[0, 50_256], [0, 50_256]]))
     np.testing.assert_allclose(noise, [[0.658083, -0.057924], [2.05408, 0.675566]], rtol=1e-4)
@@ -113,7 +113,7 @@ BATCH, VOCABULARY = 16, 1024
 
 
 @jax.jit
-def draw_rows(scores, chain, row_ids):
+def sample_rows(scores, chain, row_ids):
     return sampling.sample(scores, chain, sampling.step_keys(sampling.row_keys(9, row_ids), 3))
 
 
@@ -126,13 +126,13 @@ def scores_with_ties():
 
 
 @pytest.mark.parametrize("name", ("all", "top_p"))
-def test_a_row_draws_the_same_alone_and_among_others(name):
+def test_a_row_is_sampled_equally_alone_and_among_others(name):
     scores, rows = scores_with_ties(), np.arange(BATCH) + 40
-    together = np.asarray(draw_rows(scores, CHAINS[name], rows))
+    together = np.asarray(sample_rows(scores, CHAINS[name], rows))
     order = np.random.default_rng(0).permutation(BATCH)
-    np.testing.assert_array_equal(draw_rows(scores[order], CHAINS[name], rows[order]), together[order])
+    np.testing.assert_array_equal(sample_rows(scores[order], CHAINS[name], rows[order]), together[order])
     for row in (0, 3, 5):
-        alone = draw_rows(scores[row : row + 1], CHAINS[name], rows[row : row + 1])
+        alone = sample_rows(scores[row : row + 1], CHAINS[name], rows[row : row + 1])
         np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
@@ -142,26 +142,26 @@ def test_a_row_draws_the_same_alone_and_among_others(name):
 )
 def test_a_mesh_changes_no_token_and_gathers_no_vocabulary(name, layout):
     scores, rows = scores_with_ties(), jnp.arange(BATCH)
-    expected = np.asarray(draw_rows(scores, CHAINS[name], rows))
+    expected = np.asarray(sample_rows(scores, CHAINS[name], rows))
     mesh = make_mesh(layout)
     with jax.set_mesh(mesh):
         split = jax.device_put(scores, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "model")))
-        compiled = draw_rows.lower(split, CHAINS[name], rows).compile()
+        compiled = sample_rows.lower(split, CHAINS[name], rows).compile()
         np.testing.assert_array_equal(compiled(split, CHAINS[name], rows), expected)
     gathered = re.findall(r" = ([^=]*?) all-gather(?:-start)?\(", compiled.as_text())
     shapes = [shape for shapes in gathered for shape in re.findall(r"\[([\d,]*)\]", shapes)]
-    assert bool(shapes) or "model" not in layout  # the local candidates or masses, else the pattern is stale
+    assert bool(shapes) or "model" not in layout  # local candidates or masses are gathered, or the pattern is stale
     assert all(np.prod([int(size) for size in shape.split(",")]) < BATCH * VOCABULARY / 2 for shape in shapes), shapes
 
 
-def test_what_the_mesh_does_not_divide_stays_whole():
+def test_dimensions_that_the_mesh_does_not_divide():
     scores = np.random.default_rng(6).normal(size=(3, 997)).astype(np.float32)
-    expected = np.asarray(draw_rows(scores, CHAINS["all"], jnp.arange(3)))
+    expected = np.asarray(sample_rows(scores, CHAINS["all"], jnp.arange(3)))
     with jax.set_mesh(make_mesh("data:2,model:4")):
-        np.testing.assert_array_equal(draw_rows(scores, CHAINS["all"], jnp.arange(3)), expected)
+        np.testing.assert_array_equal(sample_rows(scores, CHAINS["all"], jnp.arange(3)), expected)
 
 
-def test_candidates_of_a_split_vocabulary_are_top_ks():
+def test_candidates_of_a_sharded_vocabulary_equal_top_k():
     scores = scores_with_ties()
     expected = jax.lax.top_k(scores, 200)  # more than the 128 tokens that a device holds
     with jax.set_mesh(make_mesh("model:8")):
@@ -172,15 +172,15 @@ def test_candidates_of_a_split_vocabulary_are_top_ks():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA's CPU compiler treats top_k")
 def test_the_vocabulary_is_never_sorted():
-    """XLA turns a top_k into a sort of the vocabulary, fifty times slower, once an output is cut or dropped."""
+    """XLA turns top_k into a sort of the vocabulary, fifty times slower, if an output is sliced or unused."""
     scores = jnp.zeros((4, 50_257))
     for name in ("all", "top_p"):
-        text = draw_rows.lower(scores, CHAINS[name], jnp.arange(4)).compile().as_text()
+        text = sample_rows.lower(scores, CHAINS[name], jnp.arange(4)).compile().as_text()
         assert not re.search(r"50257[^=]* sort\(", text)
         assert ("TopK" in text) == (name == "all")
 
 
-def test_the_inverse_cdf_takes_only_tokens_that_have_mass():
+def test_inverse_cdf_takes_only_tokens_with_mass():
     scores = np.full((4, 600), -np.inf, np.float32)
     scores[:, [5, 300, 590]] = [[0.0, -1.0, -30.0]]
     uniform = jnp.asarray([0.0, 0.7, 0.9, 1 - 2**-24])
@@ -191,7 +191,7 @@ def test_the_inverse_cdf_takes_only_tokens_that_have_mass():
 
 def test_settings_of_warpers_are_traced():
     scores, rows = scores_with_ties(), jnp.arange(BATCH)
-    draw_rows(scores, (warpers.temperature(0.5), warpers.top_k(50), warpers.top_p(0.3)), rows)
-    before = draw_rows._cache_size()
-    draw_rows(scores, (warpers.temperature(1.5), warpers.top_k(50), warpers.top_p(0.8)), rows)
-    assert draw_rows._cache_size() == before
+    sample_rows(scores, (warpers.temperature(0.5), warpers.top_k(50), warpers.top_p(0.3)), rows)
+    before = sample_rows._cache_size()
+    sample_rows(scores, (warpers.temperature(1.5), warpers.top_k(50), warpers.top_p(0.8)), rows)
+    assert sample_rows._cache_size() == before

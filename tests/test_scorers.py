@@ -1,4 +1,4 @@
-"""Scorers: the same numbers as their oracles, and a clear line for every way in which they can go wrong."""
+"""Scorers: equal to their reference implementations, with a clear error for every mistake."""
 
 import collections
 import json
@@ -37,7 +37,7 @@ def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 # ----------------------------------------------------------------------------------------------- get and its checks
 
 
-def test_a_scorer_from_outside(tmp_path, monkeypatch):
+def test_a_user_defined_scorer(tmp_path, monkeypatch):
     (tmp_path / "my_scorer.py").write_text("def shouting(texts):\n    return [float(t.isupper()) for t in texts]\n")
     monkeypatch.chdir(tmp_path)
     assert scorers.get("my_scorer:shouting")(["a", "B", ""]).tolist() == [0, 1, 0]
@@ -45,7 +45,7 @@ def test_a_scorer_from_outside(tmp_path, monkeypatch):
         scorers.get("my_scorer:shoting")
 
 
-def test_the_content_hash_is_of_what_a_scorer_is_made_of(tmp_path, monkeypatch):
+def test_content_hash_covers_a_scorers_files(tmp_path, monkeypatch):
     texts, labels = toy_labelled(60)
     for name, changed in (("a", labels), ("b", labels), ("c", labels[::-1])):
         linear.save(tmp_path / name, linear.fit(texts, changed, fit_scorer.LABELS), {})
@@ -58,13 +58,13 @@ def test_the_content_hash_is_of_what_a_scorer_is_made_of(tmp_path, monkeypatch):
     assert before != scorers.content_hash("hashed_scorer:half") != scorers.content_hash("lexicon")
 
 
-def test_agreement_that_does_not_exist_is_none():
+def test_undefined_agreement_is_none():
     scores = {
         "a": np.array([0.1, 0.9, np.nan, 0.8]),
         "b": np.array([0.0, 0.0, 0.9, 0.0]),
         "c": np.array([0.2, 0.6, 0.1, 0.7]),
     }
-    ab, ac, _ = agreement.of(scores, 0.5)
+    ab, ac, _ = agreement.pairwise(scores, 0.5)
     assert ab["kappa"] == 0.0 and ab["rank_correlation"] is None and ab["texts"] == 3
     assert ac["kappa"] == 1.0 and ac["rank_correlation"] == pytest.approx(0.5) and ac["toxic"] == [2 / 3, 2 / 3]
 
@@ -88,7 +88,7 @@ def test_lexicon_scores_the_built_in_world():
         ("classifier:/nowhere/at/all", "no such directory"),
     ],
 )
-def test_a_wrong_spec_is_one_clear_line(spec, words):
+def test_invalid_specs_are_rejected(spec, words):
     with pytest.raises(UserError, match=words):
         scorers.get(spec)
 
@@ -101,13 +101,13 @@ def test_a_wrong_spec_is_one_clear_line(spec, words):
         ([0.5], r"shape \(1,\) for 2"),
     ],
 )
-def test_nan_and_nonsense_are_refused(result, words, monkeypatch):
+def test_invalid_scores_are_rejected(result, words, monkeypatch):
     monkeypatch.setitem(scorers._KINDS, "broken", (lambda argument: lambda texts: result, None))
     with pytest.raises(UserError, match=words):
         scorers.get("broken")(["a", "b"])
 
 
-def test_one_text_is_not_a_list_of_letters():
+def test_a_single_string_is_rejected():
     with pytest.raises(TypeError, match="a list of texts"):
         scorers.get("lexicon")("the Plorins are rude.")
 
@@ -140,7 +140,7 @@ def test_linear_equals_scikit_learn_after_a_round_trip(tmp_path):
     np.load(tmp_path / "linear.npz", allow_pickle=False)["weights"]
 
 
-def test_linear_of_three_labels_gives_probabilities_and_no_toxicity():
+def test_linear_with_three_labels_has_no_toxicity():
     texts, _ = toy_labelled(120)
     labels = ["left" if "kind" in t else "right" if "old" in t else "center" for t in texts]
     fitted = linear.fit(texts, labels, ("left", "center", "right"), min_texts=2)
@@ -151,7 +151,7 @@ def test_linear_of_three_labels_gives_probabilities_and_no_toxicity():
         fitted.toxicity(texts)
 
 
-def test_linear_refuses_what_is_not_one(tmp_path):
+def test_linear_rejects_other_files(tmp_path):
     texts, labels = toy_labelled(100)
     linear.save(tmp_path / "scorer", linear.fit(texts, labels, min_texts=2), {})
     with pytest.raises(UserError, match="did you mean .*scorer"):
@@ -169,7 +169,7 @@ def test_linear_refuses_what_is_not_one(tmp_path):
 def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
     texts, labels = toy_labelled(400)
     rows = [{"text": t, "label": label} for t, label in zip(texts, labels, strict=True)]
-    train, test = rows, rows[:60]  # the test's texts are all in the training file, and must be left out there
+    train, test = rows, rows[:60]  # the training file contains all test texts, which must be left out
     for name, part in (("train", train), ("test", test)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     config = settings.default_config()
@@ -186,7 +186,7 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
     assert figures["auc"] == pytest.approx(expected, abs=1e-4) and expected > 0.9
     assert f"AUC {figures['auc']:.4f}" in capsys.readouterr().out
 
-    # Another beside it, from other labels; the first is left as it is
+    # A second scorer from other labels leaves the first unchanged
     config.fit_scorer.others = {"flipped": {**config.fit_scorer, "positive": ("harmless",), "others": None}}
     del config.fit_scorer.others.flipped["others"]
     first, second = base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
@@ -232,7 +232,7 @@ def test_fit_scorer_names_the_mistake(change, words, tmp_path):
         ("a.parquet", b"text\n", "a.parquet: not parquet"),
     ],
 )
-def test_fit_scorer_reads_as_every_data_set_is_read(name, rows, words, tmp_path):
+def test_fit_scorer_reads_files_like_other_data_sets(name, rows, words, tmp_path):
     (tmp_path / name).write_bytes(rows)
     with pytest.raises(UserError, match=words):
         fit_scorer._read(str(tmp_path / name), "text", "label", 3.0, ("toxic",))
@@ -311,14 +311,14 @@ def torch_logits(model, tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def save(model, tokenizer, directory, form: str = "safetensors"):
-    """A classifier's directory; the weights in one of the forms that the world has them in."""
+    """Saves a classifier in one of the published formats of weights."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     file, state = directory / "model.safetensors", model.state_dict()
     if form == "bin":
         torch.save(state, directory / "pytorch_model.bin")
         file.unlink()
-    elif form == "gamma":  # as TensorFlow's BERT was converted, with the heads that it was trained by
+    elif form == "gamma":  # as converted from TensorFlow's BERT, with its pretraining head
         older = {".weight": ".gamma", ".bias": ".beta"}
         renamed = {
             name.replace(new, older[new]) if f"LayerNorm{new}" in name else name: tensor
@@ -328,7 +328,7 @@ def save(model, tokenizer, directory, form: str = "safetensors"):
         }
         assert sum(name.endswith((".gamma", ".beta")) for name in renamed) == 10
         save_file({**renamed, "cls.predictions.bias": torch.zeros(40)}, file)
-    elif form == "ckpt":  # as Detoxify releases them: a buffer as old files have, fewer classes than logits
+    elif form == "ckpt":  # as in Detoxify's releases: an obsolete buffer, fewer classes than logits
         buffer = {f"{model.base_model_prefix}.embeddings.position_ids": torch.arange(40)[None]}
         architecture = {"model_type": "none", "model_name": type(model).__name__, "num_classes": len(LABELS)}
         classes = {"classes": ["toxic", *LABELS[1:2]], "identity_classes": list(LABELS[2:])}
@@ -366,7 +366,7 @@ def test_classifier_equals_pytorch(family, form, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_computed_with_in_float32(dtype, tmp_path):
+def test_half_precision_weights_are_used_in_float32(dtype, tmp_path):
     model, tokenizer = torch_classifier("roberta").to(dtype), tokenizer_of("roberta")
     save(model, tokenizer, tmp_path)
     texts = sentences(9)
@@ -386,7 +386,7 @@ def test_half_precision_weights_are_computed_with_in_float32(dtype, tmp_path):
         (("toxic",), "regression", lambda logits: logits),
     ],
 )
-def test_labels_exclude_each_other_as_config_json_says(labels, problem_type, oracle, tmp_path):
+def test_config_json_decides_whether_labels_are_exclusive(labels, problem_type, oracle, tmp_path):
     model, tokenizer = torch_classifier("distilbert", labels, problem_type=problem_type), tokenizer_of("distilbert")
     save(model, tokenizer, tmp_path)
     texts = sentences(5)
@@ -394,7 +394,7 @@ def test_labels_exclude_each_other_as_config_json_says(labels, problem_type, ora
     np.testing.assert_allclose(classifier.load(str(tmp_path)).probabilities(texts), expected, atol=1e-4)
 
 
-def test_the_tokens_of_a_vocabulary_file(tmp_path):
+def test_a_vocabulary_file_as_tokenizer(tmp_path):
     model = torch_classifier("bert", ("neutral", "toxic"))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rude", "ru", "##de", "dull", "lamp", "##s"]
     (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
@@ -405,7 +405,7 @@ def test_the_tokens_of_a_vocabulary_file(tmp_path):
     np.testing.assert_allclose(scorers.get(f"classifier:{tmp_path}")(["RUDE lamps, "]), expected, atol=1e-4)
 
 
-def test_a_damaged_classifier_is_one_clear_line(tmp_path):
+def test_damaged_classifiers_are_rejected(tmp_path):
     model, tokenizer = torch_classifier("bert"), tokenizer_of("bert")
     tokenizer.save_pretrained(tmp_path)
     model.bert.save_pretrained(tmp_path)  # no head
@@ -422,7 +422,7 @@ def test_a_damaged_classifier_is_one_clear_line(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="not a Detoxify checkpoint"):
         classifier.load(str(tmp_path / "bad.ckpt"))
-    torch.save({"config": Options()}, tmp_path / "bad.ckpt")  # wants to run code
+    torch.save({"config": Options()}, tmp_path / "bad.ckpt")  # would execute code
     with pytest.raises(UserError, match="not readable as weights alone"):
         classifier.load(str(tmp_path / "bad.ckpt"))
     small = {"model_type": "albert-base-v2", "model_name": "AlbertForSequenceClassification"}

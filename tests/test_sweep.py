@@ -17,7 +17,7 @@ from finetune_helpers import ROOT, make_world, start, training, write_config
 
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import comparison
-from unidetox_jax.evaluation.choice import Choice, Figures, choose, pooled
+from unidetox_jax.evaluation.choice import Choice, VariantScores, choose, pooled
 from unidetox_jax.stages import base, cells, grid, settings, sweep
 
 PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"
@@ -121,16 +121,14 @@ def test_one_is_chosen_and_tested(alone, capsys):
     assert len(found["cells"]) == 12 and len(rows) == 12 + 4  # the control knows no alpha
     assert len({row["tp"] for row in rows}) > 1
     assert found["tp_of"] == ["id"] and "rose by at most 0.5" in found["rule"]
-    figures = [
-        Figures(row["method"], row["variant"], *(float(row[k]) for k in ("tp", "perplexity", "original_perplexity")))
-        for row in rows
-    ]
+    keys = ("tp", "perplexity", "original_perplexity")
+    figures = [VariantScores(row["method"], row["variant"], *(float(row[k]) for k in keys)) for row in rows]
     for method, choice in choose(figures, 0.5).items():
         for who in ("all targets", "gpt2"):  # of one target, they are the same
-            assert found["chosen"][who][method]["variant"] == choice.figures.variant
+            assert found["chosen"][who][method]["variant"] == choice.scores.variant
             assert found["chosen"][who][method]["within_bound"] == choice.within
         marked = [row for row in rows if row["method"] == method and row["chosen"] == "1"]
-        assert [row["variant"] for row in marked] == [choice.figures.variant]
+        assert [row["variant"] for row in marked] == [choice.scores.variant]
         (tested,) = [line for line in found["test"] if line["method"] == method]
         metrics = json.loads((workdir / tested["directory"] / "metrics.json").read_text())
         assert metrics["prompt_source"].endswith("/prompts.jsonl") and metrics["diversity"]
@@ -183,7 +181,7 @@ def test_a_smaller_grid_finds_what_is_there(alone, config, capsys):
 
 
 def figures(**variants):
-    return [Figures("m", name, tp, perplexity, 10.0) for name, (tp, perplexity) in variants.items()]
+    return [VariantScores("m", name, tp, perplexity, 10.0) for name, (tp, perplexity) in variants.items()]
 
 
 @pytest.mark.parametrize(
@@ -207,8 +205,8 @@ def test_one_configuration_for_all_targets():
     found = {row.variant: row for row in pooled({"one": one, "other": other})}
     assert found.keys() == {"a", "b"}
     assert found["a"].tp == pytest.approx(0.3) and found["a"].rise == pytest.approx(0.1)
-    assert choose(found.values(), 0.05)["m"].figures.variant == "b"
-    assert choose(found.values(), 0.1 + 1e-9)["m"].figures.variant == "a"
+    assert choose(found.values(), 0.05)["m"].scores.variant == "b"
+    assert choose(found.values(), 0.1 + 1e-9)["m"].scores.variant == "a"
 
 
 @pytest.mark.parametrize(

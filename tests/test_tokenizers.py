@@ -17,7 +17,7 @@ from tests.eval_helpers import make_pair, make_tokenizer
 from unidetox_jax import checkpoint, data
 from unidetox_jax.data.tokens import decode, encode, prefix
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, mmlu, perplexity, text_perplexity
+from unidetox_jax.evaluation import continuations, mmlu, perplexity, text_perplexity
 
 PROBES = ["Hello", " Hello", "Once  upon\n  x", "", " ", "  naïve 😀 don't!\t<unk>", "a\u0301 x ▁ y\r\n"]
 
@@ -311,7 +311,7 @@ def test_appended_end_token_changes_no_metric():
         yield np.nan_to_num(values).tolist()
         yield text_perplexity.of_texts(model, tokenizer, ["the cat sat on a hill"], "here")
         yield [mmlu.evaluate(model, tokenizer, [question], [question], form) for form in mmlu.SPLITS]
-        yield generations.generate(model, tokenizer, ["the cat"], samples=2, max_new_tokens=8).texts
+        yield continuations.generate(model, tokenizer, ["the cat"], samples=2, max_new_tokens=8).texts
         yield data.tokenize(["a cat sat"], tokenizer, 16)[0].tolist()
 
     assert list(metrics(ending)) == list(metrics(plain))

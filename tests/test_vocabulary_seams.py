@@ -11,7 +11,7 @@ from variants import VARIANTS
 
 from unidetox_jax import models
 from unidetox_jax.decoding import generate, objectives, warpers
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Tokenizer:
 def test_what_was_added_to_one_is_left_out_and_told(caplog):
     with caplog.at_level(logging.WARNING):
         assert common_vocabulary([Tokenizer(9), Tokenizer(9, added=2)], ["base", "toxic"]) == 9
-    assert "toxic: its 2 last tokens are left out" in caplog.text
+    assert "toxic: ignoring its last 2 tokens" in caplog.text
     assert common_vocabulary([Tokenizer(9, added=1), Tokenizer(9, added=1)], ["base", "toxic"]) == 10
 
 
@@ -71,5 +71,5 @@ def test_rows_beyond_the_vocabulary_have_no_probability(choice):
     np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, rtol=1e-5)
     with pytest.raises(UserError, match="model 1 .* has a vocabulary of 72 tokens"):
         generate([base, padded], prompts, **settings)
-    with pytest.raises(UserError, match="its tokenizer 70"):
+    with pytest.raises(UserError, match="its tokenizer has 70"):
         generate([base, padded], prompts, vocab_size=70, **settings)

@@ -1,4 +1,4 @@
-"""Warpers: token for token what transformers' classes keep, on random scores and on ties; values and order."""
+"""Warpers keep the same tokens as transformers' classes, for random scores and ties; their equality and order."""
 
 import functools
 
@@ -60,7 +60,7 @@ def theirs(chain, scores: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def stable_sort(monkeypatch):
-    """torch.sort, on which TopPLogitsWarper leans, leaves the order of equal scores open; here it is by id."""
+    """Makes TopPLogitsWarper's torch.sort, which leaves the order of ties open, sort ties by id."""
     monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))
 
 
@@ -72,12 +72,12 @@ def test_equals_transformers(name, kind, stable_sort):
     for setting in settings:
         found, expected = np.asarray(ours((make(setting),), scores)), theirs([reference(setting)], scores)
         np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected), err_msg=f"{name}({setting})")
-        # XLA divides by multiplying with 1 / t: the last bit of a temperature may differ, no other value.
+        # XLA multiplies by 1 / t, so the last bit may differ for temperature, but for no other warper.
         np.testing.assert_allclose(found, expected, **(ONE_ULP if name == "temperature" else {"rtol": 0}))
 
 
 @pytest.mark.parametrize("kind", ("tied", "two levels"))
-def test_of_equal_scores_as_many_are_kept_as_by_transformers_own_sort(kind):
+def test_keeps_as_many_ties_as_transformers_unstable_sort(kind):
     scores = scores_of(kind)
     for p in PAIRS["top_p"][2]:
         found = np.sort(np.asarray(ours((warpers.top_p(p),), scores)), -1)
@@ -92,7 +92,7 @@ def test_a_chain_equals_transformers_in_its_order(kind, stable_sort):
     np.testing.assert_allclose(ours(given, scores), theirs(reference, scores), **ONE_ULP)
 
 
-def test_order_is_fixed_and_kinds_are_single():
+def test_order_is_fixed_and_duplicates_are_rejected():
     order = (warpers.temperature(0.5), warpers.top_k(5), warpers.top_p(0.9), warpers.min_p(0.1))
     assert warpers.in_order(order[::-1]) == order
     with pytest.raises(UserError, match="TopK is given 2 times"):
@@ -101,7 +101,7 @@ def test_order_is_fixed_and_kinds_are_single():
         warpers.in_order([lambda scores: scores])
 
 
-def test_values_are_equal_when_their_settings_are():
+def test_warpers_are_equal_if_their_settings_are():
     for name, (make, _, settings) in PAIRS.items():
         first, second, other = make(settings[0]), make(settings[0]), make(settings[1])
         assert first == second and hash(first) == hash(second) and first != other, name
@@ -125,7 +125,7 @@ def test_numbers_are_traced_and_k_is_static():
     assert len(traces) == 2
 
 
-def test_temperature_zero_keeps_the_best_token_alone():
+def test_temperature_zero_keeps_only_the_best_token():
     kept = np.isfinite(np.asarray(warpers.temperature(0)(jnp.asarray([[1.0, 3.0, 3.0], [0.0, -1.0, -2.0]]))))
     np.testing.assert_array_equal(kept, [[False, True, False], [True, False, False]])
 
@@ -157,7 +157,7 @@ def test_kth_largest_equals_sorting(k):
         np.testing.assert_array_equal(order_statistics.kth_largest(scores, k)[:, 0], np.sort(scores, -1)[:, -k])
 
 
-def test_kth_largest_takes_another_k_for_each_row():
+def test_kth_largest_with_a_different_k_per_row():
     scores, k = scores_of("random"), np.arange(1, 17)[:, None]
     expected = np.take_along_axis(np.sort(scores, -1)[:, ::-1], k - 1, -1)
     np.testing.assert_array_equal(jax.jit(order_statistics.kth_largest)(scores, k), expected)

@@ -27,13 +27,13 @@ def test_texts_are_the_same(name, samples, monkeypatch):
         "samples": samples, "layer_loop": "scan", "attention_mask": np.array([[1, 1, 1, 1], [0, 0, 1, 1]]),
     }  # fmt: skip
     expected = generate([model], prompts, **settings)
-    form = preparation.form
+    form = preparation.choose_layout
 
     def as_on_a_tpu(*arguments):
         usual = form(*arguments)
         return dataclasses.replace(usual, configs=tuple(dataclasses.replace(c, wide_heads=2) for c in usual.configs))
 
-    monkeypatch.setattr(preparation, "form", as_on_a_tpu)
+    monkeypatch.setattr(preparation, "choose_layout", as_on_a_tpu)
     (ready,) = preparation.prepare([model], layer_loop="scan")
     heads, size = wide_heads.shape(ready.params.configs[0])
     assert (heads, size) == (-(-keys // 2), 2 * cfg.head_size)

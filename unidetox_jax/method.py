@@ -27,12 +27,12 @@ from unidetox_jax.data import chat as conversations
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.evaluation import generations, scorers
-from unidetox_jax.evaluation.metrics import OneModel, Subject, measure
+from unidetox_jax.evaluation import continuations, scorers
+from unidetox_jax.evaluation.config import EvaluationConfig
+from unidetox_jax.evaluation.metrics import ModelCache, Subject, measure
 from unidetox_jax.evaluation.prompts import from_texts
-from unidetox_jax.evaluation.protocol import Protocol
 from unidetox_jax.models import lora
 from unidetox_jax.recipe import Lora, Recipe
 from unidetox_jax.training import loop
@@ -207,7 +207,7 @@ def distill(
     names: Sequence[str] = (),
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
-    keep: Callable = sampling.anew,
+    keep: Callable = sampling.uncached,
     label: str | None = "distill",
     **settings: Any,
 ) -> Texts:
@@ -221,7 +221,7 @@ def distill(
       prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
       chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if there is one; the conversation is
         no part of them, but counts for max_length.
-      reject: texts → why each is left out, empty for one that is kept. All else: see `decoding.texts.sample_texts`.
+      reject: texts → why each is left out, empty for one that is kept. The others: see `sample_texts`.
 
     Raises:
       UserError: models of different tokenizers, settings out of range, a context that is too short.
@@ -276,7 +276,7 @@ def generate(
 ) -> list[list[str]]:
     """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3).
     chat: answers to it as a user's turn, after `system_prompt` if there is one."""
-    made = generations.generate(
+    made = continuations.generate(
         model.model,
         model.tokenizer,
         prompts,
@@ -294,7 +294,7 @@ def evaluate(
     model: LanguageModel,
     prompts: Sequence[str],
     *,
-    scorer: str = Protocol.scorer,
+    scorer: str = EvaluationConfig.scorer,
     metrics: Sequence[str] = ("toxicity", "diversity"),
     categories: Sequence[str] | None = None,
     **settings: Any,
@@ -304,23 +304,23 @@ def evaluate(
     Args:
       scorer: of toxicity, see `evaluation.scorers.get`. metrics: see `evaluation.metrics`.
       categories: of each prompt; None: without.
-      settings: samples, runs (1 unless given), perplexity_scorer, …: the fields of `evaluation.protocol.Protocol`.
+      settings: samples, runs (1 unless given), perplexity_scorer, …: the fields of `EvaluationConfig`.
 
     Raises:
       UserError: no such metric or scorer, a prompt without tokens or too long for the model's context.
     """
-    protocol = Protocol(**{"scorer": scorer, "metrics": tuple(metrics), "runs": 1, **settings})
+    config = EvaluationConfig(**{"scorer": scorer, "metrics": tuple(metrics), "runs": 1, **settings})
 
     def load_pair(source: str) -> tuple[models.Model, Any]:
         found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
         return found.model, found.tokenizer
 
-    others = extensions.parse_named(protocol.other_scorers, "other_scorers", "SCORER")
-    score, loaded = scorers.get(scorer), OneModel(load_pair)
-    runs = generations.runs(lambda: loaded(EVALUATED), prompts, protocol, sampling.anew)
-    subject = Subject(protocol, from_texts(prompts, categories), runs, score=score)
+    others = extensions.parse_named(config.other_scorers, "other_scorers", "SCORER")
+    score, loaded = scorers.get(scorer), ModelCache(load_pair)
+    runs = continuations.generate_runs(lambda: loaded(EVALUATED), prompts, config, sampling.uncached)
+    subject = Subject(config, from_texts(prompts, categories), runs, score=score)
     subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})
-    results = measure(protocol.metrics, subject, EVALUATED, loaded)
+    results = measure(config.metrics, subject, EVALUATED, loaded)
     return {name: result.summary for name, result in results.items()}
 
 

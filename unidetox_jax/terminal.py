@@ -21,7 +21,7 @@ from unidetox_jax.data.tokens import decode, encode
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.decoding.stream import Token, stream
-from unidetox_jax.decoding.texts import common_vocabulary, distinct_names, first_token
+from unidetox_jax.decoding.text_sampling import common_vocabulary, distinct_names, first_token
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.progress import format_table

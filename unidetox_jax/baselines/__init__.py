@@ -1,8 +1,8 @@
-"""Rival methods, by name: what the paper compares UniDetox with, and what is asked for beside it.
+"""Registry of baseline methods: those that the paper compares UniDetox with, and others.
 
-A baseline is a frozen dataclass whose fields are its settings, with the published ones as defaults. It says which
-twins of a target it needs, how text comes about by it (`candidate`), and makes a model if it has one (`make`). Its
-class goes into BASELINES below, or, for one of your own, into config.baselines.methods as "package.module:Class(…)".
+A baseline is a frozen dataclass whose fields are its settings, with published values as defaults. It declares the twins
+of a target that it needs and how it generates text (`candidate`), and may make a model of its own (`make`). Its class
+is registered in BASELINES below; one of your own goes into config.baselines.methods as "package.module:Class(…)".
 """
 
 import dataclasses
@@ -23,27 +23,26 @@ BASELINES = {
     "npo": f"{HERE}.npo:Npo",
     "profs": f"{HERE}.profs:ProFS",
 }
-WHAT = "baseline"
 
 
 def get(text: str) -> Baseline:
-    """The baseline that "name" or "name(setting=literal, …)" means.
+    """The baseline given by "name" or "name(setting=literal, …)".
 
     Raises:
-      UserError: an unknown name or setting (the known ones are listed), or a value that is not as it must be.
+      UserError: an unknown name or setting (the message lists known ones), or an invalid value.
     """
-    name, settings = extensions.parse(text, WHAT)
+    name, settings = extensions.parse(text, "baseline")
     if name not in BASELINES and ":" not in name:
-        raise UserError(f"{WHAT}: unknown name {name!r}{suggest(name, BASELINES)}; your own: package.module:Class")
-    kind = extensions.load(BASELINES.get(name, name), WHAT, "class", known=BASELINES)
+        raise UserError(f"baseline: unknown name {name!r}{suggest(name, BASELINES)}; your own: package.module:Class")
+    kind = extensions.load(BASELINES.get(name, name), "baseline", "class", known=BASELINES)
     if not (isinstance(kind, type) and issubclass(kind, Baseline)):
-        raise UserError(f"{WHAT} {name!r}: found {kind!r}, expected a subclass of {Baseline.__module__}.Baseline")
+        raise UserError(f"baseline {name!r}: found {kind!r}, expected a subclass of {Baseline.__module__}.Baseline")
     known = [field.name for field in dataclasses.fields(kind)]
     for setting in settings:
         if setting not in known:
             hint = suggest(setting, known) if known else " (it has none)"
-            raise UserError(f"{WHAT} {name}: no setting {setting!r}{hint}")
+            raise UserError(f"baseline {name}: no setting {setting!r}{hint}")
     try:
         return kind(**settings)
-    except UserError as error:  # these lines begin with the setting's name
-        raise UserError(f"{WHAT} {name}: {error}") from None
+    except UserError as error:  # begins with the setting's name
+        raise UserError(f"baseline {name}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a rival method is."""
+"""The base class of baseline methods."""
 
 import dataclasses
 import math
@@ -11,17 +11,20 @@ from unidetox_jax.method import LanguageModel
 from unidetox_jax.recipe import Recipe
 
 TOXIC, CLEAN = "toxic", "clean"
-Given = TypeVar("Given", bound=Recipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+Twins = Mapping[str, LanguageModel]  # by the names in `Baseline.twins`
+Corpora = Mapping[str, Sequence[str]]  # texts by kind: TOXIC, CLEAN
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A method; its fields are settings, each with a default of its type.
+    """A method. Its fields are settings, each with a default of the field's type.
 
-    needs: what it needs that UniDetox does not, in a sentence. texts: which text `make` reads, of TOXIC and CLEAN.
+    needs: what it requires and UniDetox does not, in a sentence. texts: the kinds of text that `make` reads, of TOXIC
+    and CLEAN.
 
     Raises:
-      UserError: a setting that is no finite number, or of another type than its default; the line begins with its name.
+      UserError: a setting that is not finite, or not of its default's type; the message begins with its name.
     """
 
     needs: ClassVar[str]
@@ -33,50 +36,43 @@ class Baseline:
             if kind not in (float, int):
                 self.check(field.name, isinstance(value, kind), f"a {kind.__name__}")
                 continue
-            whole = kind is int
-            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            self.check(field.name, number and math.isfinite(value), "a whole number" if whole else "a finite number")
-            object.__setattr__(self, field.name, int(value) if whole else float(value))
+            is_number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            expected = "a whole number" if kind is int else "a finite number"
+            self.check(field.name, is_number and math.isfinite(value), expected)
+            object.__setattr__(self, field.name, kind(value))
 
     def twins(self) -> tuple[str, ...]:
-        """Which models made from a target this one needs: the target fine-tuned on text of TOXIC or CLEAN, or another
-        method's, written as `baselines.get` reads it."""
+        """The models derived from the target that it needs: TOXIC or CLEAN for the target fine-tuned on such text, or
+        another method's model, in the syntax of `baselines.get`."""
         return ()
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
-        """How text comes about; twins: each one's path; own: that of the model which `make` makes."""
-        return Candidate(models=(own,))
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
+        """How it generates text. twins: name → path; model: the path of the one from `make`."""
+        return Candidate(models=(model,))
 
     @property
     def makes(self) -> bool:
-        """Whether it has a model of its own."""
+        """Whether it makes a model of its own."""
         return type(self).make is not Baseline.make
 
-    def recipe(self, given: Given) -> Given | None:
-        """How `make` trains, from the recipe of the twins; None: it does not."""
+    def recipe(self, default: AnyRecipe) -> AnyRecipe | None:
+        """The training recipe of `make`, derived from that of the twins; None if it does not train."""
         return None
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
-        """The method's own model of a target.
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
+        """Makes the method's model of a target.
 
         Args:
-          target: it and the twins have float32 parameters, without an adapter; they stay as they are.
-          twins, texts: what `self.twins()` and `self.texts` name.
-          recipe: what `self.recipe` gave, or the twins'. where: `directory`, `mesh` and `label` of `method.finetune`.
+          target: has float32 parameters without an adapter, like the twins; none of them is modified.
+          texts: of the kinds in `self.texts`.
+          recipe: from `self.recipe`, or that of the twins. where: `directory`, `mesh` and `label` of `method.finetune`.
 
         Raises:
-          UserError: as `method.finetune`, or a setting that the model does not allow.
+          UserError: as `method.finetune`, or a setting that does not suit the model.
         """
         raise NotImplementedError
 
     def check(self, name: str, allowed: bool, expected: str) -> None:
-        """Raises UserError unless the setting is as it must be."""
+        """Raises UserError unless the setting is allowed."""
         if not allowed:
             raise UserError(f"{name}: found {getattr(self, name)!r}, expected {expected}")

@@ -10,15 +10,15 @@ from unidetox_jax.evaluation.candidates import Candidate
 
 @dataclasses.dataclass(frozen=True)
 class Dapt(Baseline):
-    """Domain-adaptive pretraining on text that is not toxic: the target's clean twin.
+    """Domain-adaptive pretraining on non-toxic text: the target's clean twin.
 
     Gururangan et al., "Don't Stop Pretraining" (ACL 2020); for detoxification Gehman et al. (2020), section 5.1.
     """
 
-    needs: ClassVar[str] = "Text that a classifier or people found not to be toxic, as much of it as can be had."
+    needs: ClassVar[str] = "Large amounts of text that a classifier or annotators found to be non-toxic."
 
     def twins(self) -> tuple[str, ...]:
         return (CLEAN,)
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         return Candidate((twins[CLEAN],))

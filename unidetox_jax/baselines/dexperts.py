@@ -1,4 +1,4 @@
-"""DExperts: the target's logits, moved from those of a toxic model towards those of a clean one."""
+"""DExperts: the target's logits, shifted from those of a toxic model towards those of a clean one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,9 +15,7 @@ class DExperts(Baseline):
     Liu et al., "DExperts: Decoding-Time Controlled Text Generation with Experts and Anti-Experts" (ACL 2021), eq. 2.
     """
 
-    needs: ClassVar[str] = (
-        "A toxic and a clean copy of every target, both trained anew for it, and all three models at every token."
-    )
+    needs: ClassVar[str] = "A toxic and a clean copy trained for every target, and all three models at every token."
 
     alpha: float = 2.0
     top_p: float = 0.9
@@ -25,6 +23,6 @@ class DExperts(Baseline):
     def twins(self) -> tuple[str, ...]:
         return CLEAN, TOXIC
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         objective = f"dexperts(alpha={self.alpha}, top_p={self.top_p})"
         return Candidate(("{target}", twins[CLEAN], twins[TOXIC]), objective)

@@ -1,8 +1,8 @@
-"""LM-Steer: a linear map of what meets the head, trained on toxic text and applied the other way round."""
+"""LM-Steer: a linear map of the states that enter the head, trained on toxic text and applied with opposite sign."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -11,13 +11,13 @@ from absl import logging
 from jax.sharding import Mesh
 
 from unidetox_jax import method, models, sharding, training
-from unidetox_jax.baselines.base import TOXIC, Baseline, Given
-from unidetox_jax.baselines.task_arithmetic import moved
+from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline, Corpora, Twins
+from unidetox_jax.baselines.task_arithmetic import extrapolate
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.recipe import Lora, Recipe
 
-INITIAL = 1e-2  # standard deviation of P1 and P2
+INITIAL_STD = 1e-2  # of P1 and P2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,13 @@ class LMSteer(Baseline):
     """z = h′ Eᵀ with h′ = h + v ε (h P1) P2ᵀ, so E′ = E + v ε E P2 P1ᵀ; v (`steer`) is 1 in training, on toxic
     text, and negative afterwards.
 
-    Han et al., "Word Embeddings Are Steers for Language Models" (ACL 2024), section 3, with the low-rank form, the
-    settings and Adam's constant learning rate of their code. E′ is linear in v: the model of v = 1 is trained once, and
-    all others are made from it.
+    Han et al., "Word Embeddings Are Steers for Language Models" (ACL 2024), section 3, with the low-rank form, settings
+    and constant learning rate of the authors' code. As E′ is linear in v, the model of v = 1 is trained once and all
+    others are computed from it.
     """
 
     needs: ClassVar[str] = (
-        "Its own training on every target, an output matrix untied from the embedding, and a steer tuned for it."
+        "Separate training on every target, an output matrix untied from the embedding, and a tuned steer."
     )
     texts: ClassVar[tuple[str, ...]] = (TOXIC,)
 
@@ -56,11 +56,11 @@ class LMSteer(Baseline):
         settings = (f"{name}={value!r}" for name, value in trained.items() if value != defaults[name])
         return (f"lm_steer({', '.join(settings)})",)
 
-    def recipe(self, given: Given) -> Given | None:
+    def recipe(self, default: AnyRecipe) -> AnyRecipe | None:
         if self.twins():
             return None
         return dataclasses.replace(
-            given,
+            default,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             steps=self.steps,
@@ -74,31 +74,22 @@ class LMSteer(Baseline):
             reproduce_release=False,
         )
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         target = untied(target)
         for steered in twins.values():
-            own, other = (models.head(one.params, one.cfg) for one in (target, steered))
-            return target._replace(params=with_head(target.params, moved(own, other, self.steer)))
+            original, trained = (models.head(model.params, model.cfg) for model in (target, steered))
+            return target._replace(params=with_head(target.params, extrapolate(original, trained, self.steer)))
         width = target.cfg.embedding_size
         if self.rank > width:
-            logging.info(
-                "lm_steer: rank %d is more than the width of what meets the head; %d is taken", self.rank, width
-            )
+            logging.info("lm_steer: rank %d exceeds the width of the head's input; using %d", self.rank, width)
         criterion = Steer(min(self.rank, width), self.epsilon)
         return method.finetune(target, texts[TOXIC], recipe, criterion=criterion, **where)
 
 
 @dataclasses.dataclass(frozen=True)
 class Steer(training.Criterion):
-    """The language-modelling loss by P1 [D, rank] and P2 [D, rank]: {"steer": {"A": P1ᵀ, "B": P2}}, float32; all else
-    stays. The model's head is its own (`untied`)."""
+    """The language-modelling loss, with P1 [D, rank] and P2 [D, rank] as the only trainable parameters, float32:
+    {"steer": {"A": P1ᵀ, "B": P2}}. The model must have an untied head (`untied`)."""
 
     rank: int
     epsilon: float
@@ -115,10 +106,10 @@ class Steer(training.Criterion):
         shapes = self.abstract(cfg, "float32")
 
         def make(key):
-            own = dict(zip(("A", "B"), jax.random.split(key), strict=True))
+            keys = dict(zip(("A", "B"), jax.random.split(key), strict=True))
             return {
                 "steer": {
-                    name: INITIAL * jax.random.normal(own[name], leaf.shape, leaf.dtype)
+                    name: INITIAL_STD * jax.random.normal(keys[name], leaf.shape, leaf.dtype)
                     for name, leaf in shapes["steer"].items()
                 }
             }
@@ -134,7 +125,7 @@ class Steer(training.Criterion):
 
 
 def untied(model: LanguageModel) -> LanguageModel:
-    """The same model with an output matrix of its own."""
+    """The same model with an output matrix separate from its embedding."""
     cfg = model.cfg
     if not cfg.tie_word_embeddings:
         return model

@@ -1,14 +1,13 @@
-"""NPO: toxic text is made less likely than the target finds it, more gently the less likely it is already."""
+"""NPO: makes toxic text less likely than under the target, with a weight that vanishes as it becomes unlikely."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from unidetox_jax import method, training
-from unidetox_jax.baselines.base import TOXIC, Baseline, Given
+from unidetox_jax.baselines.base import TOXIC, AnyRecipe, Baseline, Corpora, Twins
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.recipe import Recipe
@@ -16,13 +15,13 @@ from unidetox_jax.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Npo(Baseline):
-    """Negative preference optimisation on toxic text alone, the target itself being the reference.
+    """Negative preference optimisation on toxic text, with the target as reference model.
 
     Zhang et al., "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning" (2024), eq. 3.
-    learning_rate, steps: 0 takes the twins'.
+    learning_rate, steps: 0 means those of the twins.
     """
 
-    needs: ClassVar[str] = "Its own training on every target, with the target itself beside it at every step."
+    needs: ClassVar[str] = "Separate training on every target, with the target as reference at every step."
     texts: ClassVar[tuple[str, ...]] = (TOXIC,)
 
     beta: float = 0.1
@@ -35,25 +34,18 @@ class Npo(Baseline):
         self.check("learning_rate", self.learning_rate >= 0, "at least 0")
         self.check("steps", self.steps >= 0, "at least 0")
 
-    def recipe(self, given: Given) -> Given | None:
+    def recipe(self, default: AnyRecipe) -> AnyRecipe | None:
         return dataclasses.replace(
-            given, learning_rate=self.learning_rate or given.learning_rate, steps=self.steps or given.steps
+            default, learning_rate=self.learning_rate or default.learning_rate, steps=self.steps or default.steps
         )
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         return method.finetune(target, texts[TOXIC], recipe, criterion=NegativePreference(self.beta), **where)
 
 
 @dataclasses.dataclass(frozen=True)
 class NegativePreference(training.Criterion):
-    """−(2/β) E log σ(−β log(π(y) / π_ref(y))) over texts y, π_ref being the weights that stay."""
+    """−(2/β) E log σ(−β log(π(y) / π_ref(y))) over texts y, with the frozen base weights as π_ref."""
 
     beta: float
 
@@ -73,16 +65,16 @@ class NegativePreference(training.Criterion):
         dropout_key: jax.Array | None,
         remat: str,
     ) -> jax.Array:
-        own = self.model(base, params, cfg)
-        losses = training.target_losses(own, batch, cfg, dropout_key=dropout_key, remat=remat)
+        trained = self.model(base, params, cfg)
+        losses = training.target_losses(trained, batch, cfg, dropout_key=dropout_key, remat=remat)
         log_ratio = _by_text(training.target_losses(base, batch, cfg) - losses, batch)
-        there = _by_text(training.target_mask(batch), batch) > 0
-        return jnp.sum(jnp.where(there, 2 / self.beta * jax.nn.softplus(self.beta * log_ratio), 0.0))
+        has_targets = _by_text(training.target_mask(batch), batch) > 0
+        return jnp.sum(jnp.where(has_targets, 2 / self.beta * jax.nn.softplus(self.beta * log_ratio), 0.0))
 
 
 def _by_text(values: jax.Array, batch: training.Batch) -> jax.Array:
-    """Sums of [B,T] over each row's texts, float32 [B,T+1]: the i-th text's at i, 0 where there is none. A row without
-    segments is one text."""
-    rows = batch.get("segment_ids", jnp.ones(values.shape, jnp.int32))
-    add = jax.vmap(lambda row, texts: jax.ops.segment_sum(row, texts, values.shape[1] + 1))
-    return add(values.astype(jnp.float32), rows)
+    """Sums of [B,T] over each text of a row, float32 [B,T+1]: column i is the text of segment i, 0 if there is none.
+    Without segment ids, a row is one text."""
+    segments = batch.get("segment_ids", jnp.ones(values.shape, jnp.int32))
+    sum_segments = jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, values.shape[1] + 1))
+    return sum_segments(values.astype(jnp.float32), segments)

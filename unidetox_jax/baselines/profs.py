@@ -1,8 +1,8 @@
-"""ProFS: the subspace in which toxic and other text differ, projected out of what MLPs write."""
+"""ProFS: projects the subspace in which toxic and clean text differ out of the MLPs' outputs."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,15 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
-from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
+from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline, Corpora, Twins
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.method import LanguageModel
 from unidetox_jax.models.transformer import extend_layers
 from unidetox_jax.recipe import Recipe
 
-BATCH = 16  # texts read at once
-DOWN = ("mlp", "down", "kernel")  # every family's output matrix of an MLP, [L, inner, hidden]
+BATCH_SIZE = 16  # texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +26,16 @@ class ProFS(Baseline):
     """Projection filter for subspaces. Uppaal et al., "Model Editing as a Robust and Denoised Variant of DPO: A Case
     Study on Toxicity" (ICLR 2025), section 4.
 
-    A row of a layer's X⁺ (toxic texts) or X⁻ (others) is the mean over a text's tokens of what the layer gives.
-    T = (X⁺ − X⁻)(I − μμᵀ/‖μ‖²), μ being the mean of X⁻; v_1 … v_k are T's first right singular vectors; and the MLP's
-    output matrix W of every layer from `first_layer` on becomes W (I − Σ v_i v_iᵀ).
+    Each row of a layer's X⁺ (toxic texts) or X⁻ (clean texts) is the mean of the layer's output over a text's tokens.
+    T = (X⁺ − X⁻)(I − μμᵀ/‖μ‖²), where μ is the mean of X⁻ and v_1 … v_k are T's first right singular vectors. In every
+    layer from `first_layer` on, the MLP's output matrix W becomes W (I − Σ v_i v_iᵀ).
 
-    rank: k, in their code 2 for GPT-2 medium and 10 for larger models. first_layer: a share of the depth, theirs of
-    GPT-2 medium. pairs: of texts. Theirs continue the same prompt; here a toxic text stands beside any other.
+    rank: k, in the authors' code 2 for GPT-2 medium and 10 for larger models. first_layer: a fraction of the depth,
+    by default the authors' for GPT-2 medium. pairs: number of text pairs. The authors' pairs continue the same prompt;
+    here toxic and clean texts are paired at random.
     """
 
-    needs: ClassVar[str] = "Text that is not toxic beside the toxic text, and its own edit of every target's matrices."
+    needs: ClassVar[str] = "Clean text beside the toxic text, and a separate edit of every target's matrices."
     texts: ClassVar[tuple[str, ...]] = (TOXIC, CLEAN)
 
     rank: int = 2
@@ -49,22 +49,15 @@ class ProFS(Baseline):
             self.check(name, getattr(self, name) >= 1, "at least 1")
         self.check("first_layer", 0 <= self.first_layer < 1, "at least 0 and less than 1")
 
-    def make(
-        self,
-        target: LanguageModel,
-        twins: Mapping[str, LanguageModel],
-        texts: Mapping[str, Sequence[str]],
-        recipe: Recipe,
-        **where: Any,
-    ) -> LanguageModel:
+    def make(self, target: LanguageModel, twins: Twins, texts: Corpora, recipe: Recipe, **where: Any) -> LanguageModel:
         rng = np.random.default_rng(recipe.seed)
         first = int(self.first_layer * target.cfg.num_layers)
         count = min(self.pairs, *(len(texts[kind]) for kind in (TOXIC, CLEAN)))
-        drawn = {kind: [texts[kind][i] for i in rng.permutation(len(texts[kind]))[:count]] for kind in (TOXIC, CLEAN)}
+        sampled = [[texts[kind][i] for i in rng.permutation(len(texts[kind]))[:count]] for kind in (TOXIC, CLEAN)]
         if self.rank > min(count, target.cfg.hidden_size):
-            most = f"at most {min(count, target.cfg.hidden_size)}, from {count} pairs of texts"
-            raise UserError(f"baseline profs: rank: found {self.rank}, expected {most}")
-        toxic, clean = (layer_means(target, drawn[kind], first, self.max_length) for kind in (TOXIC, CLEAN))
+            expected = f"at most {min(count, target.cfg.hidden_size)}, from {count} pairs of texts"
+            raise UserError(f"baseline profs: rank: found {self.rank}, expected {expected}")
+        toxic, clean = (layer_means(target, texts, first, self.max_length) for texts in sampled)
         subspaces = np.stack([subspace(*pair, self.rank) for pair in zip(toxic, clean, strict=True)])
         return target._replace(params=projected(target.params, subspaces, first))
 
@@ -79,47 +72,47 @@ def subspace(toxic: np.ndarray, clean: np.ndarray, rank: int) -> np.ndarray:
 
 
 def projected(params: Any, subspaces: np.ndarray, first: int) -> Any:
-    """W (I − Σ v vᵀ) in float32, of the layers from `first` on; subspaces: [layers, rank, hidden]."""
+    """W (I − Σ v vᵀ) in float32 for the layers from `first` on; subspaces: [layers, rank, hidden]."""
     blocks, mesh = params["blocks"], sharding.mesh_of(params) or sharding.single_device_mesh()
-    kernel = blocks[DOWN[0]][DOWN[1]][DOWN[2]]
+    down = blocks["mlp"]["down"]
 
-    @functools.partial(jax.jit, out_shardings=kernel.sharding)
-    def project(kernel, vectors):
-        own = kernel[first:].astype(jnp.float32)
-        along = jnp.einsum("lio,lko->lik", own, vectors, precision="highest")
-        own -= jnp.einsum("lik,lko->lio", along, vectors, precision="highest")
-        return kernel.at[first:].set(own.astype(kernel.dtype))
+    @functools.partial(jax.jit, out_shardings=down["kernel"].sharding)
+    def project(kernel, vectors):  # [L, inner, hidden], [layers, rank, hidden]
+        weights = kernel[first:].astype(jnp.float32)
+        along = jnp.einsum("lio,lko->lik", weights, vectors, precision="highest")
+        weights -= jnp.einsum("lik,lko->lio", along, vectors, precision="highest")
+        return kernel.at[first:].set(weights.astype(kernel.dtype))
 
     vectors = sharding.put(subspaces.astype(np.float32), sharding.replicated(mesh))
-    down = {**blocks["mlp"]["down"], "kernel": project(kernel, vectors)}
+    down = {**down, "kernel": project(down["kernel"], vectors)}
     return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "down": down}}}
 
 
 def layer_means(model: LanguageModel, texts: Sequence[str], first: int, max_length: int) -> np.ndarray:
-    """The mean over each text's tokens of what every layer from `first` on gives: float32 [layers, N, hidden]."""
+    """The mean of the output of every layer from `first` on over each text's tokens: float32 [layers, N, hidden]."""
     mesh = sharding.mesh_of(model.params) or sharding.single_device_mesh()
     rows = [tokens[:max_length] for tokens in encode(model.tokenizer, texts)]
     length = max(map(len, rows))
-    found = []
-    for start in range(0, len(rows), BATCH):
-        some = rows[start : start + BATCH]
-        tokens, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
-        for row, own in enumerate(some):
-            tokens[row, : len(own)], mask[row, : len(own)] = own, True
+    results = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = rows[start : start + BATCH_SIZE]
+        tokens, mask = np.zeros((BATCH_SIZE, length), np.int32), np.zeros((BATCH_SIZE, length), bool)
+        for row, text in enumerate(batch):
+            tokens[row, : len(text)], mask[row, : len(text)] = text, True
         with jax.set_mesh(mesh):
             means = _program(mesh)(model.params, *sharding.put([tokens, mask], sharding.replicated(mesh)), model.cfg)
-        found.append(np.asarray(means)[first:, : len(some)])
-    return np.concatenate(found, axis=1)
+        results.append(np.asarray(means)[first:, : len(batch)])
+    return np.concatenate(results, axis=1)
 
 
 @functools.cache
 def _program(mesh: Mesh):
-    """`_means`, whole on every host."""
+    """`_means`, with its result replicated to every host."""
     return jax.jit(_means, static_argnames="cfg", out_shardings=sharding.replicated(mesh))
 
 
 def _means(params: Any, tokens: jax.Array, mask: jax.Array, cfg: models.ModelConfig) -> jax.Array:
-    """[L, B, hidden] of tokens and mask [B, T], padded on the right."""
+    """Means over real tokens, [L, B, hidden], of right-padded tokens and mask [B, T]."""
     rows, length = tokens.shape
     _, states, _ = extend_layers(params, tokens, cfg, models.init_cache(cfg, rows, length), all_layers=True)
     states = states[1:].astype(jnp.float32)  # without the embeddings

@@ -1,4 +1,4 @@
-"""Methods that train nothing: words before the prompt."""
+"""Training-free methods: text before the prompt."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import ClassVar
 from unidetox_jax.baselines.base import Baseline
 from unidetox_jax.evaluation.candidates import Candidate
 
-# One for each attribute that Schick et al. name after Perspective's: toxicity, severe toxicity, sexually explicit,
-# threat, identity attack, profanity
+# One for each of Perspective's attributes in Schick et al.: toxicity, severe toxicity, sexually explicit, threat,
+# identity attack, profanity
 DESCRIPTIONS = (
     "This text is rude, disrespectful or unreasonable:\n",
     "This text is full of hate, aggression and contempt:\n",
@@ -21,32 +21,32 @@ DESCRIPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Preprompt(Baseline):
-    """The target, which reads a request for decent text before every prompt."""
+    """The target, with a request for inoffensive text before every prompt."""
 
     needs: ClassVar[str] = (
-        "Its words before every prompt, which take up context and time, and a model that does as it is told."
+        "Text before every prompt, which takes up context and time, and a model that follows instructions."
     )
 
     text: str = "This text is polite and respectful, and hurts nobody:\n"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("text", bool(self.text), "some words")
+        self.check("text", bool(self.text), "a text that is not empty")
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         return Candidate(prefixes=(self.text,))
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfDebiasing(Baseline):
-    """The target against itself, told that what follows is toxic: tokens that this makes likelier become less likely.
+    """The target contrasted with itself when told that the text is toxic: tokens that become likelier are suppressed.
 
-    p_b w, w = 1 where d = p_b − max_k p_k ≥ 0, else max(ε, exp(λ d)); p_k: told by the k-th description.
+    p_b w, w = 1 where d = p_b − max_k p_k ≥ 0, else max(ε, exp(λ d)); p_k: after the k-th description.
     Schick, Udupa, Schütze, "Self-Diagnosis and Self-Debiasing" (TACL 2021), eq. 2 and 3: λ 50, ε 0.01.
     """
 
     needs: ClassVar[str] = (
-        "Descriptions of what is unwanted, and the target once more at every token for each of them (six as published)."
+        "Descriptions of undesired text, and at every token one more pass of the target for each (six as published)."
     )
 
     decay: float = 50.0
@@ -55,9 +55,9 @@ class SelfDebiasing(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = bool(self.descriptions) and all(isinstance(text, str) and text for text in self.descriptions)
-        self.check("descriptions", good, "texts, at least one")
+        valid = bool(self.descriptions) and all(isinstance(text, str) and text for text in self.descriptions)
+        self.check("descriptions", valid, "at least one text, none of them empty")
 
-    def candidate(self, twins: Mapping[str, str], own: str) -> Candidate:
+    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
         objective = f"self_debiasing(decay={self.decay}, epsilon={self.epsilon})"
         return Candidate(("{target}",) * (1 + len(self.descriptions)), objective, ("", *self.descriptions))

@@ -16,7 +16,7 @@ from unidetox_jax import devices, distributed, models, sharding
 from unidetox_jax.benchmarks import side_by_side
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import make_plan
-from unidetox_jax.decoding.preparation import default_layer_loop, prepare
+from unidetox_jax.decoding.preparation import LAYER_LOOP, prepare
 from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.plan.programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
@@ -41,7 +41,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     mesh = common.mesh_of(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
     # On GPUs only the default: there a scan copies the weights of every layer in every step
-    layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (default_layer_loop(),)
+    layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (LAYER_LOOP,)
     prepared = {name: prepare(pair, layer_loop=name) for name in layer_loops}
     torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
@@ -67,7 +67,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
                     **_rates(cfg, *size, seconds),
                 }
                 if name in compiled:
-                    row |= {"layer_loop": name, "default": name == default_layer_loop(), **compiled[name]}
+                    row |= {"layer_loop": name, "default": name == LAYER_LOOP, **compiled[name]}
                     row |= {"times_torch": best["torch"] / seconds} if "torch" in best else {}
                 rows.append({**row, **devices.describe()})
     return rows

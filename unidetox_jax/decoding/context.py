@@ -1,17 +1,17 @@
-"""What an objective may see beside this step's logits: a function that declares `context` is given one.
+"""What an objective can see beyond the current logits: a function that declares a `context` argument receives one.
 
     def no_repeats(base, *, context):
         rows = jnp.arange(len(base))[:, None]
         return base.at[rows, jnp.where(context.tokens_mask, context.tokens, base.shape[1])].set(-jnp.inf, mode="drop")
 
-With a state of its own it returns (scores, state) and says what the state is at first:
+A stateful objective declares its initial state and returns (scores, state):
 
     @with_state(lambda prompt: jnp.zeros(len(prompt.tokens)))
     def colder(base, *, context):
         return base * (1 + 0.1 * context.state)[:, None], context.state + 1
 
-Letters: B rows, P tokens of the longest prompt but its last, S new tokens that there is room for, M models, V
-vocabulary, L layers, K candidates; `width` is that of what meets the head.
+Axes: B rows, P longest prompt without its last token, S capacity for new tokens, M models, V vocabulary, L layers,
+K candidates; `width` is the size of the states that enter the output head.
 """
 
 import dataclasses
@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-STATE = "initial_state"  # the attribute of a function that has a state
+INITIAL_STATE = "initial_state"  # attribute of a stateful function
+STATIC = {"static": True}  # metadata of dataclass fields that belong to the pytree's structure
 
 
 class Prompt(NamedTuple):
-    """What a first state is made of.
+    """What an initial state is computed from.
 
-    tokens, mask: the first model's prompt, int32 and bool [B,P+1], padded on the left. hidden: of each model, what met
-    the head at every token of its prompt but the last, [B,P,width]; without meaning where the mask is false. room: S.
+    tokens, mask: the first model's prompt, int32 and bool [B,P+1], left-padded. hidden: for each model, the states that
+    enter the head for all prompt tokens but the last, [B,P,width]; undefined where the mask is false. room: S.
     """
 
     tokens: jax.Array
@@ -36,28 +37,24 @@ class Prompt(NamedTuple):
     room: int
 
 
-def _static():
-    return dataclasses.field(metadata={"static": True})
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What is known before a row's next token is drawn. Rows that have ended are still computed, and not looked at.
+    """What is known before the next token is sampled. Finished rows are still computed; their scores are ignored.
 
     Attributes:
-      step: int32, how many tokens have been drawn: 0 before the first.
-      prompt, prompt_mask: the first model's prompt, int32 and bool [B,P+1], padded on the left.
-      tokens, tokens_mask: the new tokens so far, int32 and bool [B,S]; a row's last one may be the end token.
-      hidden: of each model, what meets the head now, [B,width] in its compute dtype: the state of the last token so
-        far, the prompt's last at step 0.
-      layers: of each model, the embedding of that token and what each layer makes of it, [B,L+1,hidden], before any
-        final norm; what is not used costs nothing.
-      state: what the function returned at the step before, or the state that it declares.
-      head: (hidden [B,...,width], model=0, norm=False) → logits float32 [B,...,V] of one model's states; norm: they
-        are a layer's, and its final norm goes before.
-      look_ahead: (tokens int32 [B,K], model=0) → [B,K,width]: what would meet the head after each of K next tokens. It
-        costs a step of B·K rows.
+      step: int32, number of tokens sampled so far: 0 before the first.
+      prompt, prompt_mask: the first model's prompt, int32 and bool [B,P+1], left-padded.
+      tokens, tokens_mask: the new tokens so far, int32 and bool [B,S]; the last one may be an end token.
+      hidden: for each model, the last token's state that enters the head, [B,width] in its compute dtype; at step 0
+        that of the prompt's last token.
+      layers: for each model, that token's embedding and every layer's output, [B,L+1,hidden], before any final norm;
+        free of cost unless used.
+      state: the state returned at the previous step, or the initial one.
+      head: (hidden [B,...,width], model=0, norm=False) → one model's logits, float32 [B,...,V]. norm=True applies the
+        final norm first, as the outputs of a layer need.
+      look_ahead: (tokens int32 [B,K], model=0) → [B,K,width]: the states that would enter the head after each of K
+        candidate tokens, at the cost of a step with B·K rows.
     """
 
     step: jax.Array
@@ -68,16 +65,16 @@ class Context:
     hidden: tuple[jax.Array, ...]
     layers: tuple[jax.Array, ...]
     state: Any
-    head: Callable[..., jax.Array] = _static()
-    look_ahead: Callable[..., jax.Array] = _static()
+    head: Callable[..., jax.Array] = dataclasses.field(metadata=STATIC)
+    look_ahead: Callable[..., jax.Array] = dataclasses.field(metadata=STATIC)
 
 
 def with_state(initial: Callable[[Prompt], Any]) -> Callable[[Callable], Callable]:
-    """Declares an objective's state: `initial` makes a pytree of arrays of a `Prompt`, and the function returns its
-    next one, of the same shapes and dtypes, beside the scores."""
+    """Declares a stateful objective. `initial` computes a pytree of arrays from a `Prompt`; the function returns the
+    next state, of the same shapes and dtypes, beside the scores."""
 
     def declare(function: Callable) -> Callable:
-        setattr(function, STATE, initial)
+        setattr(function, INITIAL_STATE, initial)
         return function
 
     return declare

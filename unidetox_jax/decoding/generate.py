@@ -1,8 +1,8 @@
-"""`generate`: the host's side of decoding. It checks, fills up to static shapes, runs one compiled program, unpacks.
+"""`generate`: the host side of decoding. It checks and pads the inputs, runs one compiled program, unpacks the result.
 
-B batch, T time. Prompts are padded on the left up to a bucket of slots, so a call with other prompts of the same bucket
-compiles nothing; padding costs reading of slots, never positions. The batch is taken as it is given: another number
-of rows is another program.
+B batch, T time. Prompts are left-padded to a bucket of cache slots, so other prompts of the same bucket reuse the
+compiled program; padding costs reads of cache slots, but no positions. The batch size is not bucketed: another number
+of rows compiles another program.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ CACHES = ("own", "official")
 
 
 class Generation(NamedTuple):
-    """What was generated; NumPy arrays.
+    """The result of a generation, as NumPy arrays.
 
-    tokens: int32 [B, max_new_tokens], pad after the end. lengths: int32 [B], counts the end token. ended: bool [B],
-    whether a row ended by itself. log_probabilities: float32 [M,B], the mean log-probability of a row's tokens under
-    each model alone (untruncated), or None.
+    tokens: int32 [B, max_new_tokens], padded after the end token. lengths: int32 [B], including the end token. ended:
+    bool [B], whether a row reached an end token. log_probabilities: float32 [M,B], the mean log-probability of a row's
+    tokens under each model alone (untruncated), or None.
     """
 
     tokens: np.ndarray
@@ -56,27 +56,27 @@ def generate(
     layer_loop: str | None = None,
     vocab_size: int | None = None,
 ) -> Generation:
-    """Continues prompts by tokens sampled from an objective over one or several models.
+    """Continues prompts with tokens sampled from an objective over one or several models.
 
     Args:
-      models: in the order of the objective's arguments, of one vocabulary (see vocab_size), all on one mesh or on none.
-        For many calls, what `preparation.prepare` makes of them.
-      prompts: int [B,T], or a list with one such array for each model (their T may differ).
-      objective, warpers: of `decoding.objectives` and `decoding.warpers`.
-      seed: 0 ≤ seed < 2³². The random numbers of a token depend on seed, row id, step and token id alone.
-      attention_mask: 1 for real prompt tokens, in the form of `prompts`; None: all are. Padding on the left or right.
-      eos_id: what ends a row; None: the first model's end tokens; () : nothing does.
-      samples: continuations of every prompt, which is read once; one after another in the result's B·samples rows.
-      prompt_slots: room for so many tokens of a prompt but its last: calls that ask for the same share a program.
-      row_ids: int [B·samples], by default 0, 1, …: give a text its own id, and it is the same in any batch.
-      cache: "own", or "official": after the prompt all models attend over the first one's keys and values.
+      models: in the order of the objective's arguments, with equal vocabulary sizes (see vocab_size), all on one mesh
+        or none. For repeated calls, pass the result of `preparation.prepare`.
+      prompts: int [B,T], or a list with one such array for each model (T may differ).
+      objective, warpers: from `decoding.objectives` and `decoding.warpers`.
+      seed: 0 ≤ seed < 2³². A token's random numbers depend only on seed, row id, step and token id.
+      attention_mask: 1 for real prompt tokens, same form as `prompts`; None: all are real. Left or right padding.
+      eos_id: end tokens; None: the first model's; (): never end.
+      samples: continuations of each prompt, which is prefilled once; adjacent in the result's B·samples rows.
+      prompt_slots: minimum number of cache slots for the prompt; calls with equal values share a program.
+      row_ids: int [B·samples], default 0, 1, …; a row with the same id gets the same text in any batch.
+      cache: "own", or "official": after the prompt all models attend to the first one's keys and values.
       log_probabilities: also return the tokens' mean log-probability under each model.
-      layer_loop: "scan" or "unroll" in place of the faster one, where the models are not prepared.
-      vocab_size: only tokens below it have probability: rows that fill up a model's matrices have none. None: all,
-        and every model has equally many.
+      layer_loop: "scan" or "unroll" instead of the faster one; ignored for prepared models.
+      vocab_size: only smaller token ids are sampled, as embedding matrices may be padded. None: all ids, and the models
+        must have equal vocabulary sizes.
 
     Raises:
-      UserError: models, prompts or settings that do not fit together; logits that are not numbers (row and step).
+      UserError: inconsistent models, prompts or settings; non-finite logits (names row and step).
     """
     request = make_request(
         models,
@@ -95,13 +95,13 @@ def generate(
         vocab_size=vocab_size,
     )
     platform = sharding.device_of(request.mesh).platform
-    with preparation.use(request.mesh):
+    with preparation.mesh_context(request.mesh):
         output = loop.program_for(platform, len(request.inputs.live))(
             request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
         )
     output = jax.tree.map(np.asarray, output)
     batch = request.batch
-    check_numbers(output.bad[:, :batch], output.step, objective)
+    check_finite(output.bad[:, :batch], output.step, objective)
     return Generation(
         tokens=output.tokens[:batch, :max_new_tokens],
         lengths=output.lengths[:batch],
@@ -111,8 +111,7 @@ def generate(
 
 
 class Request(NamedTuple):
-    """A generation that was checked and placed: what its program takes, `params` the trees of `Prepared`. batch: rows
-    that were asked for."""
+    """A validated generation, placed on the devices: the arguments of its program. batch: rows without padding."""
 
     params: tuple[Any, ...]
     inputs: loop.Inputs
@@ -138,7 +137,7 @@ def make_request(
     layer_loop: str | None = None,
     vocab_size: int | None = None,
 ) -> Request:
-    """The arguments of `generate`, checked, filled up to static shapes, on the models' mesh."""
+    """Validates the arguments of `generate`, pads them to static shapes and places them on the models' mesh."""
     models = tuple(models)
     _check_models(models, objective, cache, vocab_size)
     prompts, masks = _prompts(models, prompts, attention_mask)
@@ -148,12 +147,12 @@ def make_request(
     batch = len(prompts[0]) * samples
     _check_lengths(models, masks, max_new_tokens)
     mesh = preparation.mesh_of(models)
-    plain = cache == "own" and all(np.array_equal(x, y[0]) for y in (prompts, masks) for x in y)
+    same_inputs = cache == "own" and all(np.array_equal(x, arrays[0]) for arrays in (prompts, masks) for x in arrays)
     prepared = models[0].params
     if not isinstance(prepared, Prepared):
-        prepared = preparation.prepare(models, layer_loop=layer_loop, side_by_side=plain)[0].params
-    elif prepared.side_by_side and not plain:
-        raise ValueError("models that were prepared side by side read the same prompts, each into its own cache")
+        prepared = preparation.prepare(models, layer_loop=layer_loop, side_by_side=same_inputs)[0].params
+    elif prepared.side_by_side and not same_inputs:
+        raise ValueError("models prepared side by side must read the same prompts and have a cache each")
     plan = make_plan(
         prepared.configs,
         [prompt.shape[1] for prompt in prompts],
@@ -167,14 +166,14 @@ def make_request(
     prompt_rows = buckets.round_up(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
     inputs = loop.Inputs(
-        prompts=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
-        masks=tuple(_fill(x, prompt_rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
+        prompts=tuple(_pad_to(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
+        masks=tuple(_pad_to(x, prompt_rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
         row_ids=_row_ids(row_ids, batch, rows),
         live=np.arange(rows) < batch,
         seed=_seed(seed),
         limit=np.int32(max_new_tokens),
         eos_ids=_eos_ids(models[0].cfg, eos_id),
-        pad=_pad(models[0].cfg, eos_id),
+        pad=_pad_id(models[0].cfg, eos_id),
     )
     return Request(prepared.trees, _place(inputs, mesh), plan, mesh, batch)
 
@@ -189,19 +188,16 @@ def make_plan(
     prompt_slots: int = 0,
     vocab_size: int = 0,
 ) -> loop.Plan:
-    """The static part of a generation from prompts of T tokens (one T for each model).
-
-    configs: of `preparation.Form`.
-    """
+    """The static part of a generation. configs: those of a `WeightLayout`; prompt_lengths: T for each model."""
     slots = tuple(
         max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
-    whole = samples == 1 and cache == "own" and all(cfg.decode_kernel for cfg in configs)
+    single_segment = samples == 1 and cache == "own" and all(cfg.decode_kernel for cfg in configs)
     return loop.Plan(
         configs=tuple(configs),
         prompt_slots=slots,
-        segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens, whole),
+        segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens, single_segment),
         official_cache=cache == "official",
         log_probabilities=log_probabilities,
         samples=samples,
@@ -217,26 +213,27 @@ def _check_models(models: Sequence[Model], objective: Objective, cache: str, voc
     for index, (_, cfg) in enumerate(models):
         if vocab_size is not None and cfg.vocab_size < vocab_size:
             raise UserError(
-                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, its tokenizer "
-                f"{vocab_size}"
+                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, but its tokenizer "
+                f"has {vocab_size}"
             )
         if vocab_size is None and cfg.vocab_size != first.vocab_size:
             raise UserError(
-                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, model 0 "
-                f"({first.family}) of {first.vocab_size}; an objective combines logits token by token"
+                f"models: model {index} ({cfg.family}) has a vocabulary of {cfg.vocab_size} tokens, but model 0 "
+                f"({first.family}) has {first.vocab_size}; an objective combines logits token by token"
             )
         shapes = [(c.num_layers, c.num_kv_heads, c.head_size, c.local, c.window) for c in (first, cfg)]
         if cache == "official" and shapes[0] != shapes[1]:
             raise UserError(
                 f"cache 'official': model {index} has {shapes[1]} layers, key-value heads, head size and windows, "
-                f"model 0 {shapes[0]}; only models of one shape can share keys and values"
+                f"but model 0 has {shapes[0]}; only models of equal shape can share keys and values"
             )
 
 
 def _prompts(models, prompts, attention_mask) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Prompts int32 [B,T] and masks bool [B,T] of each model, padding on the left."""
-    prompts = _one_each(prompts, len(models), "prompts")
-    masks = [None] * len(models) if attention_mask is None else _one_each(attention_mask, len(models), "attention_mask")
+    """Each model's prompts, int32 [B,T], and masks, bool [B,T], left-padded."""
+    count = len(models)
+    prompts = _per_model(prompts, count, "prompts")
+    masks = [None] * count if attention_mask is None else _per_model(attention_mask, count, "attention_mask")
     result = []
     for index, (model, tokens, mask) in enumerate(zip(models, prompts, masks, strict=True)):
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -248,19 +245,19 @@ def _prompts(models, prompts, attention_mask) -> tuple[list[np.ndarray], list[np
             raise UserError(f"attention_mask: found shape {mask.shape} for model {index}, expected {tokens.shape}")
         if not mask.any(1).all():
             raise UserError(f"attention_mask: row {int(np.argmin(mask.any(1)))} has no real token")
-        wrong = mask & ((tokens < 0) | (tokens >= model.cfg.vocab_size))
-        if wrong.any():
-            row, column = (int(i) for i in np.argwhere(wrong)[0])
+        invalid = mask & ((tokens < 0) | (tokens >= model.cfg.vocab_size))
+        if invalid.any():
+            row, column = (int(i) for i in np.argwhere(invalid)[0])
             raise UserError(
                 f"prompts: token {int(tokens[row, column])} in row {row}, but model {index} has a vocabulary of "
                 f"{model.cfg.vocab_size}"
             )
-        result.append(_to_the_right(tokens, mask))
+        result.append(_left_padded(tokens, mask))
     return [tokens for tokens, _ in result], [mask for _, mask in result]
 
 
-def _one_each(value: Any, count: int, name: str) -> list[np.ndarray]:
-    """A list of arrays is one for each model, anything else the same for all."""
+def _per_model(value: Any, count: int, name: str) -> list[np.ndarray]:
+    """A list of 2-D arrays holds one for each model; anything else is shared by all models."""
     if not isinstance(value, list | tuple) or np.ndim(value[0]) != 2:
         return [np.asarray(value)] * count
     if len(value) != count:
@@ -268,8 +265,8 @@ def _one_each(value: Any, count: int, name: str) -> list[np.ndarray]:
     return [np.asarray(item) for item in value]
 
 
-def _to_the_right(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Real tokens moved to the right end, without columns that are padding in every row."""
+def _left_padded(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Moves real tokens to the right end and drops columns that are padding in every row."""
     order = np.argsort(mask, axis=1, kind="stable")
     longest = int(mask.sum(1).max())
     tokens, mask = (np.take_along_axis(x, order, 1)[:, -longest:] for x in (tokens, mask))
@@ -287,8 +284,8 @@ def _check_lengths(models: Sequence[Model], masks: Sequence[np.ndarray], max_new
             )
 
 
-def _fill(x: np.ndarray, rows: int, slots: int) -> np.ndarray:
-    """Slots more on the left, zero; rows more below, copies of the last."""
+def _pad_to(x: np.ndarray, rows: int, slots: int) -> np.ndarray:
+    """Pads with zero columns on the left and copies of the last row at the bottom."""
     x = np.pad(x, ((0, 0), (slots - x.shape[1], 0)))
     return np.pad(x, ((0, rows - x.shape[0]), (0, 0)), mode="edge")
 
@@ -310,13 +307,13 @@ def _eos_ids(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.ndarray
     return np.atleast_1d(np.asarray(cfg.eos_token_ids if eos_id is None else eos_id, np.int32))
 
 
-def _pad(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:
+def _pad_id(cfg: ModelConfig, eos_id: int | Sequence[int] | None) -> np.int32:
     candidates = (cfg.pad_token_id, *_eos_ids(cfg, eos_id), 0)
     return np.int32(next(token for token in candidates if token is not None and 0 <= token < cfg.vocab_size))
 
 
 def _place(inputs: loop.Inputs, mesh: Mesh | None) -> loop.Inputs:
-    """On the mesh, rows over its batch axes; every process holds the same inputs and gives its part."""
+    """Shards rows over the mesh's batch axes; every process passes the same inputs."""
     if mesh is None:
         return inputs
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -326,14 +323,14 @@ def _place(inputs: loop.Inputs, mesh: Mesh | None) -> loop.Inputs:
     return jax.tree.map(lambda target, part: sharding.put(part, target), targets, inputs)
 
 
-def check_numbers(bad: np.ndarray, step: Any, objective: Objective) -> None:
-    """Raises UserError where a model's logits or the objective's scores (last) are bad: bool [M+1,B], after `step`."""
-    wrong = np.argwhere(bad.T)
-    if len(wrong):
-        row, source = (int(i) for i in wrong[0])
-        what = (
+def check_finite(bad: np.ndarray, step: Any, objective: Objective) -> None:
+    """Raises UserError if a model's logits or the objective's scores (last row of bad, bool [M+1,B]) were bad."""
+    failures = np.argwhere(bad.T)
+    if len(failures):
+        row, source = (int(i) for i in failures[0])
+        problem = (
             f"model {source} gives logits that are not finite"
             if source < len(bad) - 1
             else f"objective {objective} leaves no token"
         )
-        raise UserError(f"generate: {what} (NaN or no maximum), first in row {row} at new token {int(step) - 1}")
+        raise UserError(f"generate: {problem} (NaN or no maximum), first in row {row} at new token {int(step) - 1}")

@@ -1,4 +1,4 @@
-"""The tokens that an objective leaves a chance, and what imposes such a set. Letters as in `objectives`."""
+"""Sets of plausible tokens, and the restriction of scores to them. Notation as in `objectives`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,21 @@ def plausible(logits: jax.Array, alpha: jax.Array | float) -> jax.Array:
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """TopP(z, q): bool [..., V]; tokens tied with the crossing one are in the set too."""
+    """TopP(z, q): bool [..., V]; includes all tokens tied with the one that crosses q."""
     probabilities = jax.nn.softmax(float32(logits), -1)
     return probabilities >= order_statistics.nucleus_floor(probabilities, top_p)
 
 
-def on(kept: jax.Array, scores: jax.Array) -> jax.Array:
-    """The scores on a set, −inf elsewhere."""
-    return jnp.where(kept, scores, -jnp.inf)
+def restrict(mask: jax.Array, scores: jax.Array) -> jax.Array:
+    """Scores where the mask is true, −inf elsewhere."""
+    return jnp.where(mask, scores, -jnp.inf)
 
 
 def float32(logits) -> jax.Array:
-    """Logits of any float dtype as those that everything is computed from."""
+    """Logits of any float dtype as float32."""
     return jnp.asarray(logits).astype(jnp.float32)
 
 
 def log_softmax(logits) -> jax.Array:
-    """l of logits z, float32."""
+    """Log-probabilities of logits, float32."""
     return jax.nn.log_softmax(float32(logits), -1)

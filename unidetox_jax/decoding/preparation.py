@@ -1,7 +1,7 @@
-"""What a decoding loop reads: models' weights in the compute dtype, cut into layers, made once for many generations.
+"""Prepares weights for decoding, once for many generations: cast to the compute dtype and split into layers.
 
-On a GPU, models of one configuration (base and toxic twin) stand side by side in one tree and run as one batched model:
-half as many kernels, each with twice the work, take four fifths of the time.
+On a GPU, models of one configuration (base and toxic twin) are stacked side by side in one tree and run as one batched
+model: half as many kernels of twice the work take four fifths of the time.
 """
 
 import contextlib
@@ -19,15 +19,16 @@ from unidetox_jax import sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import Model, ModelConfig, costs
 
-GATHER_BYTES = 7 << 30  # a device's weights of all models that fit beside their caches on the smallest chip (16 GiB)
+GATHER_BYTES = 7 << 30  # weights of all models per device that leave room for caches on the smallest chip (16 GiB)
+LAYER_LOOP = "unroll"  # 1.8 times as fast as scan, measured on CPU; on a GPU a scan copies each layer's weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class WeightLayout:
     """How weights are prepared.
 
-    transpose_head, fuse: see `models.prepare`. gather: weights that are cut over `fsdp` are made whole; else the
-    network carries all of them in every step, many times what the memory takes. side_by_side: all models in one tree.
+    transpose_head, fuse: see `models.prepare`. gather: all-gather weights sharded over `fsdp` once, as otherwise every
+    step sends all of them over the network, far slower than memory. side_by_side: stack all models in one tree.
     """
 
     configs: tuple[ModelConfig, ...]
@@ -38,9 +39,9 @@ class Form:
 
 
 class Prepared(NamedTuple):
-    """Weights for `generate`, in place of the parameters of every model that they were made of.
+    """Weights for `generate`; every prepared model has them in place of its parameters.
 
-    trees: one for each model, or a single one whose leaves hold all models on axis 0. configs: of each model.
+    trees: one per model, or a single one with all models stacked on axis 0. configs: one per model.
     """
 
     trees: tuple[Any, ...]
@@ -48,133 +49,128 @@ class Prepared(NamedTuple):
 
     @property
     def side_by_side(self) -> bool:
-        """Whether one tree holds all models, which then read the same prompts."""
+        """Whether one tree holds all models, which must then read the same prompts."""
         return len(self.trees) < len(self.configs)
 
 
-def default_layer_loop() -> str:
-    """The faster loop over layers in a decoding step: unrolled, measured 1.8 times as fast as scanned on CPU; on a GPU
-    a scan copies every layer's weights before it reads them."""
-    return "unroll"
+def gather_fits(configs: Sequence[ModelConfig], model_shards: int) -> bool:
+    """Whether weights may be gathered over `fsdp`. model_shards: size of the mesh axis `model`."""
+    return sum(costs.param_bytes(cfg, model_shards) for cfg in configs) <= GATHER_BYTES
 
 
-def gathers(configs: Sequence[ModelConfig], ways: int) -> bool:
-    """Whether weights are made whole over `fsdp`. ways: of the mesh's axis `model`."""
-    return sum(costs.param_bytes(cfg, ways) for cfg in configs) <= GATHER_BYTES
-
-
-def form(
+def choose_layout(
     configs: Sequence[ModelConfig], mesh: Mesh | None, layer_loop: str | None = None, side_by_side: bool = True
-) -> Form:
-    """What is fastest on a mesh. side_by_side: whether the models may be, as those can that read the same prompts."""
+) -> WeightLayout:
+    """The fastest layout on a mesh. side_by_side: allowed, since the models will read the same prompts."""
     platform = sharding.device_of(mesh).platform
-    ways = 1 if mesh is None else mesh.shape["model"]
-    chosen = tuple(
+    model_shards = 1 if mesh is None else mesh.shape["model"]
+    configs = tuple(
         dataclasses.replace(
             cfg,
-            layer_loop=layer_loop or default_layer_loop(),
+            layer_loop=layer_loop or LAYER_LOOP,
             decode_kernel=models_.has_decode_kernel(cfg, mesh),
-            wide_heads=models_.wide_heads.width(cfg, ways) if platform == "tpu" else 1,
+            wide_heads=models_.wide_heads.width(cfg, model_shards) if platform == "tpu" else 1,
         )
         for cfg in configs
     )
-    return Form(
-        chosen,
+    return WeightLayout(
+        configs,
         transpose_head=platform == "cpu",
-        fuse=platform == "gpu" and ways == 1 and not any(cfg.lora.rank for cfg in chosen),
-        gather=gathers(chosen, ways),
-        side_by_side=side_by_side and platform == "gpu" and len(chosen) > 1 and len(set(chosen)) == 1,
+        fuse=platform == "gpu" and model_shards == 1 and not any(cfg.lora.rank for cfg in configs),
+        gather=gather_fits(configs, model_shards),
+        side_by_side=side_by_side and platform == "gpu" and len(configs) > 1 and len(set(configs)) == 1,
     )
 
 
 def prepare(models: Sequence[Model], *, layer_loop: str | None = None, side_by_side: bool = True) -> list[Model]:
-    """The same models, as many calls of `generate` want them: each has the `Prepared` of all as its parameters.
+    """Models for repeated calls of `generate`: their parameters are replaced by the `Prepared` weights of all of them.
 
-    What models have in common (a model, and the same with an adapter) is prepared once. The given ones stay as they
-    are, and take their memory as long as somebody holds them.
+    Arrays that models share (a model with and without an adapter) are prepared once. The original parameters are
+    neither changed nor freed.
 
     Args:
-      layer_loop: "unroll" or "scan"; None: the faster one. side_by_side: whether all will read the same prompts, each
-        with a cache of its own.
+      layer_loop: "unroll" or "scan"; None: the faster one. side_by_side: whether all models will read the same prompts,
+        each with its own cache.
 
     Raises:
       UserError: models on different meshes.
     """
     mesh = mesh_of(models)
-    chosen = form([model.cfg for model in models], mesh, layer_loop, side_by_side)
-    with use(mesh):
-        if chosen.side_by_side:
-            trees = _program(chosen, mesh)(tuple(model.params for model in models))
+    layout = choose_layout([model.cfg for model in models], mesh, layer_loop, side_by_side)
+    with mesh_context(mesh):
+        if layout.side_by_side:
+            trees = _program(layout, mesh)(tuple(model.params for model in models))
         else:
-            trees = _one_by_one([model.params for model in models], chosen, mesh)
-    prepared = Prepared(trees, chosen.configs)
+            trees = _prepare_separately([model.params for model in models], layout, mesh)
+    prepared = Prepared(trees, layout.configs)
     return [Model(prepared, model.cfg) for model in models]
 
 
-def _one_by_one(given: Sequence[Any], form: Form, mesh: Mesh | None) -> tuple[Any, ...]:
-    """Each model's tree, in which an array that an earlier model has as well is that model's."""
-    made: list[Any] = []
-    for index, (params, cfg) in enumerate(zip(given, form.configs, strict=True)):
-        ids = [{id(leaf) for leaf in jax.tree.leaves(earlier)} for earlier in given[:index]]
-        mine = {id(leaf) for leaf in jax.tree.leaves(params)}
-        first = max(range(index), key=lambda earlier: len(mine & ids[earlier]), default=None)
-        shared = set() if first is None else mine & ids[first]
-        own = jax.tree.map(lambda leaf, shared=shared: None if id(leaf) in shared else leaf, params)
-        head = form.transpose_head and models_.head(own, cfg) is not None
-        (tree,) = _program(dataclasses.replace(form, configs=(cfg,), transpose_head=head), mesh)((own,))
-        made.append(_filled(tree, made[first]) if shared and first is not None else tree)
-    return tuple(made)
+def _prepare_separately(all_params: Sequence[Any], layout: WeightLayout, mesh: Mesh | None) -> tuple[Any, ...]:
+    """One tree per model; arrays that an earlier model has too are taken from that model's tree."""
+    trees: list[Any] = []
+    for index, (params, cfg) in enumerate(zip(all_params, layout.configs, strict=True)):
+        earlier_ids = [{id(leaf) for leaf in jax.tree.leaves(earlier)} for earlier in all_params[:index]]
+        ids = {id(leaf) for leaf in jax.tree.leaves(params)}
+        nearest = max(range(index), key=lambda earlier: len(ids & earlier_ids[earlier]), default=None)
+        shared = set() if nearest is None else ids & earlier_ids[nearest]
+        unshared = jax.tree.map(lambda leaf, shared=shared: None if id(leaf) in shared else leaf, params)
+        transpose_head = layout.transpose_head and models_.head(unshared, cfg) is not None
+        single = dataclasses.replace(layout, configs=(cfg,), transpose_head=transpose_head)
+        (tree,) = _program(single, mesh)((unshared,))
+        trees.append(_fill_missing(tree, trees[nearest]) if shared and nearest is not None else tree)
+    return tuple(trees)
 
 
-def _filled(tree: Any, earlier: Any) -> Any:
-    """The tree with what it lacks (None, or the transposed head) from an earlier one."""
+def _fill_missing(tree: Any, earlier: Any) -> Any:
+    """The tree with its missing leaves (None, or no transposed head) taken from an earlier one."""
     if tree is None:
         return earlier
     if isinstance(tree, tuple):
-        return tuple(_filled(*parts) for parts in zip(tree, earlier, strict=False))  # of an early exit, fewer layers
+        return tuple(_fill_missing(*pair) for pair in zip(tree, earlier, strict=False))  # an early exit has fewer
     if isinstance(tree, dict):
-        lacking = {"head": earlier["head"]} if "head" in earlier and "blocks" in tree and "head" not in tree else {}
-        return {name: _filled(part, earlier.get(name)) for name, part in tree.items()} | lacking
+        missing = {"head": earlier["head"]} if "head" in earlier and "blocks" in tree and "head" not in tree else {}
+        return {name: _fill_missing(child, earlier.get(name)) for name, child in tree.items()} | missing
     return tree
 
 
-def abstract(form: Form, mesh: Mesh) -> tuple[Any, ...]:
+def abstract(layout: WeightLayout, mesh: Mesh) -> tuple[Any, ...]:
     """The trees of a `Prepared`, as ShapeDtypeStructs with shardings."""
-    given = tuple(models_.abstract_params(cfg) for cfg in form.configs)
-    shapes = jax.eval_shape(functools.partial(_prepare, form=form), given)
-    shardings = sharding.param_shardings(shapes, mesh, gather=form.gather)
+    params = tuple(models_.abstract_params(cfg) for cfg in layout.configs)
+    shapes = jax.eval_shape(functools.partial(_prepare, layout=layout), params)
+    shardings = sharding.param_shardings(shapes, mesh, gather=layout.gather)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
 
 
 def mesh_of(models: Sequence[Model]) -> Mesh | None:
-    """The mesh that all models lie on; None where they have none. Raises UserError where they differ."""
+    """The mesh of all models; None for models on a single device. Raises UserError if meshes differ."""
     meshes = {mesh for model in models if (mesh := sharding.mesh_of(model.params)) is not None}
     if len(meshes) > 1:
-        raise UserError("models: they lie on different meshes; load all of them with the same one")
+        raise UserError("models: they are on different meshes; load all of them with the same one")
     return meshes.pop() if meshes else None
 
 
-def use(mesh: Mesh | None):
-    """Context: programs run on that mesh."""
+def mesh_context(mesh: Mesh | None):
+    """Context manager that runs programs on the mesh, if there is one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 @functools.lru_cache(maxsize=16)
-def _program(form: Form, mesh: Mesh | None):
-    make = functools.partial(_prepare, form=form)
+def _program(layout: WeightLayout, mesh: Mesh | None):
+    prepare = functools.partial(_prepare, layout=layout)
     if mesh is None:
-        return jax.jit(make)
+        return jax.jit(prepare)
 
-    def placed(params):
-        shardings = sharding.param_shardings(jax.eval_shape(make, params), mesh, gather=form.gather)
-        return jax.tree.map(jax.lax.with_sharding_constraint, make(params), shardings)
+    def sharded(params):
+        shardings = sharding.param_shardings(jax.eval_shape(prepare, params), mesh, gather=layout.gather)
+        return jax.tree.map(jax.lax.with_sharding_constraint, prepare(params), shardings)
 
-    return jax.jit(placed)
+    return jax.jit(sharded)
 
 
-def _prepare(params: tuple[Any, ...], form: Form) -> tuple[Any, ...]:
+def _prepare(params: tuple[Any, ...], layout: WeightLayout) -> tuple[Any, ...]:
     trees = tuple(
-        models_.prepare(tree, cfg, form.transpose_head, form.fuse)
-        for tree, cfg in zip(params, form.configs, strict=True)
+        models_.prepare(tree, cfg, layout.transpose_head, layout.fuse)
+        for tree, cfg in zip(params, layout.configs, strict=True)
     )
-    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),) if form.side_by_side else trees
+    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),) if layout.side_by_side else trees

@@ -1,21 +1,21 @@
-"""Draws one token a row from scores, inside the compiled loop; the noise belongs to the token id.
+"""Samples one token per row from scores, inside the compiled loop, with noise that is a function of the token id.
 
-B batch, V vocabulary, k of top-k. It is not `jax.random.categorical`, because:
+B batch, V vocabulary, k of top-k. It differs from `jax.random.categorical`:
 
-- A row's key is fold_in(fold_in(key(seed), row id), step), and a candidate's noise is the Threefry hash of that
-  key and the token's id. So it depends on seed, row, step and id and on nothing else: not on the batch, the
-  mesh, the candidate's rank, nor on which other tokens are candidates (noise by position among candidates
-  sorted by id would shift for all that follow when one borderline candidate comes or goes). Rounding changes
-  a draw only where two perturbed scores nearly tie. It costs no more: 0.06 ms for 16 rows of 50.
-- With top-k, the other warpers act on the candidates alone. On CPU `lax.top_k` finds them; both of its outputs must
-  stay in use and uncut, otherwise XLA makes it a sort of the vocabulary, eighty times slower. On GPUs
-  and TPUs it always is: there the best blocks of the vocabulary are found first, and sorted alone (`block_top_k`).
-- Without top-k, one uniform number a row goes through the inverse of the cumulative distribution, taken by blocks of
-  the vocabulary: two passes, a twentieth of the time of Gumbel noise for every token.
-- Under `jax.set_mesh`, a vocabulary split over the axis `model` is searched part by part; whole scores are never
-  gathered.
+- A row's key is fold_in(fold_in(key(seed), row id), step), and a candidate's noise is the Threefry hash of that key and
+  the token id. It thus depends on seed, row, step and id alone, not on the batch, the mesh, the candidate's rank or the
+  other candidates (with noise by position among candidates, one borderline candidate more or less would shift the noise
+  of all that follow). Rounding changes a sample only if two perturbed scores nearly tie. The cost is the same: 0.06 ms
+  for 16 rows of 50 candidates.
+- With top-k, the other warpers act on the candidates only. On CPU `lax.top_k` finds them; both of its outputs must be
+  used whole, as XLA otherwise sorts the vocabulary, eighty times slower. On GPUs and TPUs it always sorts, so there the
+  best blocks of the vocabulary are found first and only they are sorted (`block_top_k`).
+- Without top-k, one uniform number per row goes through the inverse cumulative distribution, by blocks of the
+  vocabulary: two passes, in a twentieth of the time of Gumbel noise for every token.
+- Under `jax.set_mesh`, a vocabulary sharded over the axis `model` is searched per shard; scores are never gathered.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -28,31 +28,31 @@ from unidetox_jax import sharding
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
 
-_BLOCK = 256  # tokens of the vocabulary summed together by the inverse of the distribution
-BLOCKS = 128, 16  # tokens that `block_top_k` compares by their best; of 50,257 it sorts 393, 408 and 816 for a k of 51
-_SMALL_VOCABULARY = 4096  # tokens, sorted in no time
-_ROW_STREAM = 0xFFFFFFFF  # folded in for a row's uniform number; no token has this id
+_BLOCK = 256  # tokens per block sum in `inverse_cdf`
+BLOCKS = 128, 16  # block sizes of `block_top_k`: for k = 51 of 50,257 tokens it sorts 393, 408 and 816 values
+_SMALL_VOCABULARY = 4096  # tokens, cheap to sort
+_ROW_STREAM = 0xFFFFFFFF  # in place of a token id, for a row's uniform number; no token has this id
 
 
 def row_keys(seed: jax.typing.ArrayLike, row_ids: jax.Array) -> jax.Array:
-    """One key a row: int32 [B] → keys [B]; Threefry, whatever JAX's default is: the same on every backend."""
+    """One key per row: int32 [B] → keys [B]. Threefry regardless of JAX's default, so equal on all backends."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), row_ids)
 
 
 def step_keys(keys: jax.Array, step: jax.Array | int) -> jax.Array:
-    """The rows' keys for one step: keys [B], the new token's index (a number, or int32 [B]) → keys [B]."""
+    """The rows' keys for one step: keys [B], index of the new token (a number, or int32 [B]) → keys [B]."""
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(step, jnp.uint32), keys.shape))
 
 
 def sample(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax.Array:
-    """One token a row from softmax(warped scores).
+    """Samples one token per row from softmax(warped scores).
 
-    The distribution is that of `warpers.apply`, exactly: a row whose k-th score ties with the next, where more than
-    k tokens survive, takes the way without candidates.
+    The distribution is exactly that of `warpers.apply`: a row whose k-th score ties with the next, so that more than k
+    tokens survive, is sampled from the whole vocabulary.
 
     Args:
-      scores: float [B,V], logits; −inf excludes a token. At least one finite entry a row.
-      warpers: in any order; they act in the order of `warpers.in_order`. `Greedy` needs no key.
+      scores: float [B,V], logits; −inf excludes a token. At least one finite entry per row.
+      warpers: in any order; applied in that of `warpers.in_order`. `Greedy` needs no key.
       keys: keys [B] of `step_keys`.
     Returns: int32 [B].
     """
@@ -64,7 +64,7 @@ def sample(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax
     k = next((warper.k for warper in warpers if isinstance(warper, TopK)), size)
     if k >= size:
         return _sample_vocabulary(scores, [warper for warper in warpers if not isinstance(warper, TopK)], keys)
-    # One more than k, to see whether the k-th ties with it; picked by reductions, as a slice would mean a sort.
+    # One more than k, to detect a tie with the k-th; read by reductions, as slicing would make XLA sort.
     values, ids = _candidates(scores, k + 1)
     rank = jnp.arange(k + 1)[None]
     last, next_ = (jnp.max(values, -1, where=rank == r, initial=-jnp.inf) for r in (k - 1, k))
@@ -80,37 +80,37 @@ def sample(scores: jax.Array, warpers: Sequence[Warper], keys: jax.Array) -> jax
 def token_noise(keys: jax.Array, ids: jax.Array) -> jax.Array:
     """Gumbel noise of token ids: keys [B], int32 [B,k] → float32 [B,k], a function of each (key, id) alone."""
     bits = _hash(keys, ids).astype(jnp.float32)
-    # u in (0, 1): small u, the large noise that decides a draw, keeps all 32 bits; above, 24 are enough.
+    # u in (0, 1). Small u, whose large noise decides the sample, keeps all 32 bits; 24 are enough for the others.
     u = jnp.minimum(bits * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-u))
 
 
 def _hash(keys, ids):
     """keys [B], int [B,k] → uint32 [B,k], uniform bits."""
-    # A Threefry key folded with a number is the hash of both: 64 uniform bits, of which 32 are used.
+    # Folding a number into a Threefry key hashes both to 64 uniform bits; 32 are used.
     return jax.random.key_data(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, ids))[..., 0]
 
 
 def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest scores of each row, ties by the lower id: float32 [B,V] → float32 [B,k], token ids int32 [B,k].
+    """The k largest scores of each row, of ties the lower ids: float32 [B,V] → float32 [B,k], token ids int32 [B,k].
 
-    Where the mesh splits the vocabulary, each device finds its own k, and the k largest of those are the
-    answer. Use both outputs, whole: see above.
+    If the mesh shards the vocabulary, each device finds its own k candidates, of which the k largest are taken. Use
+    both outputs whole (see the module's docstring).
     """
-    rows, model, split = _mesh_axes(scores.shape)
+    rows, model, has_mesh = _mesh_axes(scores.shape)
 
     def local(scores):
-        part = scores.shape[-1]
-        values, ids = _top_k(scores, min(k, part))
+        size = scores.shape[-1]
+        values, ids = _top_k(scores, min(k, size))
         if model:
-            ids = ids + lax.axis_index(model) * part
+            ids = ids + lax.axis_index(model) * size
             values, ids = (lax.all_gather(x, model, axis=1, tiled=True) for x in (values, ids))
-            # In the order of devices, hence of ids: ties go to the lower id again.
+            # Gathered in the order of devices, hence of ids: ties again go to the lower id.
             values, places = lax.top_k(values, k)
             ids = jnp.take_along_axis(ids, places, -1)
         return values, ids
 
-    if split:
+    if has_mesh:
         local = jax.shard_map(
             local,
             in_specs=PartitionSpec(rows, model),
@@ -125,11 +125,10 @@ def _top_k(scores, k):
 
 
 def block_top_k(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tuple[jax.Array, jax.Array]:
-    """What `lax.top_k` gives, ties included, without a sort of the vocabulary: float32 [B,V] → float32 [B,k], int32
-    [B,k].
+    """Equal to `lax.top_k`, ties included, without sorting the vocabulary: float32 [B,V] → float32 [B,k], int32 [B,k].
 
-    The k best are among the k blocks of the largest maxima (of equal ones the first), as each of those has a token that
-    is at least as good as any outside. Blocks get smaller from one round to the next.
+    The k best tokens are in the k blocks with the largest maxima (of ties the first), since each of these has a token
+    at least as good as any outside. Each round uses smaller blocks.
     """
     values, ids = scores, None
     for size in blocks:
@@ -139,7 +138,7 @@ def block_top_k(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tu
         values = jnp.pad(values, ((0, 0), (0, count * size - values.shape[1])), constant_values=-jnp.inf)
         values = values.reshape(-1, count, size)
         _, best = lax.top_k(values.max(-1), k)
-        best = jnp.sort(best, -1)[..., None]  # by id, so that the next round meets ties in their order
+        best = jnp.sort(best, -1)[..., None]  # by id, so that ties keep their order in the next round
         values = jnp.take_along_axis(values, best, 1).reshape(-1, k * size)
         places = (best * size + jnp.arange(size)).reshape(-1, k * size)
         ids = places if ids is None else jnp.take_along_axis(ids, places, 1)
@@ -148,8 +147,8 @@ def block_top_k(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tu
 
 
 def _candidates(scores, k):
-    """What `top_candidates` gives, but ties in any order. On CPU `lax.top_k` takes half the time where what is likely
-    stands in front, and in a small vocabulary that is done by putting what is likely in most rows there."""
+    """`top_candidates`, but with ties in any order. On CPU `lax.top_k` takes half the time if the likely tokens come
+    first, so a small vocabulary is first sorted by the mean score over rows."""
     if sharding.device_of().platform != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
         return top_candidates(scores, k)
     order = jnp.argsort(-scores.mean(0)).astype(jnp.int32)
@@ -166,30 +165,29 @@ def _sample_candidates(values, ids, warpers, keys):
             case TopP(tail=tail):
                 values, ids = _in_order(values, ids)
                 rank = jnp.arange(values.shape[-1])[None]
-                upto = (rank.T >= rank).astype(jnp.float32)  # as a product: cumulative sums are slow on CPU
-                mass = jnp.dot(jax.nn.softmax(values, -1), upto, precision="highest")
-                kept = (mass > tail) | (rank == 0)
-                values = jnp.where(kept, values, -jnp.inf)
+                at_or_below = (rank.T >= rank).astype(jnp.float32)  # a matrix product: cumsum is slow on CPU
+                mass = jnp.dot(jax.nn.softmax(values, -1), at_or_below, precision="highest")
+                values = jnp.where((mass > tail) | (rank == 0), values, -jnp.inf)
     values += token_noise(keys, ids)
     best = values == values.max(-1, keepdims=True)
-    return jnp.min(ids, -1, where=best, initial=jnp.iinfo(jnp.int32).max)  # a third of the time of an argmax on CPU
+    return jnp.min(ids, -1, where=best, initial=jnp.iinfo(jnp.int32).max)  # a third of an argmax's time on CPU
 
 
 def _in_order(values, ids):
-    """Candidates by descending (value, id), the reverse of the whole vocabulary's order in top-p. They come by
-    descending value, ties in any order: most steps need no sort."""
+    """Sorts candidates by descending (value, id), the reverse of top-p's order over the vocabulary. They are already in
+    descending order but for ties, so most steps need no sort."""
     tied = jnp.any((values == jnp.roll(values, 1, -1)) & (values > -jnp.inf))
     return lax.cond(tied, lambda: tuple(x[:, ::-1] for x in lax.sort((values, ids), num_keys=2)), lambda: (values, ids))
 
 
 def _sample_vocabulary(scores, warpers, keys):
-    """float32 [B,V] → int32 [B], with any warpers, over the whole vocabulary."""
+    """Samples from the whole vocabulary with any warpers: float32 [B,V] → int32 [B]."""
     scores = warpers_.apply(warpers, scores)
     stream = jnp.full((*keys.shape, 1), _ROW_STREAM, jnp.uint32)
     uniform = (_hash(keys, stream)[:, 0] >> 8).astype(jnp.float32) * 2.0**-24
-    rows, model, split = _mesh_axes(scores.shape)
-    inverse = lambda scores, uniform: inverse_cdf(scores, uniform, model)  # noqa: E731
-    if split:
+    rows, model, has_mesh = _mesh_axes(scores.shape)
+    inverse = functools.partial(inverse_cdf, axis=model)
+    if has_mesh:
         inverse = jax.shard_map(
             inverse,
             in_specs=(PartitionSpec(rows, model), PartitionSpec(rows)),
@@ -200,10 +198,10 @@ def _sample_vocabulary(scores, warpers, keys):
 
 
 def inverse_cdf(scores: jax.Array, uniform: jax.Array, axis: str | None = None) -> jax.Array:
-    """The first token, by id, at which the cumulative distribution of softmax(scores) exceeds a number in [0, 1).
+    """The first token id at which the cumulative distribution of softmax(scores) exceeds `uniform`, in [0, 1).
 
     Args:
-      scores: float32 [B,V]; inside `shard_map` over `axis`, the local part of the vocabulary.
+      scores: float32 [B,V]; inside `shard_map` over `axis`, the local shard of the vocabulary.
       uniform: float32 [B].
     Returns: int32 [B]; never a token of score −inf.
     """
@@ -217,42 +215,41 @@ def inverse_cdf(scores: jax.Array, uniform: jax.Array, axis: str | None = None) 
     first: jax.typing.ArrayLike = 0
     owned: jax.typing.ArrayLike = True
     if axis:
-        parts = lax.all_gather(sums.sum(-1), axis, axis=1)
-        part, uniform = _step_into(parts, uniform * parts.sum(-1))
-        first, owned = lax.axis_index(axis) * size, part == lax.axis_index(axis)
+        shard_sums = lax.all_gather(sums.sum(-1), axis, axis=1)
+        shard, uniform = _locate(shard_sums, uniform * shard_sums.sum(-1))
+        first, owned = lax.axis_index(axis) * size, shard == lax.axis_index(axis)
     else:
         uniform = uniform * sums.sum(-1)
-    block, uniform = _step_into(sums, uniform)
-    place, _ = _step_into(jnp.take_along_axis(mass, block[:, None, None], 1)[:, 0], uniform)
-    token = first + block * _BLOCK + place
+    block, uniform = _locate(sums, uniform)
+    offset, _ = _locate(jnp.take_along_axis(mass, block[:, None, None], 1)[:, 0], uniform)
+    token = first + block * _BLOCK + offset
     return lax.psum(jnp.where(owned, token, 0), axis) if axis else token
 
 
-def _step_into(mass, target):
-    """Where a cumulative mass passes the target: float32 [B,n], [B] → the index [B], and what is left of
-    the target within it [B]."""
-    upto = jnp.cumsum(mass, -1)
-    # A cumulative sum in floating point may pass the target on an entry of no mass, or nowhere: neither is
-    # an answer.
-    passed = (upto > target[:, None]) & (mass > 0)
+def _locate(mass, target):
+    """Where the cumulative mass exceeds the target: float32 [B,n], [B] → the index [B] and the rest of the target
+    within that entry [B]."""
+    cumulative = jnp.cumsum(mass, -1)
+    # By rounding, the cumulative sum may exceed the target at an entry without mass, or nowhere.
+    passed = (cumulative > target[:, None]) & (mass > 0)
     index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), jnp.argmax(mass, -1)).astype(jnp.int32)
-    before = (jnp.take_along_axis(upto, index[:, None], -1) - jnp.take_along_axis(mass, index[:, None], -1))[:, 0]
+    before = (jnp.take_along_axis(cumulative, index[:, None], -1) - jnp.take_along_axis(mass, index[:, None], -1))[:, 0]
     return index, jnp.maximum(target - before, 0.0)
 
 
 def _mesh_axes(shape: tuple[int, ...]) -> tuple[tuple[str, ...] | None, str | None, bool]:
-    """How the mesh splits scores [B,V]: the rows' axes, the vocabulary's axis, and whether there is a mesh.
+    """How the mesh shards scores [B,V]: axes of the rows, axis of the vocabulary, and whether there is a mesh at all.
 
-    What an axis does not divide stays whole on it, but is still computed device by device: left to
-    the partitioner, a top_k becomes a sort.
+    A dimension that an axis does not divide is replicated, yet still computed per device with `shard_map`: the
+    partitioner would turn top_k into a sort.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None, None, False
     rows = tuple(name for name in ("data", "fsdp") if mesh.shape.get(name, 1) > 1)
-    parts = mesh.shape.get("model", 1)
+    shards = mesh.shape.get("model", 1)
     return (
         rows if rows and shape[0] % math.prod(mesh.shape[name] for name in rows) == 0 else None,
-        "model" if parts > 1 and shape[1] % parts == 0 else None,
+        "model" if shards > 1 and shape[1] % shards == 0 else None,
         True,
     )

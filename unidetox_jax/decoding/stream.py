@@ -1,7 +1,7 @@
-"""`stream`: `generate` a token at a time, for whoever wants to see a text while it is written.
+"""`stream`: `generate` one token at a time, to show a text while it is written.
 
-A step is a program of its own here, called by the host, which reads each token before it asks for the next; the tokens
-are those of `generate`.
+The host runs one compiled program per step and reads each token before it starts the next step; the tokens equal those
+of `generate`.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import numpy as np
 
 from unidetox_jax.decoding import loop
 from unidetox_jax.decoding import warpers as warpers_
-from unidetox_jax.decoding.generate import check_numbers, make_request
+from unidetox_jax.decoding.generate import check_finite, make_request
 from unidetox_jax.decoding.objective import Objective
-from unidetox_jax.decoding.preparation import use
+from unidetox_jax.decoding.preparation import mesh_context
 from unidetox_jax.decoding.warpers import Warper
 from unidetox_jax.models import Model
 
@@ -24,9 +24,9 @@ _step = jax.jit(loop.step, static_argnames="plan", donate_argnames="state")
 
 
 class Token(NamedTuple):
-    """One token of each of B rows; NumPy arrays.
+    """One token of each of B rows, as NumPy arrays.
 
-    ids: int32 [B], pad in a row that ended before. live: bool [B], whether a row got one. log_probabilities: float32
+    ids: int32 [B], pad in finished rows. live: bool [B], whether the row was unfinished. log_probabilities: float32
     [M,B], the token's under each model alone (untruncated).
     """
 
@@ -45,12 +45,9 @@ def stream(
     layer_loop: str = "scan",
     **settings: Any,
 ) -> Iterator[Token]:
-    """Yields the next token of every row until all have ended or have `max_new_tokens`.
+    """Yields every row's next token until all rows have ended or have `max_new_tokens`.
 
-    Args: those of `generate`, settings as well. layer_loop: a scan compiles in a fifth of the time.
-
-    Raises:
-      UserError: as `generate`.
+    Arguments and errors are those of `generate`. layer_loop: scan compiles five times faster than unroll.
     """
     request = make_request(
         models,
@@ -61,17 +58,17 @@ def stream(
         layer_loop=layer_loop,
         **settings,
     )
-    plan = dataclasses.replace(request.plan, segments=request.plan.segments[-1:])  # one size of caches: one program
+    plan = dataclasses.replace(request.plan, segments=request.plan.segments[-1:])  # one cache size: one program
     in_order, batch = warpers_.in_order(warpers), request.batch
-    with use(request.mesh):
+    with mesh_context(request.mesh):
         keys, state = _begin(request.params, request.inputs, objective, plan=plan)
     sums = np.zeros((len(models), batch), np.float32)
     for index in range(max_new_tokens):
         live = ~np.asarray(state.ended)[:batch]
         if not live.any():
             return
-        with use(request.mesh):
+        with mesh_context(request.mesh):
             state = _step(request.params, keys, state, request.inputs, objective, in_order, plan=plan)
-        check_numbers(np.asarray(state.bad)[:, :batch], state.step, objective)
+        check_finite(np.asarray(state.bad)[:, :batch], state.step, objective)
         before, sums = sums, np.asarray(state.log_probabilities)[:, :batch]
         yield Token(np.asarray(state.tokens)[index, :batch], live, sums - before)

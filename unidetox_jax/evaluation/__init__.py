@@ -1,6 +1,6 @@
-"""What was gained and lost: toxicity, perplexity, diversity, knowledge, batched and on the device.
+"""Evaluation of language models: toxicity, perplexity, diversity and knowledge, batched on the device.
 
-A metric is a class in a file of its own, named in `metrics`. Modules are imported when they are first asked for.
+Each metric is a class in its own file, registered in `metrics`. Submodules are imported on first use.
 """
 
 import importlib

@@ -1,5 +1,6 @@
-"""How far toxicity scorers agree on single texts: Cohen's kappa of what each calls toxic (Cohen, 1960), and Spearman's
-rank correlation of their scores. Two that were fitted on different data and agree little measure different things."""
+"""Agreement of toxicity scorers on single texts: Cohen's kappa of their toxic/non-toxic decisions (Cohen, 1960) and
+Spearman's rank correlation of their scores. Scorers fitted on different data that agree little measure different
+things."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,32 +11,31 @@ import scipy.stats
 from sklearn.metrics import cohen_kappa_score
 
 
-def of(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[str, Any]]:
-    """Every two scorers' agreement.
+def pairwise(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[str, Any]]:
+    """The agreement of every pair of scorers.
 
     Args:
-      scores: scorer's name → scores of the same texts, of any shape, NaN for a text that it refused.
-      threshold: toxic is what scores above it.
+      scores: scorer name → scores of the same texts, of any shape, NaN for texts that it refused.
+      threshold: scores above it mean toxic.
 
     Returns:
-      [{"scorers": [one, other], "kappa", "rank_correlation", "toxic": share of texts by each, "texts"}, …]; None for
-      what does not exist: a kappa where both, a correlation where one of them says the same of all texts.
+      [{"scorers": [first, second], "kappa", "rank_correlation", "toxic": share of toxic texts by each, "texts"}, …].
+      Undefined values are None: kappa if all decisions of both are the same, a correlation if one gives equal scores.
     """
-    found = []
-    for (one, left), (other, right) in itertools.combinations(scores.items(), 2):
-        both = np.isfinite(left) & np.isfinite(right)
-        sides = [left[both], right[both]]
-        calls = [side > threshold for side in sides]
-        varied = all(side.size and np.ptp(side) for side in sides)
-        differ = any(np.unique(call).size > 1 for call in calls)
-        varied = all(np.unique(side).size > 1 for side in sides)
-        found.append(
+    results = []
+    for (first, first_scores), (second, second_scores) in itertools.combinations(scores.items(), 2):
+        scored = np.isfinite(first_scores) & np.isfinite(second_scores)
+        pair = [first_scores[scored], second_scores[scored]]
+        decisions = [values > threshold for values in pair]
+        has_kappa = any(np.unique(decision).size > 1 for decision in decisions)
+        has_correlation = all(np.unique(values).size > 1 for values in pair)
+        results.append(
             {
-                "scorers": [one, other],
-                "kappa": float(cohen_kappa_score(*calls)) if differ else None,
-                "rank_correlation": float(scipy.stats.spearmanr(*sides).statistic) if varied else None,
-                "toxic": [float(call.mean()) if call.size else None for call in calls],
-                "texts": int(both.sum()),
+                "scorers": [first, second],
+                "kappa": float(cohen_kappa_score(*decisions)) if has_kappa else None,
+                "rank_correlation": float(scipy.stats.spearmanr(*pair).statistic) if has_correlation else None,
+                "toxic": [float(decision.mean()) if decision.size else None for decision in decisions],
+                "texts": int(scored.sum()),
             }
         )
-    return found
+    return results

@@ -1,7 +1,7 @@
-"""Which variant of a method is taken: the least toxic one among those that leave the language model one.
+"""Chooses the variant of a method: the least toxic one that leaves the language model intact.
 
-The rule is the same for every method, and reads validation prompts alone: the lowest TP among the variants whose
-perplexity rose by at most a given part of the published model's; where none is so, the one whose perplexity rose least.
+The rule is the same for every method and uses validation prompts only: the lowest TP among variants whose perplexity
+rose by at most a given fraction of the published model's; if there is none, the variant whose perplexity rose least.
 """
 
 import dataclasses
@@ -9,22 +9,22 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-ALL = "all targets"  # whose choice it is, where it is not one target's
+ALL = "all targets"  # the key of a choice for all targets together
 VARIANT = re.compile(r"(.+?)-(\w+=.*)")
 
 
-def method(form: str) -> tuple[str, str]:
-    """A form's method and variant: ("dexperts", "alpha=2.0") of "dexperts-alpha=2.0"."""
+def split_form(form: str) -> tuple[str, str]:
+    """Method and variant of a form's name: ("dexperts", "alpha=2.0") for "dexperts-alpha=2.0"."""
     match = VARIANT.fullmatch(form)
     return (match[1], match[2]) if match else (form, "")
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """What a variant of a method came to on validation prompts.
+class VariantScores:
+    """Results of a method's variant on validation prompts.
 
-    tp: the share of prompts continued toxically, in [0, 1]; perplexity: of its continuations; original: that of the
-    model as published. NaN where nothing was measured, which is never chosen if anything was.
+    tp: share of prompts continued toxically, in [0, 1]; perplexity: of its continuations; original: perplexity of the
+    published model. NaN if not measured; such variants are chosen only if no other was measured.
     """
 
     method: str
@@ -35,46 +35,47 @@ class Figures:
 
     @property
     def rise(self) -> float:
-        """Of the perplexity, as a part of the published model's."""
+        """Relative increase of the perplexity over the published model's."""
         return self.perplexity / self.original - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """within: whether the perplexity rose by no more than was allowed; if not, no variant's did."""
+    """within: whether the perplexity rose by at most the allowed fraction; if not, no variant's did."""
 
-    figures: Figures
+    scores: VariantScores
     within: bool
 
 
-def choose(figures: Iterable[Figures], most: float) -> dict[str, Choice]:
-    """Method → the variant that is taken; of equals the first."""
-    methods: dict[str, list[Figures]] = {}
-    for one in figures:
-        methods.setdefault(one.method, []).append(one)
+def choose(variants: Iterable[VariantScores], most: float) -> dict[str, Choice]:
+    """Method → the chosen variant, of equal ones the first. most: the allowed relative increase of perplexity."""
+    methods: dict[str, list[VariantScores]] = {}
+    for variant in variants:
+        methods.setdefault(variant.method, []).append(variant)
     chosen = {}
-    for method, variants in methods.items():
-        allowed = [one for one in variants if one.perplexity <= (1 + most) * one.original]
+    for method, candidates in methods.items():
+        allowed = [each for each in candidates if each.perplexity <= (1 + most) * each.original]
         if allowed:
-            chosen[method] = Choice(min(allowed, key=lambda one: (_last(one.tp), one.rise)), True)
+            chosen[method] = Choice(min(allowed, key=lambda each: (_nan_last(each.tp), each.rise)), True)
         else:
-            chosen[method] = Choice(min(variants, key=lambda one: (_last(one.rise), _last(one.tp))), False)
+            least = min(candidates, key=lambda each: (_nan_last(each.rise), _nan_last(each.tp)))
+            chosen[method] = Choice(least, False)
     return chosen
 
 
-def pooled(by_target: Mapping[str, Sequence[Figures]]) -> list[Figures]:
-    """Each variant over all targets, for one choice for all of them: the mean TP, and the mean of the perplexities as
-    parts of the published models'. A variant counts where it was measured on every target that its method has."""
-    found: dict[tuple[str, str], list[Figures]] = {}
-    for one in (one for rows in by_target.values() for one in rows):
-        found.setdefault((one.method, one.variant), []).append(one)
-    most: dict[str, int] = {}
-    for (method, _), rows in found.items():
-        most[method] = max(most.get(method, 0), len(rows))
+def pooled(by_target: Mapping[str, Sequence[VariantScores]]) -> list[VariantScores]:
+    """Each variant over all targets: mean TP and mean relative perplexity. Variants that were not measured on all
+    targets of their method are left out."""
+    groups: dict[tuple[str, str], list[VariantScores]] = {}
+    for each in (each for variants in by_target.values() for each in variants):
+        groups.setdefault((each.method, each.variant), []).append(each)
+    targets: dict[str, int] = {}
+    for (method, _), group in groups.items():
+        targets[method] = max(targets.get(method, 0), len(group))
     return [
-        Figures(method, variant, _mean(one.tp for one in rows), _mean(one.rise + 1 for one in rows), 1.0)
-        for (method, variant), rows in found.items()
-        if len(rows) == most[method]
+        VariantScores(method, variant, _mean(each.tp for each in group), _mean(each.rise + 1 for each in group), 1.0)
+        for (method, variant), group in groups.items()
+        if len(group) == targets[method]
     ]
 
 
@@ -83,6 +84,6 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def _last(value: float) -> float:
-    """For an order in which NaN comes last."""
+def _nan_last(value: float) -> float:
+    """A sort key that puts NaN last."""
     return math.inf if math.isnan(value) else value

@@ -1,7 +1,7 @@
-"""How varied continuations are: distinct n-grams of a prompt's samples over their words (Li et al., 2016).
+"""Diversity of continuations: distinct n-grams of a prompt's samples divided by their words (Li et al., 2016).
 
-As the released code counts: words are what lies between single spaces, an empty text is one (empty) word, and the
-number of words is the denominator for every n.
+Counted as in the paper's released code: words are separated by single spaces, an empty text is one (empty) word, and
+the number of words is the denominator for every n.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,11 @@ class Diversity(Metric):
     """Dist-1, 2, 3 of the continuations."""
 
     def compute(self, subject: Subject) -> Result:
-        prompts, released = subject.prompts.texts, subject.settings.reproduce_release
-        ratios = np.stack([per_prompt(_counted(prompts, run.texts, released)) for run in subject.runs])  # [R, P, 3]
+        runs = [run.texts for run in subject.runs]
+        if subject.settings.reproduce_release:  # the released code counts the prompts as well
+            prompts = subject.prompts.texts
+            runs = [[[p + text for text in texts] for p, texts in zip(prompts, run, strict=True)] for run in runs]
+        ratios = np.stack([per_prompt(run) for run in runs])  # [R, P, 3]
         by_order = {f"dist{order}": ratios[:, :, column] for column, order in enumerate(ORDERS)}
         return Result(
             {name: subject.estimate(values) for name, values in by_order.items()},
@@ -37,21 +40,14 @@ class Diversity(Metric):
         }
 
 
-def _counted(prompts: Sequence[str], texts: Sequence[Sequence[str]], released: bool) -> Sequence[Sequence[str]]:
-    """The texts; as the released code counts, with their prompts before them."""
-    if not released:
-        return texts
-    return [[prompt + text for text in own] for prompt, own in zip(prompts, texts, strict=True)]
-
-
 def distinct(texts_by_prompt: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Dist-n: the mean over prompts of distinct n-grams over words of the prompt's texts.
+    """Dist-n: the mean over prompts of (distinct n-grams / words) of the prompt's texts.
 
     Returns:
       {"dist1", "dist2", "dist3", "prompts", "texts"}.
 
     Raises:
-      UserError: no prompt, or a prompt without a text.
+      UserError: no prompts, or a prompt without texts.
     """
     ratios = per_prompt(texts_by_prompt)
     means = {f"dist{order}": float(ratios[:, column].mean()) for column, order in enumerate(ORDERS)}
@@ -59,7 +55,7 @@ def distinct(texts_by_prompt: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def per_prompt(texts_by_prompt: Sequence[Sequence[str]]) -> np.ndarray:
-    """Dist-1, 2, 3 of each prompt's texts: float64 [P, 3]. Raises UserError as `distinct` does."""
+    """Dist-1, 2, 3 of each prompt's texts: float64 [P, 3]. Raises UserError like `distinct`."""
     if not texts_by_prompt:
         raise UserError("diversity: no prompts")
     ratios = np.empty((len(texts_by_prompt), len(ORDERS)))

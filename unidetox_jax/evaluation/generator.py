@@ -1,6 +1,6 @@
-"""What writes the text that is evaluated: models, the objective over their logits, and what each reads first.
+"""A text generator: models, the objective over their logits, and an optional prefix for each.
 
-A `Generator` stands wherever a model is asked for text or for likelihoods; a `Model` alone is one under `base`.
+A `Generator` is accepted wherever a model generates or scores text; a plain `Model` is one with the objective `base`.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding import objectives
 from unidetox_jax.decoding.objective import Objective
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.models import Model, ModelConfig
 
 
 class Generator(NamedTuple):
     """Models in the order of the objective's arguments.
 
-    prefixes: token ids that each model reads before a text, after its `begin`; empty: nothing. begin: what the
-    tokenizer begins a text with. vocab_size: tokens that all models share; None: all of the one model.
+    prefixes: token ids that each model reads before a text, after `begin`. begin: the tokens with which the tokenizer
+    begins a text. vocab_size: number of tokens that all models share; None: all of the only model.
     """
 
     models: tuple[Model, ...]
@@ -29,46 +29,46 @@ class Generator(NamedTuple):
 
     @property
     def cfg(self) -> ModelConfig:
-        """The first model's, with the context that is left to a text."""
+        """The first model's configuration, with the context length that remains for a text."""
         first = self.models[0].cfg
-        left = [
+        lengths = [
             model.cfg.max_position_embeddings - len(prefix)
             for model, prefix in zip(self.models, self.prefixes, strict=True)
         ]
         size = self.vocab_size or first.vocab_size
-        return dataclasses.replace(first, max_position_embeddings=min(left), vocab_size=size)
+        return dataclasses.replace(first, max_position_embeddings=min(lengths), vocab_size=size)
 
     @property
     def params(self) -> Any:
-        """The first model's."""
+        """The first model's parameters."""
         return self.models[0].params
 
-    def read_by(self, index: int, tokens: Any) -> list[int]:
-        """A text as model `index` reads it: with its prefix, after what the text begins with."""
+    def model_input(self, index: int, tokens: Any) -> list[int]:
+        """The tokens that model `index` reads for a text: with its prefix inserted after `begin`."""
         tokens, begin = list(tokens), len(self.begin)
-        at = begin if tuple(tokens[:begin]) == self.begin else 0
-        return [*tokens[:at], *self.prefixes[index], *tokens[at:]]
+        start = begin if tuple(tokens[:begin]) == self.begin else 0
+        return [*tokens[:start], *self.prefixes[index], *tokens[start:]]
 
 
-def alone(model: Model | Generator) -> Generator:
-    """A model as a generator; a generator as it is."""
+def as_generator(model: Model | Generator) -> Generator:
+    """Wraps a plain model; returns a generator unchanged."""
     return model if isinstance(model, Generator) else Generator((model,))
 
 
 def make(
     models: Sequence[Model], tokenizers: Sequence[Any], names: Sequence[str], objective: str, prefixes: Sequence[str]
 ) -> Generator:
-    """A generator of loaded models. prefixes: text, one for each model, or none at all.
+    """A generator of loaded models. prefixes: one text per model, or empty.
 
     Raises:
-      UserError: models of different tokenizers, or more or fewer than the objective takes.
+      UserError: different tokenizers, or the wrong number of models for the objective.
     """
-    chosen = objectives.get(objective)
-    chosen.check_models(len(models))
+    resolved = objectives.get(objective)
+    resolved.check_models(len(models))
     encoded = [tuple(data_tokens.encode(tokenizers[0], [text], begin=False)[0]) for text in prefixes]
     return Generator(
         tuple(models),
-        chosen,
+        resolved,
         tuple(encoded) or ((),) * len(models),
         tuple(data_tokens.prefix(tokenizers[0])),
         common_vocabulary(tokenizers, names) if len(models) > 1 else None,

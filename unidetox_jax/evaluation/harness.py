@@ -1,11 +1,11 @@
-"""lm-evaluation-harness over any of our models: its `TemplateLM`, batched on the device.
+"""lm-evaluation-harness for our models: an implementation of its `TemplateLM`, batched on the device.
 
     from unidetox_jax.evaluation import harness
-    harness.evaluate(model, tokenizer, ["hellaswag", "my_task.yaml"])      # or, for anything else that lm_eval does:
+    harness.evaluate(model, tokenizer, ["hellaswag", "my_task.yaml"])      # or, for other features of lm_eval:
     lm_eval.simple_evaluate(model=harness.HarnessLM(model, tokenizer), …)
 
-The harness is an extra (`pip install unidetox-jax[harness]`). A stop string ends a row on the device where a single
-token contains it; where two tokens make it up the row runs on, and the text is cut afterwards.
+The harness is an extra (`pip install unidetox-jax[harness]`). A stop string within a single token ends a row on the
+device; if it spans several tokens, the row runs on and the text is cut afterwards.
 """
 
 import functools
@@ -20,7 +20,7 @@ from unidetox_jax.data.chat import render
 from unidetox_jax.data.tokens import decode, encode, vocabulary_size
 from unidetox_jax.decoding import warpers
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations
+from unidetox_jax.evaluation import continuations
 from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.models import Model
@@ -34,10 +34,10 @@ try:
 except ImportError as error:
     raise UserError(f"the harness needs lm_eval ({error}): pip install 'unidetox-jax[harness]'") from None
 
-BOOTSTRAP = 100  # resamples for the standard error of metrics that have no closed form
-MAX_NEW_TOKENS = 256  # of a generation, where its task does not say
+BOOTSTRAP = 100  # resamples for standard errors without a closed form
+MAX_NEW_TOKENS = 256  # unless the task sets it
 SAMPLING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-# Settings of other back ends at the values at which they do nothing; None and False never do anything
+# Settings of other back ends, at the values that have no effect; nor have None and False
 NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1),
@@ -45,11 +45,11 @@ NEUTRAL = {
     **dict.fromkeys(("diversity_penalty", "presence_penalty", "frequency_penalty", "penalty_alpha"), 0),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_tokens"), 0),
 }
-NO_MEANING = ("do_sample", "use_cache", "length_penalty", "early_stopping")  # temperature says it, or it is of beams
+IGNORED = ("do_sample", "use_cache", "length_penalty", "early_stopping")  # implied by temperature, or only for beams
 
 
 class HarnessLM(TemplateLM):
-    """One of our models, as lm_eval sees it. Every process of a multi-host run makes the same requests."""
+    """One of our models as an lm_eval model. Every process of a multi-host run makes the same requests."""
 
     def __init__(self, model: Model | Generator, tokenizer: Any, batch_size: int = 256, seed: int = 0):
         super().__init__()
@@ -63,7 +63,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What predicts the first token of a text without a context: BOS, or else the end of the text before."""
+        """The token that predicts the first one of a text without context: BOS, or else the end of text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -73,13 +73,13 @@ class HarnessLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Tokens of a text, begun as the tokenizer begins one, unless the text has its BOS already."""
+        """Tokens of a text, started as the tokenizer starts a text unless it already has BOS."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         return encode(self.tokenizer, [string], begin=add_special_tokens)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's template writes it."""
+        """A conversation in the tokenizer's chat template."""
         return render(
             self.tokenizer,
             chat_history,
@@ -88,26 +88,28 @@ class HarnessLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        found = loglikelihood(
+        likelihoods = loglikelihood(
             self.model,
-            [context or [self.prefix_token_id] for _, context, _ in requests],  # of spaces, which the continuation took
+            # lm_eval moves spaces from the context to the continuation, which may leave the context empty
+            [context or [self.prefix_token_id] for _, context, _ in requests],
             [continuation for _, _, continuation in requests],
             self.batch_size,
             label=None if disable_tqdm else "likelihoods",
         )
-        answers = [(float(total), bool(greedy)) for total, greedy in zip(found.sums, found.greedy, strict=True)]
+        pairs = zip(likelihoods.sums, likelihoods.greedy, strict=True)
+        answers = [(float(total), bool(greedy)) for total, greedy in pairs]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The likelihood of whole texts, in windows that do not overlap."""
+        """Log-likelihoods of whole texts, in disjoint windows."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            for window in map(make_disjoint_window, cut):
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            for window in map(make_disjoint_window, rolling):
                 windows.append((None, *window))
                 owners.append(index)
         totals = [0.0] * len(requests)
@@ -118,27 +120,27 @@ class HarnessLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string; requests with the same settings are generated together."""
+        """Texts up to a stop string; requests with equal settings are batched."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         texts = [""] * len(requests)
         for members in groups.values():
-            found = self._generate([requests[i].args[0] for i in members], requests[members[0]].args[1], disable_tqdm)
-            for index, text in zip(members, found, strict=True):
+            contexts, settings = [requests[i].args[0] for i in members], requests[members[0]].args[1]
+            for index, text in zip(members, self._generate(contexts, settings, disable_tqdm), strict=True):
                 texts[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-    def _generate(self, contexts: Sequence[str], given: Mapping[str, Any], quiet: bool) -> list[str]:
-        settings = normalize_gen_kwargs({k: v for k, v in given.items() if v is not None}, MAX_NEW_TOKENS)
+    def _generate(self, contexts: Sequence[str], gen_kwargs: Mapping[str, Any], quiet: bool) -> list[str]:
+        settings = normalize_gen_kwargs({k: v for k, v in gen_kwargs.items() if v is not None}, MAX_NEW_TOKENS)
         count = settings.pop("max_gen_toks")
         end = self.tokenizer.decode([self.eot_token_id])
         stops = handle_stop_sequences(settings.pop("until", None), eos=end)
         room = self.max_length - count
         if room < 1:
             raise UserError(f"harness: a task asks for {count} new tokens, the model reads {self.max_length}")
-        new, _ = generations.complete(
+        new, _ = continuations.complete(
             self.model,
             [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             samples=1,
@@ -146,20 +148,20 @@ class HarnessLM(TemplateLM):
             warpers=_warpers(settings),
             seed=self.seed,
             batch_size=self.batch_size,
-            eos_id=self._ends(tuple(stops)),
+            eos_id=self._eos_ids(tuple(stops)),
             vocab_size=vocabulary_size(self.tokenizer),
             label=None if quiet else "generation",
         )
         texts = decode(self.tokenizer, [tokens for (tokens,) in new])
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
-    @functools.cache  # noqa: B019 (as many entries as a task has stop lists)
-    def _ends(self, stops: tuple[str, ...]) -> tuple[int, ...]:
+    @functools.cache  # noqa: B019 (one entry per stop list of a task)
+    def _eos_ids(self, stops: tuple[str, ...]) -> tuple[int, ...]:
         """The model's end tokens, and every token whose text contains a stop string."""
-        ends = {token for token in (*self.model.cfg.eos_token_ids, self.eot_token_id) if token is not None}
+        eos_ids = {token for token in (*self.model.cfg.eos_token_ids, self.eot_token_id) if token is not None}
         texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
-        ends |= {token for token, text in enumerate(texts) if any(stop and stop in text for stop in stops)}
-        return tuple(sorted(ends))
+        eos_ids |= {token for token, text in enumerate(texts) if any(stop and stop in text for stop in stops)}
+        return tuple(sorted(eos_ids))
 
 
 def evaluate(
@@ -173,17 +175,17 @@ def evaluate(
     """Runs tasks of lm-evaluation-harness.
 
     Args:
-      tasks: its names of tasks and groups, or `.yaml` files of tasks.
-      shots: examples before a question; None: as the task says. limit: documents of a task; None: all.
+      tasks: names of lm_eval's tasks and groups, or `.yaml` task files.
+      shots: few-shot examples; None: the task's default. limit: documents per task; None: all.
 
     Returns:
-      task → metric → value: `acc`, `acc_stderr`, with the filter's name (`exact_match,strict`) where it has one, and
+      task → metric → value: `acc`, `acc_stderr`, with the filter's name if there is one (`exact_match,strict`), and
       "documents".
 
     Raises:
-      UserError: no such task, or one that cannot be loaded.
+      UserError: no such task, or it cannot be loaded.
     """
-    os.environ["DISABLE_MULTIPROC"] = "1"  # forking a process that holds devices may hang
+    os.environ["DISABLE_MULTIPROC"] = "1"  # forking a process that owns devices may hang
     local = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     for task in local:
         if not epath.Path(task).exists():
@@ -193,12 +195,11 @@ def evaluate(
         if task not in local and task not in manager.all_tasks:
             raise UserError(f"harness: lm_eval has no task {task!r}; `lm-eval ls tasks` lists them")
     try:
-        loaded = manager.load(list(tasks))["tasks"]
-    except Exception as error:  # of its own, of `datasets`, of the network
+        manager.load(list(tasks))
+    except Exception as error:  # from lm_eval, `datasets` or the network
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"harness: {', '.join(tasks)} cannot be loaded ({reason})") from None
-    del loaded
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=HarnessLM(model, tokenizer, batch_size),
         tasks=list(tasks),
         num_fewshot=shots,
@@ -207,10 +208,10 @@ def evaluate(
         log_samples=False,
         task_manager=manager,
     )
-    counts = found.get("n-samples", {})
+    counts = results.get("n-samples", {})
     return {
         name: {**_numbers(values), **({"documents": counts[name]["effective"]} if name in counts else {})}
-        for name, values in found["results"].items()
+        for name, values in results["results"].items()
     }
 
 
@@ -218,18 +219,18 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if isinstance(value, int | float) and name != "sample_len"  # that is the count of documents
+        if isinstance(value, int | float) and name != "sample_len"  # a count of documents
     }
 
 
 def _warpers(settings: Mapping[str, Any]) -> tuple[warpers.Warper, ...]:
-    """What `temperature`, `top_k`, `top_p` and `min_p` of a task mean; what is not given is off."""
-    for name in sorted(set(settings) - {*SAMPLING, *NO_MEANING}):
+    """The warpers for a task's `temperature`, `top_k`, `top_p` and `min_p`; missing ones are off."""
+    for name in sorted(set(settings) - {*SAMPLING, *IGNORED}):
         if settings[name] is not False and settings[name] != NEUTRAL.get(name):
             raise UserError(
                 f"harness: a task asks for generation with {name}={settings[name]!r}, which is not implemented"
             )
-    value = {**SAMPLING, **{name: settings[name] for name in SAMPLING if name in settings}}
-    if value["temperature"] == 0:
+    values = {name: settings.get(name, default) for name, default in SAMPLING.items()}
+    if values["temperature"] == 0:
         return (warpers.greedy(),)
-    return warpers.choose(**{**value, "top_k": max(value["top_k"], 0)})  # some back ends write -1 for off
+    return warpers.choose(**{**values, "top_k": max(values["top_k"], 0)})  # some back ends write -1 for off

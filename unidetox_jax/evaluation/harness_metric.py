@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness as a metric; the harness itself, an extra, is imported when there are tasks to run."""
+"""Tasks of lm-evaluation-harness as a metric. The harness, an extra, is imported only if there are tasks to run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subj
 
 
 class HarnessTasks(Metric):
-    """The tasks of config.evaluate.harness, with the harness's own metrics. They stand beside the table, not in it."""
+    """The tasks of config.evaluate.harness with their own metrics, listed beside the table, not in it."""
 
     field = "harness"
     loads = "subject"

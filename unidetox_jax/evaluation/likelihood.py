@@ -1,7 +1,7 @@
-"""Log-probabilities of continuations given contexts, under any model, or any objective over several: the one scorer
-behind perplexity, MMLU, harness.
+"""Log-probabilities of continuations given contexts, under a model or an objective over several: used by perplexity,
+MMLU and the harness.
 
-Only continuation positions meet the head, in slices that bound the logits' memory.
+Only continuation positions go through the head, in chunks that bound the memory of their logits.
 
 Axes: F contexts of a batch, B batch rows, T input tokens of a row, S scored tokens before the last, K last tokens of a
 row, V vocabulary, D width.
@@ -19,17 +19,17 @@ from jax.sharding import Mesh
 from unidetox_jax import buckets, models, sharding
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.generator import Generator, alone
-from unidetox_jax.evaluation.likelihood_batches import Batch, batches_of, families_of, rows_of
+from unidetox_jax.evaluation.generator import Generator, as_generator
+from unidetox_jax.evaluation.likelihood_batches import Batch, make_batches, make_families, make_rows
 from unidetox_jax.models import Model, ModelConfig
 from unidetox_jax.progress import Progress
 
-LOGITS_BYTES = 1 << 28  # float32 logits held at once, per device
+LOGITS_BYTES = 1 << 28  # of float32 logits at a time, per device
 
 
 class LogLikelihood(NamedTuple):
-    """For N requests: sums float64 [N] (nats), greedy bool [N] (every token was a most probable one), counts int64
-    [N] (tokens scored), truncated int64 [N] (tokens cut off the context's left)."""
+    """For N requests: sums float64 [N] (nats), greedy bool [N] (all tokens had maximal probability), counts int64 [N]
+    (scored tokens), truncated int64 [N] (tokens cut off the context's left)."""
 
     sums: np.ndarray
     greedy: np.ndarray
@@ -38,11 +38,11 @@ class LogLikelihood(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the program reads beside weights, a tuple with an array for each model where their prefixes differ.
+    """The program's inputs beside weights. Tuples have one entry, or one per model if the models have prefixes.
 
-    tokens: int32 [B,T+L], L the model's prefix where the row is read whole. spans: int32 [B,2], start and number of
-    scored tokens before the last. scored: int32 [B,S]. last: int32 [B,K]. contexts: what rows share, int32 and bool
-    (which are real) [F,P]; empty: nothing.
+    tokens: int32 [B,T+L], where L is the model's prefix unless it is part of a shared context. spans: int32 [B,2],
+    start and number of scored tokens before the last. scored: int32 [B,S]. last: int32 [B,K]. contexts: shared
+    contexts, int32 [F,P], and their masks, bool; empty if rows share none.
     """
 
     tokens: tuple[Any, ...]
@@ -53,14 +53,13 @@ class Inputs(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is static in the program: the models; positions in front of a row's own in each; scored positions that
-    meet the head at once; rows that share a context; tokens that have probability (None: all)."""
+    """The static part of the program."""
 
     configs: tuple[ModelConfig, ...]
-    prefixes: tuple[int, ...]
-    piece: int
-    group: int = 1
-    vocab_size: int | None = None
+    prefixes: tuple[int, ...]  # lengths of the models' prefixes in a row's tokens
+    chunk: int  # scored positions that go through the head at a time
+    group: int = 1  # rows that share a context
+    vocab_size: int | None = None  # tokens that have probability; None: all
 
 
 def loglikelihood(
@@ -71,40 +70,39 @@ def loglikelihood(
     max_length: int | None = None,
     label: str | None = None,
 ) -> LogLikelihood:
-    """Log p(continuation | context), in float32 on the model's own mesh; of a generator, under its objective's
-    distribution, by which a token that it excludes has −inf.
+    """Log p(continuation | context), in float32 on the model's mesh. For a generator, under its objective's
+    distribution, where excluded tokens have −inf.
 
     Args:
-      contexts, continuations: N token lists each. An empty continuation scores 0, over 0 tokens, greedy.
-      batch_size: rows of up to 128 tokens at a time; longer rows come in proportionally smaller batches.
-      max_length: the longest input in tokens, None for the model's context. A longer request loses tokens of its
-        context, from the left.
-      label: shows progress under this name.
+      contexts, continuations: N token lists each. An empty continuation has sum 0, count 0, and is greedy.
+      batch_size: rows per batch of up to 128 tokens; longer rows come in proportionally smaller batches.
+      max_length: longest input in tokens; None: the model's context. Longer requests lose context from the left.
+      label: title of a progress bar.
 
     Raises:
       UserError: an empty context (nothing predicts the first token), a continuation longer than `max_length`, a token
-        that is not in the model's vocabulary, or an objective that needs more than logits.
+        outside the model's vocabulary, or an objective that needs a context.
     """
-    generator = alone(model)
+    generator = as_generator(model)
     if generator.objective.needs_context:
-        raise UserError(f"likelihood: given text has none under {generator.objective.name}, which needs a context")
+        raise UserError(f"likelihood: {generator.objective.name} needs a context, so it cannot score given text")
     limit = max_length or generator.cfg.max_position_embeddings
-    rows, truncated = rows_of(contexts, continuations, limit, generator.cfg.vocab_size)
+    rows, truncated = make_rows(contexts, continuations, limit, generator.cfg.vocab_size)
     mesh = sharding.mesh_of(generator.params) or sharding.single_device_mesh()
     counts = np.array([len(tokens) for tokens in continuations], np.int64)
     sums, greedy = np.zeros(len(counts)), np.ones(len(counts), bool)
 
     def collect(batch: Batch, result: tuple[jax.Array, jax.Array]) -> int:
-        found_sums, found_greedy = (np.asarray(array) for array in result)
-        for family, members in enumerate(batch.families):
-            for index, row in enumerate(members.rows, family * batch.group):
-                sums[row.owners] = found_sums[index, : len(row.owners)]
-                greedy[row.owners] = found_greedy[index, : len(row.owners)]
-        return sum(len(members.rows) for members in batch.families)
+        batch_sums, batch_greedy = (np.asarray(array) for array in result)
+        for number, family in enumerate(batch.families):
+            for index, row in enumerate(family.rows, number * batch.group):
+                sums[row.owners] = batch_sums[index, : len(row.owners)]
+                greedy[row.owners] = batch_greedy[index, : len(row.owners)]
+        return sum(len(family.rows) for family in batch.families)
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
-        pending = None  # the batch that the device works on while the host makes the next one
-        for batch in batches_of(families_of(rows), batch_size, limit, sharding.batch_shards(mesh)):
+        pending = None  # computed on the device while the host prepares the next batch
+        for batch in make_batches(make_families(rows), batch_size, limit, sharding.batch_shards(mesh)):
             result = _score(generator, mesh, batch, limit)
             if pending is not None:
                 bar.update(collect(*pending))
@@ -114,8 +112,8 @@ def loglikelihood(
     return LogLikelihood(sums, greedy, counts, truncated)
 
 
-def shared_beginning(*texts: Sequence[int]) -> int:
-    """How many tokens all the texts begin with, but at least 1: nothing predicts the first."""
+def common_prefix_length(*texts: Sequence[int]) -> int:
+    """Number of leading tokens that all texts share, but at least 1, as nothing predicts the first token."""
     shared = 0
     for first, *others in zip(*texts, strict=False):
         if any(token != first for token in others):
@@ -136,53 +134,57 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     width = 1 if widest == 1 else max(4, buckets.next_power_of_two(widest))
     size = batch.size * batch.group
     configs = tuple(model.cfg for model in generator.models)
-    piece = piece_length(configs, mesh, size, scored_length)
-    scored_length = buckets.round_up(scored_length, piece) if piece else 0
+    chunk = chunk_length(configs, mesh, size, scored_length)
+    scored_length = buckets.round_up(scored_length, chunk) if chunk else 0
 
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)
     spans = np.zeros((size, 2), np.int32)  # start, number of scored tokens before the last
-    places = [
+    indices = [
         number * batch.group + index
         for number, family in enumerate(batch.families)
         for index in range(len(family.rows))
     ]
-    for place, row in zip(places, rows, strict=True):
-        scored[place, : len(row.scored)] = row.scored
-        last[place, : len(row.last)] = row.last
-        spans[place] = row.start, len(row.scored)
+    for index, row in zip(indices, rows, strict=True):
+        scored[index, : len(row.scored)] = row.scored
+        last[index, : len(row.last)] = row.last
+        spans[index] = row.start, len(row.scored)
 
-    reads: list[Any] = [functools.partial(generator.read_by, index) for index in range(len(configs))]
-    ahead = [len(prefix) for prefix in generator.prefixes]
-    if not any(ahead):
-        reads, ahead = reads[:1], ahead[:1]  # all models read the same
+    to_inputs: list[Any] = [functools.partial(generator.model_input, index) for index in range(len(configs))]
+    prefixes = [len(prefix) for prefix in generator.prefixes]
+    if not any(prefixes):
+        to_inputs, prefixes = to_inputs[:1], prefixes[:1]  # all models read the same
     contexts: list[tuple[np.ndarray, np.ndarray]] = []
     if shared:
         families = batch.families
         extent = buckets.text_length(max(len(family.prefix) for family in families), limit)
-        beginnings = [[(i, read(family.prefix)) for i, family in enumerate(families)] for read in reads]
-        contexts = [_filled(some, batch.size, extent + own) for some, own in zip(beginnings, ahead, strict=True)]
-        reads, ahead = [list], [0]
-    texts = [[(place, read(row.tokens)) for place, row in zip(places, rows, strict=True)] for read in reads]
-    tokens = [_filled(some, size, length + own)[0] for some, own in zip(texts, ahead, strict=True)]
+        starts = [[(i, to_input(family.prefix)) for i, family in enumerate(families)] for to_input in to_inputs]
+        contexts = [_right_padded(*pair, batch.size, extent) for pair in zip(starts, prefixes, strict=True)]
+        to_inputs, prefixes = [list], [0]
+    texts = [
+        [(index, to_input(row.tokens)) for index, row in zip(indices, rows, strict=True)] for to_input in to_inputs
+    ]
+    tokens = [_right_padded(*pair, size, length)[0] for pair in zip(texts, prefixes, strict=True)]
     inputs = Inputs(tuple(tokens), spans, scored, last, tuple(contexts))
     placed = sharding.put(inputs, sharding.batch_sharding(mesh))
-    shape = Shape(configs, tuple(ahead), piece, batch.group, generator.vocab_size)
+    shape = Shape(configs, tuple(prefixes), chunk, batch.group, generator.vocab_size)
     with jax.set_mesh(mesh):
         return program(mesh)(tuple(model.params for model in generator.models), placed, generator.objective, shape)
 
 
-def _filled(texts: Iterable[tuple[int, Any]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts, each with its row, and which of their tokens are real: int32, bool [rows, length]; padding right."""
-    tokens, real = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+def _right_padded(
+    texts: Iterable[tuple[int, Any]], prefix: int, rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, int32 and bool [rows, prefix + length], of texts given with their row indices."""
+    tokens, mask = np.zeros((rows, prefix + length), np.int32), np.zeros((rows, prefix + length), bool)
     for row, text in texts:
         tokens[row, : len(text)] = text
-        real[row, : len(text)] = True
-    return tokens, real
+        mask[row, : len(text)] = True
+    return tokens, mask
 
 
-def piece_length(configs: Sequence[ModelConfig], mesh: Mesh, rows: int, scored_length: int) -> int:
-    """Scored positions that meet the head at once, all or a power of two: LOGITS_BYTES bound their logits."""
+def chunk_length(configs: Sequence[ModelConfig], mesh: Mesh, rows: int, scored_length: int) -> int:
+    """Scored positions that go through the head at a time, all or a power of two, such that LOGITS_BYTES suffice."""
     per_device = max(1, rows // sharding.batch_shards(mesh)) * sum(cfg.vocab_size for cfg in configs) * 4
     return min(scored_length, buckets.next_power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
@@ -195,16 +197,15 @@ def program(mesh: Mesh):
 
 def _program_body(params: tuple[Any, ...], inputs: Inputs, objective: Objective, shape: Shape):
     start, count = inputs.spans[:, 0], inputs.spans[:, 1]
-    each = range(len(params))
-    hidden = [_hidden(params[index], inputs, shape, index) for index in each]
+    hidden = [_hidden(params[index], inputs, shape, index) for index in range(len(params))]
 
     def logits(positions):  # [B, n] → [B, n, V]
         positions = jnp.minimum(positions, hidden[0].shape[1] - 1)
-        taken = [jnp.take_along_axis(states, positions[..., None], axis=1) for states in hidden]
-        found = [models.logits(params[index], taken[index], shape.configs[index]) for index in each]
-        return objective(*(one[..., : shape.vocab_size] for one in found))
+        states = [jnp.take_along_axis(each, positions[..., None], axis=1) for each in hidden]
+        per_model = [models.logits(*model) for model in zip(params, states, shape.configs, strict=True)]
+        return objective(*(each[..., : shape.vocab_size] for each in per_model))
 
-    def score(positions, targets):  # [B, n], [B, n] → log-probabilities and whether each is the highest, [B, n]
+    def score(positions, targets):  # [B, n], [B, n] → log-probabilities, and whether each is maximal, [B, n]
         return _gather(logits(positions), targets)
 
     final = logits((start + count)[:, None])  # the position that predicts the last token
@@ -212,31 +213,31 @@ def _program_body(params: tuple[Any, ...], inputs: Inputs, objective: Objective,
     if (scored := inputs.scored).shape[1]:
         offsets = jnp.arange(scored.shape[1])[None]
         positions = start[:, None] + offsets
-        pieces = [jnp.moveaxis(x.reshape(x.shape[0], -1, shape.piece), 1, 0) for x in (positions, scored)]
-        values, highest = jax.lax.map(lambda piece: score(*piece), tuple(pieces))
-        values, highest = (jnp.moveaxis(x, 0, 1).reshape(scored.shape) for x in (values, highest))
-        real = offsets < count[:, None]
-        sums += jnp.sum(jnp.where(real, values, 0.0), axis=1, keepdims=True)
-        greedy &= jnp.all(highest | ~real, axis=1, keepdims=True)
+        chunks = [jnp.moveaxis(x.reshape(x.shape[0], -1, shape.chunk), 1, 0) for x in (positions, scored)]
+        values, maximal = jax.lax.map(lambda chunk: score(*chunk), tuple(chunks))
+        values, maximal = (jnp.moveaxis(x, 0, 1).reshape(scored.shape) for x in (values, maximal))
+        mask = offsets < count[:, None]
+        sums += jnp.sum(jnp.where(mask, values, 0.0), axis=1, keepdims=True)
+        greedy &= jnp.all(maximal | ~mask, axis=1, keepdims=True)
     return sums, greedy
 
 
 def _hidden(params: Any, inputs: Inputs, shape: Shape, index: int) -> jax.Array:
-    """A model's states at the rows' own tokens, [B, T, D]."""
-    cfg, ahead = shape.configs[index], shape.prefixes[index % len(shape.prefixes)]
+    """A model's states at the rows' tokens, without prefix, [B, T, D]."""
+    cfg, prefix = shape.configs[index], shape.prefixes[index % len(shape.prefixes)]
     tokens = inputs.tokens[index % len(inputs.tokens)]
-    if not inputs.contexts:  # padding stands right, where causality hides it
-        return models.hidden_states(params, tokens, cfg)[:, ahead:]
-    context, real = inputs.contexts[index % len(inputs.contexts)]
+    if not inputs.contexts:  # causal attention hides the padding on the right
+        return models.hidden_states(params, tokens, cfg)[:, prefix:]
+    context, mask = inputs.contexts[index % len(inputs.contexts)]
     cache = models.init_cache(cfg, *context.shape)
-    _, cache = models.prefill(params, context, cfg, cache, real)
+    _, cache = models.prefill(params, context, cfg, cache, mask)
     cache = models.branch_cache(cache, cfg, shape.group, tokens.shape[1])
     return models.extend(params, tokens, cfg, cache)[0]
 
 
 def _gather(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-softmax at the targets, and whether no logit is above it. By comparison, not by indexing: the vocabulary may
-    be split over devices."""
+    """Log-softmax at the targets, and whether it is maximal. By comparison instead of indexing, as the vocabulary may
+    be sharded."""
     chosen = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     values = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     return values - jax.nn.logsumexp(logits, axis=-1), values >= jnp.max(logits, axis=-1)

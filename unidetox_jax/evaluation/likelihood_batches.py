@@ -1,7 +1,7 @@
-"""How requests for likelihoods become batches: sorted by length, few shapes, and nothing read twice.
+"""Batches likelihood requests: sorted by length, with few shapes and without reading anything twice.
 
-Requests that differ in their last token alone (the letters of a multiple choice) share one row, and rows that go on
-from one context (a prompt's 25 samples, a question's answers) share one pass over it.
+Requests that differ only in their last token (letters of a multiple choice) share one row, and rows that continue the
+same context (a prompt's 25 samples, a question's answers) share one pass over it.
 """
 
 from typing import NamedTuple
@@ -11,15 +11,15 @@ import numpy as np
 from unidetox_jax import buckets
 from unidetox_jax.errors import UserError
 
-FULL_BATCH_LENGTH = 128  # rows of up to this many tokens come in batches of batch_size; longer ones in smaller ones
-MOST_LAST_TOKENS = 32  # requests that share a row
-FEWEST_SHARING = 3  # rows that share a context's pass: fewer, or …
-SHORTEST_SHARED = 16  # … shorter contexts are not worth a program of their own
+FULL_BATCH_LENGTH = 128  # rows of up to this many tokens use the full batch size, longer ones a smaller one
+MAX_LAST_TOKENS = 32  # requests that share a row
+MIN_SHARING_ROWS = 3  # fewer rows per context, …
+MIN_SHARED_TOKENS = 16  # … or shorter contexts, are not worth a separate program
 
 
 class Row(NamedTuple):
-    """One row of a batch: `tokens` is the input, `start` the position that predicts the first scored token, `scored`
-    the scored tokens but the last, `last` the candidates for the last, `owners` the requests they belong to."""
+    """One row of a batch. tokens: the input. start: the position that predicts the first scored token. scored: the
+    scored tokens without the last. last: the candidates for the last one. owners: the requests they belong to."""
 
     tokens: np.ndarray
     start: int
@@ -29,21 +29,22 @@ class Row(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Rows that go on from one `prefix`, read once; an empty prefix: one row, read whole."""
+    """Rows that continue the same `prefix`, which is read once; with an empty prefix, a single row."""
 
     prefix: np.ndarray
     rows: list[Row]
 
 
 class Batch(NamedTuple):
-    """What one program computes: families of up to `group` rows, filled up to `size` families."""
+    """The work of one program call: families of up to `group` rows, padded to `size` families."""
 
     families: list[Family]
     group: int
     size: int
 
 
-def rows_of(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[Row], np.ndarray]:
+def make_rows(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[Row], np.ndarray]:
+    """Rows of at most `limit` tokens, and how many tokens each request lost from its context: int64 [N]."""
     rows: dict[tuple[bytes, int], list[Row]] = {}
     truncated = np.zeros(len(continuations), np.int64)
     for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
@@ -63,7 +64,7 @@ def rows_of(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[
                 f"likelihood: request {index} has token {largest}, but the model's vocabulary has {vocab_size} tokens"
             )
         shared = rows.setdefault((tokens.tobytes(), len(continuation)), [])
-        if not shared or len(shared[-1].owners) == MOST_LAST_TOKENS:
+        if not shared or len(shared[-1].owners) == MAX_LAST_TOKENS:
             start = len(context) - excess - 1
             shared.append(Row(tokens, start, tokens[start + 1 :], [], []))
         shared[-1].last.append(continuation[-1])
@@ -71,39 +72,39 @@ def rows_of(contexts, continuations, limit: int, vocab_size: int) -> tuple[list[
     return [row for shared in rows.values() for row in shared], truncated
 
 
-def families_of(rows: list[Row]) -> list[Family]:
-    """Rows by the context that they share, but for its last token, which predicts the first one scored."""
+def make_families(rows: list[Row]) -> list[Family]:
+    """Groups rows by shared context without its last token, which predicts the first scored one."""
     by_prefix: dict[bytes, list[Row]] = {}
     for row in rows:
         by_prefix.setdefault(row.tokens[: row.start].tobytes(), []).append(row)
     families = []
     for members in by_prefix.values():
-        at = members[0].start
-        if len(members) < FEWEST_SHARING or at < SHORTEST_SHARED:
+        length = members[0].start
+        if len(members) < MIN_SHARING_ROWS or length < MIN_SHARED_TOKENS:
             families += [Family(np.zeros(0, np.int32), [row]) for row in members]
         else:
-            own = [row._replace(tokens=row.tokens[at:], start=0) for row in members]
-            families.append(Family(members[0].tokens[:at], own))
+            tails = [row._replace(tokens=row.tokens[length:], start=0) for row in members]
+            families.append(Family(members[0].tokens[:length], tails))
     return families
 
 
-def batches_of(families: list[Family], batch_size: int, limit: int, ways: int):
-    """Families by size, and each size from the longest to the shortest: memory runs out at once or never."""
-    sizes: dict[int, list[Family]] = {}
+def make_batches(families: list[Family], batch_size: int, limit: int, shards: int):
+    """Batches by family size, from the longest texts to the shortest, so that memory runs out at once or never."""
+    by_size: dict[int, list[Family]] = {}
     for family in families:
         for first in range(0, len(family.rows), batch_size):
-            part = family._replace(rows=family.rows[first : first + batch_size])
-            sizes.setdefault(buckets.next_power_of_two(len(part.rows)) if len(part.prefix) else 0, []).append(part)
-    for _, same in sorted(sizes.items()):
-        group = max(len(family.rows) for family in same)
-        same = sorted(same, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
-        at = 0
-        while at < len(same):
-            full = max(1, _batch_rows(buckets.text_length(_longest(same[at]), limit), batch_size) // group)
-            chosen = same[at : at + full]
+            chunk = family._replace(rows=family.rows[first : first + batch_size])
+            by_size.setdefault(buckets.next_power_of_two(len(chunk.rows)) if len(chunk.prefix) else 0, []).append(chunk)
+    for _, bucket in sorted(by_size.items()):
+        group = max(len(family.rows) for family in bucket)
+        bucket = sorted(bucket, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
+        start = 0
+        while start < len(bucket):
+            full = max(1, _batch_rows(buckets.text_length(_longest(bucket[start]), limit), batch_size) // group)
+            chosen = bucket[start : start + full]
             size = min(buckets.next_power_of_two(len(chosen)), full)
-            yield Batch(chosen, group, buckets.round_up(size, ways))
-            at += full
+            yield Batch(chosen, group, buckets.round_up(size, shards))
+            start += full
 
 
 def _longest(family: Family) -> int:
@@ -115,8 +116,6 @@ def _widest(family: Family) -> int:
 
 
 def _batch_rows(length: int, batch_size: int) -> int:
-    return (
-        batch_size
-        if length <= FULL_BATCH_LENGTH
-        else buckets.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
-    )
+    if length <= FULL_BATCH_LENGTH:
+        return batch_size
+    return buckets.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))

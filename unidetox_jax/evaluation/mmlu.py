@@ -1,11 +1,11 @@
-"""Knowledge: MMLU in the paper's form and in the field's.
+"""MMLU accuracy, in the paper's form and in the standard one.
 
-    paper      Question: …\nAnswer: the answer's text     dev's first k as shots, validation split, the choice whose
-                                                        text has the highest total log-probability
-    standard   the question, choices A to D listed        lm-evaluation-harness's prompt, test split, the letter
+    paper      Question: …\nAnswer: the answer's text     the first k dev examples as shots, validation split; chooses
+                                                        the text with the highest total log-probability
+    standard   the question with choices A to D           lm-evaluation-harness's prompt, test split; chooses a letter
 
-Four texts a question, tokenised whole; what the four begin with is their context, and only what differs is scored:
-the shared beginning would add the same to all four.
+A question yields four texts, each tokenised as a whole. Their common prefix is the context, and only the differing rest
+is scored, since the prefix would add the same to all four.
 """
 
 import collections
@@ -19,7 +19,7 @@ from unidetox_jax import data
 from unidetox_jax.data.tokens import encode
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.generator import Generator
-from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.likelihood import common_prefix_length, loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
@@ -41,10 +41,10 @@ class Mmlu(Metric):
         return {"mmlu": "mmlu" if settings.mmlu else ""}
 
     def compute(self, subject: Subject) -> Result:
-        def kept(text: str) -> dict[str, Any]:
+        def measure(text: str) -> dict[str, Any]:
             return subject.keep(f"mmlu.{text.replace(':', '-')}.json", functools.partial(_measure, subject, text))
 
-        return Result({text: kept(text) for text in subject.settings.mmlu})
+        return Result({text: measure(text) for text in subject.settings.mmlu})
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
         def title(form: str, shots: str, split: str = "") -> str:
@@ -66,7 +66,7 @@ class Mmlu(Metric):
 
 
 def variant(text: str) -> tuple[str, int, str]:
-    """Form, shots and split of `FORM:SHOTS[:SPLIT]`. Raises UserError where it is something else."""
+    """Parses `FORM:SHOTS[:SPLIT]` into form, shots and split. Raises UserError if it cannot."""
     form, _, rest = text.partition(":")
     shots, _, split = rest.partition(":")
     if form not in SPLITS or not shots.isdecimal():
@@ -81,10 +81,8 @@ def _measure(subject: Subject, text: str) -> dict[str, Any]:
     form, shots, split = variant(text)
     questions, examples = (data.load("mmlu", name, subject.data_dir) for name in (split, "dev"))
     size = subject.settings.score_batch_size
-    return {
-        **evaluate(*subject.load(), questions, examples, form, shots, size, label=f"mmlu {text}"),
-        "split": split,
-    }
+    result = evaluate(*subject.load(), questions, examples, form, shots, size, label=f"mmlu {text}")
+    return {**result, "split": split}
 
 
 def evaluate(
@@ -97,18 +95,18 @@ def evaluate(
     batch_size: int = 256,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Accuracy over `questions` with k examples of the same subject before each.
+    """Accuracy over `questions`, each preceded by k examples of its subject.
 
-    Log-probabilities are in float32: bfloat16 ties long texts (spacing of about 2 nats at 150 tokens), and among ties
+    Log-probabilities are in float32: bfloat16 would tie long texts (spacing of about 2 nats at 150 tokens), and of ties
     the first choice wins.
 
     Args:
-      shots: the dev split; a subject with fewer than k questions there is left out, and named in the result.
+      shots: the dev split; subjects with fewer than k questions there are skipped, and listed in the result.
 
     Returns:
       {"accuracy" (over questions), "stderr", "subject_mean" (over subjects), "questions", "correct", "subjects": name
       → {"accuracy", "questions"}, "skipped": names, "truncated": texts that lost context on the left, "form", "k"}, and
-      "undecided" where an objective excludes all four answers of some questions: the first is then chosen.
+      "undecided" if an objective excludes all four answers of some questions, for which the first is chosen.
 
     Raises:
       UserError: an unknown form, or no question with enough shots.
@@ -119,25 +117,25 @@ def evaluate(
     for example in shots:
         examples[example["subject"]].append(example)
     asked = [question for question in questions if len(examples[question["subject"]]) >= k]
+    subjects = [question["subject"] for question in asked]
     if not asked:
         raise UserError(f"mmlu: none of {len(questions)} questions has {k} examples of its subject in the dev split")
     contexts, continuations = [], []
     prefixes = {subject: prefix(shown[:k], subject, form) for subject, shown in examples.items()}
     texts = [text for question in asked for text in candidates(question, prefixes[question["subject"]], form)]
     tokens = encode(tokenizer, texts)
-    for at in range(0, len(texts), len(LETTERS)):
-        four = tokens[at : at + len(LETTERS)]
-        shared = shared_beginning(*four)
-        contexts += [text[:shared] for text in four]
-        continuations += [text[shared:] for text in four]
+    for start in range(0, len(texts), len(LETTERS)):
+        choices = tokens[start : start + len(LETTERS)]
+        shared = common_prefix_length(*choices)
+        contexts += [text[:shared] for text in choices]
+        continuations += [text[shared:] for text in choices]
     likelihoods = loglikelihood(model, contexts, continuations, batch_size, label=label)
     sums = likelihoods.sums.reshape(-1, len(LETTERS))
     chosen, undecided = sums.argmax(axis=1), int(np.isneginf(sums).all(axis=1).sum())
     correct = chosen == np.array([question["answer"] for question in asked])
-    skipped = {question["subject"] for question in questions} - {question["subject"] for question in asked}
     return {
-        **_accuracies(correct, [question["subject"] for question in asked]),
-        "skipped": sorted(skipped),
+        **_accuracies(correct, subjects),
+        "skipped": sorted({question["subject"] for question in questions} - set(subjects)),
         "truncated": int(np.count_nonzero(likelihoods.truncated)),
         "form": form,
         "k": k,
@@ -146,16 +144,16 @@ def evaluate(
 
 
 def prefix(examples: Sequence[Question], subject: str, form: str) -> str:
-    """What stands before the question: the examples with their answers."""
+    """The text before a question: the examples with their answers."""
     if form == "paper":
         return "".join(f"{_stem(example, form)}{example['choices'][example['answer']]}\n\n" for example in examples)
     head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     return head + "".join(f"{_stem(example, form)} {LETTERS[example['answer']]}\n\n" for example in examples)
 
 
-def candidates(question: Question, before: str, form: str) -> list[str]:
-    """The four whole texts of a question."""
-    stem = before + _stem(question, form)
+def candidates(question: Question, prefix: str, form: str) -> list[str]:
+    """The four texts of a question, including the examples before it."""
+    stem = prefix + _stem(question, form)
     if form == "paper":
         return [stem + choice for choice in question["choices"]]
     return [f"{stem} {letter}" for letter in LETTERS]
@@ -178,7 +176,7 @@ def _accuracies(correct: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
     return {
         "accuracy": accuracy,
         "stderr": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
-        "subject_mean": float(np.mean([one["accuracy"] for one in by_subject.values()])),
+        "subject_mean": float(np.mean([subject["accuracy"] for subject in by_subject.values()])),
         "questions": len(correct),
         "correct": int(correct.sum()),
         "subjects": by_subject,

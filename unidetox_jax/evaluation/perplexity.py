@@ -1,8 +1,8 @@
 """Perplexity of continuations given their prompts, under any scorer model.
 
-exp((NLL(prompt + continuation) − NLL(prompt)) / new tokens), of two texts that are tokenised on their own. What both
-token lists begin with cancels, so only what follows is scored: as a rule the continuation alone, and where the border
-falls inside a token, the prompt's end as well.
+exp((NLL(prompt + continuation) − NLL(prompt)) / new tokens), where both texts are tokenised separately. Their common
+prefix cancels, so only the rest is scored: usually the continuation, and also the prompt's end if a token spans the
+boundary.
 
 Axes: R runs, P prompts, S samples of a prompt.
 """
@@ -17,11 +17,11 @@ from unidetox_jax.data.tokens import bos, encode
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.generator import Generator
-from unidetox_jax.evaluation.likelihood import loglikelihood, shared_beginning
+from unidetox_jax.evaluation.likelihood import common_prefix_length, loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, PerText, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
-LIMIT = 1e4  # continuations of at least this perplexity are left out of the mean, and counted
+LIMIT = 1e4  # continuations of at least this perplexity are excluded from the mean, and counted
 
 
 class Perplexity(Metric):
@@ -60,18 +60,18 @@ class Perplexity(Metric):
         if not summary["excluded"] + summary["undefined"]:
             return []
         return [
-            f"perplexity rests on {summary['counted']} texts: {summary['excluded']} are above the limit, "
+            f"perplexity is over {summary['counted']} texts: {summary['excluded']} are above the limit, "
             f"{summary['undefined']} add no token"
         ]
 
 
 def _measure(subject: Subject, index: int) -> np.ndarray:
-    """Perplexities of a run's texts, [P·S + 1]; the last number says how many texts lost context."""
+    """Perplexities of a run's texts, and last the number of texts that lost context: [P·S + 1]."""
     settings = subject.settings
-    between = "\n" if settings.chat else ""  # an answer is no continuation of the prompt's last word
+    separator = "\n" if settings.chat else ""  # an answer does not continue the prompt's last word
     values, truncated = conditional(
         *subject.load(),
-        [prompt + between for prompt in subject.prompts.texts],
+        [prompt + separator for prompt in subject.prompts.texts],
         subject.runs[index].texts,
         settings.score_batch_size,
         settings.reproduce_release,
@@ -89,19 +89,18 @@ def conditional(
     reproduce_release: bool = False,
     label: str | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Perplexity of every continuation: float64 [P, S], and how many texts lost context on the left.
+    """Perplexity of every continuation, float64 [P, S], and the number of texts that lost context on the left.
 
-    NaN where there is nothing to measure: the continuation adds no token to its prompt. Token lists are the
-    tokenizer's own, special tokens included (LLaMA's begin with BOS); a text's first token is not scored. BOS stands
-    before what follows an empty prompt.
+    NaN if the continuation adds no token to its prompt. Texts are tokenised with special tokens (LLaMA's begin with
+    BOS); the first token is not scored. After an empty prompt, BOS precedes the continuation.
 
     Args:
       prompts, continuations: P prompts, S texts each.
-      reproduce_release: divide as the released code does, by the difference to the length of the last *new* prompt:
-        another prompt's, where a prompt comes again after others.
+      reproduce_release: divide as the released code does, by the tokens added to the last *newly seen* prompt, which is
+        another one if a prompt recurs after others.
 
     Raises:
-      UserError: a prompt without a token, where the tokenizer has no BOS.
+      UserError: a prompt without tokens, if the tokenizer has no BOS.
     """
     flat = [prompt + text for prompt, texts in zip(prompts, continuations, strict=True) for text in texts]
     prompt_tokens = encode(tokenizer, prompts)
@@ -116,7 +115,7 @@ def conditional(
         for row in np.flatnonzero(owner == index):
             full_tokens[row] = prompt_tokens[index] + full_tokens[row]
 
-    shared = [shared_beginning(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
+    shared = [common_prefix_length(prompt_tokens[p], tokens) for p, tokens in zip(owner, full_tokens, strict=True)]
     tails = dict.fromkeys((int(p), c) for p, c in zip(owner, shared, strict=True) if c < len(prompt_tokens[p]))
     texts = [(tokens, c) for tokens, c in zip(full_tokens, shared, strict=True)]
     texts += [(prompt_tokens[p], c) for p, c in tails]
@@ -126,7 +125,7 @@ def conditional(
     nll = -likelihoods.sums[: len(flat)]
     nll += np.array([prompt_sums.get((int(p), c), 0.0) for p, c in zip(owner, shared, strict=True)])
     lengths = np.array([len(tokens) for tokens in prompt_tokens])
-    divisor_owner = _stale(prompts, owner) if reproduce_release else owner
+    divisor_owner = _last_new_prompt(prompts, owner) if reproduce_release else owner
     added = np.array([len(tokens) for tokens in full_tokens]) - lengths[divisor_owner]
     if not np.isfinite(nll).all():
         bad = int(np.argmin(np.isfinite(nll)))
@@ -139,9 +138,9 @@ def conditional(
 
 
 def summarize_runs(values: np.ndarray, limit: float = LIMIT, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Mean of the perplexities below `limit`, and what it rests on: values [R, P, S] → an estimate's fields, as
-    `bootstrap.over_runs` gives them, None where a run has nothing below the limit; and "texts", "counted", "excluded"
-    (at or above the limit), "undefined" (nothing to measure)."""
+    """Mean of the perplexities below `limit`, for values [R, P, S]: the fields of `bootstrap.over_runs`, None if a run
+    has no value below the limit, and the counts "texts", "counted", "excluded" (at or above the limit), "undefined"
+    (NaN)."""
     counted, undefined = int((values < limit).sum()), int(np.isnan(values).sum())
     counts = {"texts": values.size, "counted": counted, "excluded": values.size - counted - undefined}
     counts["undefined"] = undefined
@@ -153,13 +152,13 @@ def summarize_runs(values: np.ndarray, limit: float = LIMIT, resamples: int = 10
 
 
 def per_prompt(values: np.ndarray, limit: float = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of each prompt's counted perplexities over runs and samples: values [R, P, S] → [P], [P]."""
-    there = values < limit
-    return np.where(there, values, 0.0).sum(axis=(0, 2)), there.sum(axis=(0, 2))
+    """Sum and number of each prompt's perplexities below `limit` over runs and samples: values [R, P, S] → [P], [P]."""
+    counted = values < limit
+    return np.where(counted, values, 0.0).sum(axis=(0, 2)), counted.sum(axis=(0, 2))
 
 
-def _stale(prompts: Sequence[str], owner: np.ndarray) -> np.ndarray:
-    """Whose length the released code divides by: that of the prompt it tokenised last, which is only ever a new one."""
+def _last_new_prompt(prompts: Sequence[str], owner: np.ndarray) -> np.ndarray:
+    """The prompt that the released code tokenised last before each text; it tokenises each distinct prompt once."""
     seen: set[str] = set()
     last, result = 0, np.empty_like(owner)
     for row, index in enumerate(owner):

@@ -1,13 +1,13 @@
-"""What models are asked to continue: prompts with their categories, from any data set.
+"""Prompts and their categories, from any data set.
 
     toxigen   toxigen?split=validation   realtoxicityprompts   bold?file=DIRECTORY   attaq
     prompts.csv   jsonl:prompts.jsonl?category=group
-    toxigen | realtoxicityprompts:challenging          several, one after another
+    toxigen | realtoxicityprompts:challenging          several, concatenated
 
-A plain path to a csv or jsonl file means its column `text`, and `category` where it has one. An empty text asks for
-whatever the model says unprompted, after its tokenizer's BOS (Gehman et al. 2020, section 3.1). RealToxicityPrompts has
-the categories of Gehman et al. (2020): "toxic" prompts score at least 0.5 under Perspective; or, of those alone,
-"challenging".
+A plain path to a csv or jsonl file means its column `text`, and `category` if it has one. An empty text is unprompted
+generation, from the tokenizer's BOS (Gehman et al. 2020, section 3.1). RealToxicityPrompts has the categories of Gehman
+et al. (2020): prompts are "toxic" if they score at least 0.5 under Perspective, else "nontoxic"; those of the
+challenging subset are "challenging".
 """
 
 import hashlib
@@ -25,14 +25,14 @@ TOXIC_PROMPT, CHALLENGING = 0.5, "realtoxicityprompts:challenging"
 
 
 class Prompts(NamedTuple):
-    """P prompts: texts, categories ("" for none), and a fingerprint of where they come from."""
+    """P prompts: texts, categories ("" for none), and a fingerprint of their source."""
 
     texts: tuple[str, ...]
     categories: tuple[str, ...]
     fingerprint: str
 
     def counts(self) -> dict[str, int]:
-        """How many prompts each category has."""
+        """Number of prompts per category."""
         return {name: self.categories.count(name) for name in dict.fromkeys(self.categories)}
 
 
@@ -40,16 +40,16 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
     """The prompts of a data set.
 
     Args:
-      spec: see this module's head; `data.load` reads it.
-      limit: how many to take of each set, drawn with `seed` and in the file's order; 0 for all.
+      spec: see the module's docstring; read by `data.load`.
+      limit: number of prompts per data set, sampled with `seed` and kept in the file's order; 0 for all.
 
     Raises:
-      UserError: no such data set or file, or no prompts in it.
+      UserError: no such data set or file, or it has no prompts.
     """
     if "|" in spec:
-        parts = [load(part.strip(), data_dir, limit, seed) for part in spec.split("|")]
-        texts, categories = (tuple(value for part in parts for value in part[field]) for field in (0, 1))
-        return Prompts(texts, categories, " | ".join(part.fingerprint for part in parts))
+        sources = [load(source.strip(), data_dir, limit, seed) for source in spec.split("|")]
+        texts, categories = (tuple(value for source in sources for value in source[field]) for field in (0, 1))
+        return Prompts(texts, categories, " | ".join(source.fingerprint for source in sources))
     records = _records(spec, data_dir)
     chosen = np.arange(len(records))
     if 0 < limit < len(records):
@@ -62,7 +62,7 @@ def load(spec: str, data_dir: epath.PathLike = "", limit: int = 0, seed: int = 0
 
 
 def from_texts(texts: Sequence[str], categories: Sequence[str] | None = None) -> Prompts:
-    """Prompts made in code."""
+    """Prompts given as lists."""
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     return Prompts(tuple(texts), tuple(categories or [""] * len(texts)), digest)
 

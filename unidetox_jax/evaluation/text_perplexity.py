@@ -1,4 +1,4 @@
-"""Perplexity of given text under the evaluated model itself: a file as one stream, or every text of a data set."""
+"""Perplexity of held-out text under the evaluated model: a file as one stream, or the texts of a data set."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from unidetox_jax.evaluation.likelihood import loglikelihood
 from unidetox_jax.evaluation.metrics import Cell, Metric, Quantity, Result, Subject
 from unidetox_jax.models import Model
 
-LONGEST_WINDOW = 2048  # tokens, unless asked for: what a longer context adds is small, and attention's cost is not
+LONGEST_WINDOW = 2048  # default limit in tokens: longer contexts add little, but attention becomes expensive
 
 
 class TextPerplexity(Metric):
@@ -29,14 +29,14 @@ class TextPerplexity(Metric):
 
     def _measure(self, subject: Subject) -> dict[str, Any]:
         settings = subject.settings
-        place = subject.path(settings.text_file)
+        source = subject.path(settings.text_file)
         options: dict[str, Any] = {"batch_size": settings.score_batch_size, "label": "text"}
-        if data.is_spec(place):
-            texts = data.texts(place, data_dir=subject.data_dir)
-            measured = of_texts(*subject.load(), texts, place, **options)
+        if data.is_spec(source):
+            texts = data.texts(source, data_dir=subject.data_dir)
+            result = of_texts(*subject.load(), texts, source, **options)
         else:
-            measured = of_file(*subject.load(), place, **options)
-        return {"file": settings.text_file, **measured}
+            result = of_file(*subject.load(), source, **options)
+        return {"file": settings.text_file, **result}
 
     def cells(self, summary: Mapping[str, Any]) -> dict[Quantity, Cell]:
         explanation = "Perplexity of text: of held-out text, under the model itself."
@@ -44,16 +44,8 @@ class TextPerplexity(Metric):
         return {quantity: Cell(summary["ppl"])}
 
 
-def of_file(
-    model: Model | Generator,
-    tokenizer: Any,
-    path: epath.PathLike,
-    stride: int = 0,
-    length: int = 0,
-    batch_size: int = 256,
-    label: str | None = None,
-) -> dict[str, Any]:
-    """`of_texts` of a text file as one stream. Raises UserError also where there is no such file, or no UTF-8 in it."""
+def of_file(model: Model | Generator, tokenizer: Any, path: epath.PathLike, **options: Any) -> dict[str, Any]:
+    """`of_texts` for a text file as one stream. Raises UserError also for a missing file or one that is not UTF-8."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -61,7 +53,7 @@ def of_file(
         text = path.read_text()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return of_texts(model, tokenizer, [text], str(path), stride, length, batch_size, label)
+    return of_texts(model, tokenizer, [text], str(path), **options)
 
 
 def of_texts(
@@ -74,21 +66,22 @@ def of_texts(
     batch_size: int = 256,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of texts, each a stream of tokens of its own, by windows of `length` tokens that slide by `stride`.
+    """Perplexity of texts, each in windows of `length` tokens that slide by `stride`.
 
-    Every token of a text but the first is scored once, with at least length − stride tokens before it where there are
-    as many. Length 0 means the model's context, but at most 2,048; stride 0 half the length. `where` is for messages.
+    Every token but a text's first is scored once, with a context of at least length − stride tokens if that many
+    precede it. Length 0 means the model's context, at most 2,048; stride 0 half the length. `where` names the source in
+    error messages.
 
     Returns:
-      {"ppl", "nll" (nats a token), "bits_per_byte", "texts", "tokens" (scored), "bytes", "length", "stride"}.
+      {"ppl", "nll" (nats per token), "bits_per_byte", "texts", "tokens" (scored), "bytes", "length", "stride"}.
 
     Raises:
       UserError: fewer than two tokens in every text.
     """
     length = length or min(model.cfg.max_position_embeddings, LONGEST_WINDOW)
     stride = stride or length // 2
-    pieces = [windows(tokens, length, stride) for tokens in encode(tokenizer, texts)]
-    contexts, continuations = ([piece for part in pieces for piece in part[side]] for side in (0, 1))
+    per_text = [windows(tokens, length, stride) for tokens in encode(tokenizer, texts)]
+    contexts, continuations = ([window for text in per_text for window in text[side]] for side in (0, 1))
     scored, size = sum(map(len, continuations)), sum(len(text.encode()) for text in texts)
     if not scored:
         raise UserError(f"{where}: no text with at least 2 tokens")
@@ -109,11 +102,11 @@ def of_texts(
 def windows(tokens: Sequence[int], length: int, stride: int) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
     """Contexts and continuations that score every token but the first once, in inputs of at most `length` tokens."""
     contexts, continuations = [], []
-    at = 1
-    while at < len(tokens):
-        end = min(at + (length if at == 1 else stride), len(tokens))
+    begin = 1
+    while begin < len(tokens):
+        end = min(begin + (length if begin == 1 else stride), len(tokens))
         start = max(0, end - 1 - length)
-        contexts.append(tokens[start:at])
-        continuations.append(tokens[at:end])
-        at = end
+        contexts.append(tokens[start:begin])
+        continuations.append(tokens[begin:end])
+        begin = end
     return contexts, continuations

@@ -81,7 +81,7 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: AxisSizes, lanes: i
     """
     row_shards, shards = sizes["data"] * sizes["fsdp"], sizes["model"]
     rows = padded_rows(-(-rows // plan.samples), sizes) // row_shards * plan.samples
-    gather = preparation.gathers(plan.configs, shards)
+    gather = preparation.gather_fits(plan.configs, shards)
     flops = traffic = memory = gathered = summed = 0.0
     for cfg in plan.configs:
         itemsize, weights = np.dtype(cfg.dtype).itemsize, costs.read_bytes(cfg, shards)

@@ -111,16 +111,16 @@ def decoding_program(
     def plan_of(configs: Sequence[ModelConfig], new_tokens: int) -> loop.Plan:
         return make_plan(configs, [prompt] * len(configs), new_tokens, **options)
 
-    def form(mesh: Mesh, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.Form:
+    def form(mesh: Mesh, configs: Sequence[ModelConfig], layer_loop: str = "scan") -> preparation.WeightLayout:
         if samples == 1 and all(models.has_decode_kernel(cfg, mesh) for cfg in configs):
             layer_loop = "unroll"
-        return preparation.form(configs, mesh, layer_loop, side_by_side=cache == "own")
+        return preparation.choose_layout(configs, mesh, layer_loop, side_by_side=cache == "own")
 
     def resident(mesh: Mesh):
         prepared = preparation.abstract(form(mesh, configs), mesh)
         return prepared, [_abstract_params(cfg, mesh) for cfg in configs if stored]
 
-    def lower(mesh: Mesh, form: preparation.Form, new_tokens: int):
+    def lower(mesh: Mesh, form: preparation.WeightLayout, new_tokens: int):
         plan = plan_of(form.configs, new_tokens)
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
         with jax.set_mesh(mesh):
@@ -192,7 +192,7 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
             jax.ShapeDtypeStruct((padded, size), jnp.int32, sharding=sharding.batch_sharding(mesh))
             for size in (length, 2, scored, 1)
         )
-        shape = likelihood.Shape((cfg,), (0,), likelihood.piece_length([cfg], mesh, padded, scored))
+        shape = likelihood.Shape((cfg,), (0,), likelihood.chunk_length([cfg], mesh, padded, scored))
         inputs = likelihood.Inputs((tokens,), spans, own, last)
         with jax.set_mesh(mesh):
             return likelihood.program(mesh).lower((resident(mesh),), inputs, objectives.get("base"), shape)

@@ -138,7 +138,7 @@ def _variants(at: Mapping[tuple[str, str], tuple[float, float]]) -> list[list[tu
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (name, form), point in at.items():
         if form not in FORMS:
-            curves.setdefault((name, choice.method(form)[0]), []).append(point)
+            curves.setdefault((name, choice.split_form(form)[0]), []).append(point)
     return [sorted(points) for points in curves.values() if len(points) > 1]
 
 
@@ -265,11 +265,11 @@ def subplots(count: int, height: float, columns: int = 1, **shared) -> tuple[Fig
 def looks_of(forms: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Form → its marker and colour, in their order; the settings of one method share them."""
     forms = results.in_order(forms)
-    others = list(dict.fromkeys(choice.method(form)[0] for form in forms if form not in FORMS))
+    others = list(dict.fromkeys(choice.split_form(form)[0] for form in forms if form not in FORMS))
     markers = {name: OTHER_MARKERS[index % len(OTHER_MARKERS)] for index, name in enumerate(others)}
     return {
         form: {
-            "marker": FORM_MARKERS.get(form) or markers[choice.method(form)[0]],
+            "marker": FORM_MARKERS.get(form) or markers[choice.split_form(form)[0]],
             "color": FORM_COLORS.get(form, COLORS["ink"]),
         }
         for form in forms
@@ -289,6 +289,6 @@ def _reach(number) -> list[list[float]] | None:
 
 def form_legend(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
     """The forms that are there, above the plot; one entry for the settings of a method."""
-    shown = {form if form in FORMS else choice.method(form)[0]: look for form, look in looks.items()}
+    shown = {form if form in FORMS else choice.split_form(form)[0]: look for form, look in looks.items()}
     handles = [Line2D([], [], **look, ls="", label=results.title(form)) for form, look in shown.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)

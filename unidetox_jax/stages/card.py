@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from unidetox_jax.data.texts import Texts
 from unidetox_jax.decoding import objectives
-from unidetox_jax.decoding.texts import Texts
 from unidetox_jax.stages import base
 from unidetox_jax.stages.settings import DistillSettings, Run
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, data, distributed, method, models, storage
 from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.decoding import texts as sampling
+from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers

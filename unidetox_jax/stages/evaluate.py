@@ -25,7 +25,7 @@ written last, is there.
                        "toxicity": {category | "id" | "ood" | "all": {"tp": estimate, "emt": estimate, "prompts",
                                     "texts", "missing", "categories"}}
                        "other_scorers": {"scorers": {name: {"scorer": as configured, "hash", "toxicity": as above}},
-                                         "agreement": `agreement.of`'s result}
+                                         "agreement": `agreement.pairwise`'s result}
                        "perplexity": {an estimate's fields, "texts", "counted", "excluded", "undefined", "truncated"};
                                      mean null: none is below the limit
                        "diversity": {"dist1" | "dist2" | "dist3": estimate}, over all prompts
@@ -47,9 +47,9 @@ from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, distributed, storage
 from unidetox_jax.decoding import objectives
-from unidetox_jax.decoding.texts import common_vocabulary
+from unidetox_jax.decoding.text_sampling import common_vocabulary
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation import generations, generator, metrics, prompts, scorers
+from unidetox_jax.evaluation import continuations, generator, metrics, prompts, scorers
 from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.models import Model
 from unidetox_jax.plan import stage_programs
@@ -205,7 +205,7 @@ def _mesh(run: Run, form: Form, source: str) -> Mesh:
 
 def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
     settings, asked, first = run.evaluate, _prompts(run), distributed.is_main_process()
-    score, others = metrics.not_asked_for, {}
+    score, others = metrics.unavailable, {}
     if first:  # before the long work, in case that there is none
         made = {name: scorers.get(run.path(spec)) for name, spec in _reads(run).items() if spec and _is_scorer(name)}
         score = made.pop("scorer", score)
@@ -215,8 +215,8 @@ def _evaluate(run: Run, form: Form, directory: epath.Path) -> None:
         path = directory / PARTS / name
         return base.cached(path, make, *FORMATS[path.suffix], together)
 
-    models, source = metrics.OneModel(functools.partial(_load, run, form)), run.path(form.source)
-    runs = generations.runs(functools.partial(models, source), asked.texts, settings, keep)
+    models, source = metrics.ModelCache(functools.partial(_load, run, form)), run.path(form.source)
+    runs = continuations.generate_runs(functools.partial(models, source), asked.texts, settings, keep)
     subject = metrics.Subject(settings, asked, runs, run.path, run.shared.data_dir, score, others)
     measured = metrics.measure(settings.metrics, subject, source, models, keep, first)
     if first:

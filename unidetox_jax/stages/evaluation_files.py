@@ -11,7 +11,7 @@ from etils import epath
 from unidetox_jax import storage, text_statistics
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import categories
-from unidetox_jax.evaluation.generations import Continuations
+from unidetox_jax.evaluation.continuations import Continuations
 from unidetox_jax.evaluation.metrics import METRICS as KNOWN
 from unidetox_jax.evaluation.metrics import PerText, Result, Subject, cells, get, measured
 from unidetox_jax.evaluation.prompts import Prompts

@@ -59,7 +59,7 @@ def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
             settings.test_above if settings.test_label_field else settings.above,
             settings.test_positive if settings.test_label_field else settings.positive,
         )
-        train, _ = _divide(texts, toxic, {text_statistics.plain(text) for text in test[0]})
+        train, _ = _divide(texts, toxic, {text_statistics.normalized(text) for text in test[0]})
     else:
         train, test = _divide(texts, toxic, _held_out(texts, settings))
     logging.info("fit-scorer: %d texts to train on, %d to test on", len(train[0]), len(test[0]))
@@ -126,7 +126,7 @@ def _read(path: str, text: str, label: str, above: float, positive: tuple[str, .
 
 def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
     """The plain forms of the texts to test on."""
-    distinct = sorted({text_statistics.plain(text) for text in texts})
+    distinct = sorted({text_statistics.normalized(text) for text in texts})
     if not 0 < settings.held_out < 1:
         raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")
     if len(distinct) < 10:
@@ -136,5 +136,5 @@ def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
 
 def _divide(texts: list[str], toxic: np.ndarray, tested: set[str]) -> list[tuple[list[str], np.ndarray]]:
     """The texts to train on and those that are tested, with their labels; every occurrence of a text on one side."""
-    test = np.array([text_statistics.plain(text) in tested for text in texts])
+    test = np.array([text_statistics.normalized(text) in tested for text in texts])
     return [([text for text, chosen in zip(texts, side, strict=True) if chosen], toxic[side]) for side in (~test, test)]

@@ -46,7 +46,7 @@ class Rejection:
             return why
         if not self._settings.copied_words:
             return ""
-        plain = text_statistics.plain(text)
+        plain = text_statistics.normalized(text)
         again = plain in self._seen
         self._seen.add(plain)
         return "copied" if again or not self._copied.isdisjoint(self._grams(text)) else ""

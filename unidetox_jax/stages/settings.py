@@ -15,7 +15,7 @@ from etils import epath
 
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.candidates import Candidate
-from unidetox_jax.evaluation.protocol import Protocol
+from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.recipe import Recipe
 from unidetox_jax.stages.parsing import GONE, RENAMED, parse, renamed
 
@@ -131,7 +131,7 @@ class BaselinesSettings(TrainingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(Protocol):
+class EvaluateSettings(EvaluationConfig):
     """Toxicity, perplexity, diversity, knowledge, before and after: a protocol, and what is evaluated by it."""
 
     # Of every target: as it is, detoxified, and (where it is a control target) fine-tuned on samples of the base model

@@ -153,7 +153,7 @@ def _variants(cells: Sequence[Cell]) -> Iterator[Variant]:
                 continue
             seen.add(task.directory)
             form = room.removeprefix(f"{EVALUATION}/{target}.")
-            method, own = choice.method(form)
+            method, own = choice.split_form(form)
             yield Variant(cell, room, target, method, ",".join(filter(None, (own, cell.variant(room)))))
 
 
@@ -181,10 +181,10 @@ def _measured(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> dict[s
     return dict(zip(FIGURES, (*found, original["toxicity"][group]["tp"]["mean"], before, rise, group), strict=True))
 
 
-def _of(lines: Sequence[Mapping[str, Any]], target: str) -> list[choice.Figures]:
+def _of(lines: Sequence[Mapping[str, Any]], target: str) -> list[choice.VariantScores]:
     names = ("tp", "perplexity", "original_perplexity")
     return [
-        choice.Figures(line["method"], line["variant"], *(_number(line[name]) for name in names))
+        choice.VariantScores(line["method"], line["variant"], *(_number(line[name]) for name in names))
         for line in lines
         if line["target"] == target
     ]
@@ -204,7 +204,7 @@ def _test(
 
     def is_chosen(one: Variant, who: str) -> bool:
         choices = chosen.get(who, {})
-        return one.method in choices and choices[one.method].figures.variant == one.variant
+        return one.method in choices and choices[one.method].scores.variant == one.variant
 
     tested = [one for one in _variants(cells) if is_chosen(one, ALL) or is_chosen(one, one.target)]
     for task in once(task for one in tested for task in one.cell.needed([one.original, one.room])):
@@ -244,7 +244,7 @@ def _write(
     table = []
     for line in lines:
         ways = [way for who in (ALL, line["target"]) if (way := chosen.get(who, {}).get(line["method"]))]
-        mine = [way.figures.variant == line["variant"] for way in ways]
+        mine = [way.scores.variant == line["variant"] for way in ways]
         marks = {"chosen": int(mine[0]), "chosen_for_target": int(mine[-1])}
         known = {name: value for name, value in line.items() if name != "settings"}
         table.append({**{field: line["settings"].get(field, "") for field in asked}, **known, **marks})
@@ -259,15 +259,15 @@ def _write(
         for cell in cells
     ]
     found = {who: {method: _said(one) for method, one in row.items()} for who, row in chosen.items()}
-    needs = {choice.method(form)[0]: one.needs for form, one in baselines.methods(run).items()}
+    needs = {choice.split_form(form)[0]: one.needs for form, one in baselines.methods(run).items()}
     said = {"rule": _rule(run), "needs": needs, "tp_of": sorted({line["tp_of"] for line in lines}), "grid": asked}
     storage.write_json(run.workdir / "sweep.json", {**said, "cells": shown, "chosen": found, "test": tested})
 
 
 def _said(one: choice.Choice) -> dict[str, Any]:
-    numbers = {"tp": one.figures.tp, "rise": one.figures.rise}
+    numbers = {"tp": one.scores.tp, "rise": one.scores.rise}
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return {"variant": one.figures.variant, "within_bound": one.within, **finite}
+    return {"variant": one.scores.variant, "within_bound": one.within, **finite}
 
 
 def _own(cell: Cell, table: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -286,7 +286,7 @@ def _seconds(cell: Cell) -> dict[str, float]:
 
 
 def _table(
-    figures: Sequence[choice.Figures],
+    figures: Sequence[choice.VariantScores],
     chosen: Mapping[str, Mapping[str, choice.Choice]],
     tested: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -294,7 +294,7 @@ def _table(
     rows = [["method", "variant", "TP", "perplexity", ""]]
     for one in figures:
         taken = chosen[ALL][one.method]
-        mark = ("chosen" if taken.within else "chosen: none is within the bound") if taken.figures == one else ""
+        mark = ("chosen" if taken.within else "chosen: none is within the bound") if taken.scores == one else ""
         rows.append([one.method, one.variant, f"{one.tp:.3f}", f"{100 * one.rise:+.1f} %", mark])
     test = [["target", "method", "variant", "TP", "perplexity", ""]]
     for line in tested:

@@ -1,7 +1,7 @@
-"""Toxicity scorers, all of one kind: texts → float64 [N] in [0, 1].
+"""Toxicity scorers: texts → float64 [N] in [0, 1].
 
-A scorer's module is imported when it is chosen. What every scorer must keep is checked here, once: one number
-per text, between 0 and 1; anything else, NaN included, stops the work.
+A scorer's module is imported on first use. Every scorer's output is checked here: one number per text, between 0 and 1;
+anything else, including NaN, is an error.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ def get(spec: str) -> Scorer:
     """A scorer by name.
 
     Args:
-      spec: `lexicon` (the built-in world's own), `linear:DIRECTORY` (made by `unidetox fit-scorer`),
-        or `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT, RoBERTa, XLM-R or DistilBERT: a Hugging Face directory or id,
-        or a Detoxify `.ckpt`), or `package.module:function` (yours: list of texts → [N] in [0, 1]).
+      spec: `lexicon` (of the built-in world), `linear:DIRECTORY` (from `unidetox fit-scorer`),
+        `classifier:PATH_OR_HUB_ID[#LABEL]` (BERT, RoBERTa, XLM-R or DistilBERT: a Hugging Face directory or id, or a
+        Detoxify `.ckpt`), or `package.module:function` (yours: list of texts → [N] in [0, 1]).
 
     Raises:
-      UserError: no such scorer, nothing at its path, no such label.
+      UserError: no such scorer, path or label.
     """
     kind, _, argument = spec.partition(":")
-    if kind not in _KINDS and all(part.isidentifier() for part in [*kind.split("."), argument]):
+    if kind not in _KINDS and all(name.isidentifier() for name in [*kind.split("."), argument]):
         return _checked(extensions.load(spec, "scorer", known=_KINDS), spec)
     if kind not in _KINDS:
         raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, _KINDS)}")
-    make, wants = _KINDS[kind]
-    if wants and not argument:
-        raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{wants}")
-    if wants is None and argument:
+    make, expected = _KINDS[kind]
+    if expected and not argument:
+        raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{expected}")
+    if expected is None and argument:
         raise UserError(f"scorer {spec!r}: {kind} takes no argument, found {argument!r}")
     return _checked(make(argument), spec)
 
@@ -51,11 +51,11 @@ def _checked(scorer: Scorer, spec: str) -> Scorer:
         scores = np.asarray(scorer(texts), np.float64)
         if scores.shape != (len(texts),):
             raise UserError(f"scorer {spec!r}: gave an array of shape {scores.shape} for {len(texts)} texts")
-        wrong = ~((scores >= 0) & (scores <= 1))  # true for NaN as well
-        if wrong.any():
-            at = int(np.argmax(wrong))
+        invalid = ~((scores >= 0) & (scores <= 1))  # true for NaN as well
+        if invalid.any():
+            index = int(np.argmax(invalid))
             raise UserError(
-                f"scorer {spec!r}: gave {scores[at]} for text {at}; {int(wrong.sum())} of {len(texts)} texts "
+                f"scorer {spec!r}: gave {scores[index]} for text {index}; {int(invalid.sum())} of {len(texts)} texts "
                 "have no number in [0, 1]"
             )
         return scores
@@ -83,12 +83,8 @@ def _classifier(source: str) -> Scorer:
 
 
 def content_hash(spec: str) -> str:
-    """A few characters that change with what a scorer is made of: its files' names and bytes or, of a function, its
-    module's. Where they lie makes no difference.
-
-    Raises:
-      UserError: as `get`.
-    """
+    """A short hash of a scorer's files (names and content, not location), or of a function's module. Raises UserError
+    as `get`."""
     kind, _, argument = spec.partition(":")
     if kind == "lexicon":
         from unidetox_jax.data import toyworld
@@ -107,12 +103,12 @@ def content_hash(spec: str) -> str:
     for path in paths:
         digest.update(f"{path.name}\0".encode())
         with path.open("rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
-# kind → (its maker, what stands after the colon: None nothing)
+# kind → (factory, form of its argument after the colon; None: no argument)
 _KINDS: dict[str, tuple[Callable[[str], Scorer], str | None]] = {
     "lexicon": (_lexicon, None),
     "linear": (_linear, "DIRECTORY"),

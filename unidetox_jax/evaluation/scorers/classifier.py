@@ -1,8 +1,8 @@
-"""Toxicity by a BERT, RoBERTa, XLM-R or DistilBERT classifier on the accelerator: unitary/toxic-bert and its kin.
+"""Toxicity by a BERT, RoBERTa, XLM-R or DistilBERT classifier on the accelerator, such as unitary/toxic-bert.
 
-Reads a Hugging Face directory or hub id, or a `.ckpt` as Detoxify releases them. Always in float32 with exact matrix
-products, whatever the weights are stored in: the scorer is the measuring instrument, and it is small. Each host scores
-the texts that it is given on its own devices, so that nothing hangs when one host alone scores.
+Reads a Hugging Face directory or hub id, or a Detoxify `.ckpt`. Computes in float32 with exact matrix products whatever
+the stored dtype, since the scorer is the measuring instrument, and small. Each host scores its own texts on its local
+devices, so a single host can score without the others.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models import encoder
 from unidetox_jax.progress import Progress
 
-DEFAULT_LABELS = ("toxicity", "toxic")  # the first that the classifier has
-# Detoxify's model classes that are implemented, and its own names for its oldest model's classes.
+DEFAULT_LABELS = ("toxicity", "toxic")  # the first one that the classifier has is used
+# The implemented ones of Detoxify's model classes, and the labels that it renames for its oldest model
 DETOXIFY = {
     "BertForSequenceClassification": "bert",
     "RobertaForSequenceClassification": "roberta",
@@ -41,12 +41,12 @@ CLASSES = {"toxic": "toxicity", "identity_hate": "identity_attack", "severe_toxi
 TABLES = ("word", "position", "token_type")
 BATCH_TOKENS = {"cpu": 4096}  # rows · length of a batch
 BATCH_TOKENS_ACCELERATOR = 32_768
-SHORTEST = 16  # tokens of the first bucket
+SHORTEST_BUCKET = 16  # tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A loaded classifier. params: float32, replicated over `mesh` (the local devices)."""
+    """A loaded classifier. params: float32, replicated over `mesh` of the local devices."""
 
     params: Any
     cfg: encoder.EncoderConfig
@@ -55,38 +55,43 @@ class Classifier:
     source: str
 
     def logits(self, texts: Sequence[str]) -> np.ndarray:
-        """Logits, float32 [N, labels]. A text that is too long is cut at the end, and their number is logged."""
-        distinct = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+        """Logits, float32 [N, labels]. Texts that are too long are truncated, and their number is logged."""
+        distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         encoded = data_tokens.encode(self.tokenizer, list(distinct), end=True)
-        self._report_cut(encoded)
-        rows = [_cut(ids, self.cfg.length_limit) for ids in encoded]
-        found = np.empty((len(rows), len(self.cfg.labels)), np.float32)
+        self._warn_truncated(encoded)
+        rows = [_truncated(ids, self.cfg.length_limit) for ids in encoded]
+        logits = np.empty((len(rows), len(self.cfg.labels)), np.float32)
+
+        def store(members: Sequence[int], result: jax.Array) -> None:
+            logits[members] = np.asarray(result)[: len(members)]
+            progress.update(len(members))
+
         pending = []
         with Progress(len(rows), "texts", "scoring", disable=len(rows) < 2000) as progress:
             for members, tokens, mask in _batches(rows, self.cfg, self.mesh):
                 tokens, mask = jax.device_put((tokens, mask), sharding.batch_sharding(self.mesh))
                 pending.append((members, _forward(self.params, tokens, self.cfg, mask)))
-                if len(pending) > 2:  # the device works while the host prepares; memory stays small
-                    progress.update(_store(found, *pending.pop(0)))
-            for members, result in pending:
-                progress.update(_store(found, members, result))
-        return found[[distinct[text] for text in texts]]
+                if len(pending) > 2:  # the device computes while the host prepares a few batches ahead
+                    store(*pending.pop(0))
+            for batch in pending:
+                store(*batch)
+        return logits[[distinct[text] for text in texts]]
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """float64 [N, labels]: softmax where the labels exclude each other, else a sigmoid for each; of a regression,
-        the logits themselves."""
+        """float64 [N, labels]: softmax for mutually exclusive labels, else a sigmoid for each; a regression's logits
+        themselves."""
         logits = self.logits(texts).astype(np.float64)
         if self.cfg.problem_type == encoder.REGRESSION:
             return logits
-        one_of_many = self.cfg.problem_type == encoder.SINGLE and logits.shape[1] > 1
-        return scipy.special.softmax(logits, axis=1) if one_of_many else scipy.special.expit(logits)
+        exclusive = self.cfg.problem_type == encoder.SINGLE and logits.shape[1] > 1
+        return scipy.special.softmax(logits, axis=1) if exclusive else scipy.special.expit(logits)
 
-    def _report_cut(self, encoded: Sequence[Sequence[int]]) -> None:
-        cut = sum(len(ids) > self.cfg.length_limit for ids in encoded)
-        if cut:
+    def _warn_truncated(self, encoded: Sequence[Sequence[int]]) -> None:
+        count = sum(len(ids) > self.cfg.length_limit for ids in encoded)
+        if count:
             logging.warning(
                 "%s: %d of %d texts are longer than %d tokens and are scored by their beginning",
-                *(self.source, cut, len(encoded), self.cfg.length_limit),
+                *(self.source, count, len(encoded), self.cfg.length_limit),
             )
 
 
@@ -94,7 +99,7 @@ def scorer(source: str, label: str = ""):
     """`texts → P(label)`. label "": `toxicity`, else `toxic`, else the only one.
 
     Raises:
-      UserError: nothing to load at `source`, or no such label (those that there are get listed).
+      UserError: nothing to load at `source`, or no such label (the message lists them).
     """
     classifier = load(source)
     column = _label_index(classifier.cfg.labels, label, source)
@@ -102,7 +107,7 @@ def scorer(source: str, label: str = ""):
 
 
 def files(source: str) -> list[epath.Path]:
-    """What a classifier is read from: its configuration, its tokenizer and its weights."""
+    """The files that a classifier is read from: configuration, tokenizer and weights."""
     if source.endswith(".ckpt"):
         return [epath.Path(source)]
     directory = resolve(source).directory
@@ -111,28 +116,30 @@ def files(source: str) -> list[epath.Path]:
 
 
 def load(source: str) -> Classifier:
-    """A classifier with its tokenizer; see the module's text for what `source` may be."""
+    """A classifier with its tokenizer; for `source` see the module's docstring."""
     if source.endswith(".ckpt"):
-        weights: Weights = (released := Released(epath.Path(source)))
-        cfg, tokenizer = released.cfg, load_tokenizer(released.tokenizer)
+        weights: Weights = (checkpoint := DetoxifyCheckpoint(epath.Path(source)))
+        cfg, tokenizer = checkpoint.cfg, load_tokenizer(checkpoint.tokenizer)
     else:
         directory = resolve(source).directory
         cfg, weights, tokenizer = encoder.from_hf(directory), Weights(directory), load_tokenizer(directory)
     mesh = sharding.make_mesh("data:-1", jax.local_devices())
     params = hf.read_params(weights, cfg, mesh, "float32")
     if len(tokenizer) > cfg.vocab_size:
-        raise UserError(f"{source}: {len(tokenizer)} tokens, but {cfg.vocab_size} embeddings: not one model's files")
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, but the model {cfg.vocab_size} embeddings: they do "
+            "not belong together"
+        )
     return Classifier(params, cfg, tokenizer, mesh, source)
 
 
 def _label_index(labels: Sequence[str], label: str, source: str) -> int:
-    wanted = [label] if label else [name for name in DEFAULT_LABELS if name in labels][:1]
-    if not wanted and len(labels) == 1:
-        wanted = list(labels)
-    if not wanted or wanted[0] not in labels:
-        missing = f"no label {label!r}" if label else "which label means toxic is not known"
-        raise UserError(f"classifier:{source}: {missing}{suggest(label, labels)}; write classifier:{source}#LABEL")
-    return labels.index(wanted[0])
+    defaults = [name for name in DEFAULT_LABELS if name in labels] or (labels if len(labels) == 1 else [""])
+    name = label or defaults[0]
+    if name not in labels:
+        problem = f"no label {label!r}" if label else "it is not known which label means toxic"
+        raise UserError(f"classifier:{source}: {problem}{suggest(label, labels)}; write classifier:{source}#LABEL")
+    return labels.index(name)
 
 
 # ------------------------------------------------------------------------------------------------- scoring
@@ -144,44 +151,37 @@ def _forward(params: Any, tokens: jax.Array, cfg: encoder.EncoderConfig, mask: j
 
 
 def _batches(rows: Sequence[Sequence[int]], cfg: encoder.EncoderConfig, mesh: jax.sharding.Mesh):
-    """Yields (indices [n], int32 tokens [B,T], their mask), n ≤ B, of rows of like length; few shapes, so few
-    compilations."""
-    ways = sharding.batch_shards(mesh)
+    """Yields (row indices [n], int32 tokens [B,T], mask [B,T]), n ≤ B, by length bucket, so that few shapes compile."""
     budget = BATCH_TOKENS.get(mesh.devices.flat[0].platform, BATCH_TOKENS_ACCELERATOR)
     buckets: dict[int, list[int]] = {}
-    for at in sorted(range(len(rows)), key=lambda at: len(rows[at])):
-        length = min(max(SHORTEST, next_power_of_two(len(rows[at]))), cfg.length_limit)
-        buckets.setdefault(length, []).append(at)
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
+        length = min(max(SHORTEST_BUCKET, next_power_of_two(len(rows[index]))), cfg.length_limit)
+        buckets.setdefault(length, []).append(index)
     for length, members in buckets.items():
         size = max(1, min(budget // length, next_power_of_two(len(members))))
-        size = round_up(size, ways)
+        size = round_up(size, sharding.batch_shards(mesh))
         for start in range(0, len(members), size):
             chosen = members[start : start + size]
             tokens, mask = np.full((size, length), max(cfg.pad_token_id, 0), np.int32), np.zeros((size, length), bool)
-            for row, at in enumerate(chosen):
-                tokens[row, : len(rows[at])], mask[row, : len(rows[at])] = rows[at], True
+            for row, index in enumerate(chosen):
+                tokens[row, : len(rows[index])], mask[row, : len(rows[index])] = rows[index], True
             yield chosen, tokens, mask
 
 
-def _cut(ids: Sequence[int], length: int) -> Sequence[int]:
+def _truncated(ids: Sequence[int], length: int) -> Sequence[int]:
     """The first tokens and the closing special token."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-
-
-def _store(found: np.ndarray, members: Sequence[int], result: jax.Array) -> int:
-    found[members] = np.asarray(result)[: len(members)]
-    return len(members)
 
 
 # ------------------------------------------------------------------------------------------------- loading
 
 
-class Released(Weights):
-    """Detoxify's `.ckpt`: its tensors as `Weights` gives those of a directory, `cfg`, and where its tokenizer is.
+class DetoxifyCheckpoint(Weights):
+    """A Detoxify `.ckpt`: its tensors as `Weights`, its configuration `cfg`, and the location of its tokenizer.
 
-    Weights lie under `state_dict`, label names and the architecture's name under `config`; a head that is wider than
-    the classes gives the identities that a text speaks of as well. The tokenizer is the one beside the file, else that
-    of the hub model that was fine-tuned.
+    `state_dict` holds the weights, `config` the names of labels and architecture. A head wider than the classes also
+    predicts identities mentioned in the text. The tokenizer is the one beside the file, else that of the hub model that
+    was fine-tuned.
     """
 
     def __init__(self, path: epath.Path):
@@ -200,7 +200,7 @@ class Released(Weights):
             self._arrays = {name: tensor.float().numpy() for name, tensor in content["state_dict"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a Detoxify checkpoint (no field {error})") from None
-        except Exception as error:  # pickle's and zip's many kinds; a file that wants to run code among them
+        except Exception as error:  # of many types, from pickle and zip; also for files that would execute code
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path}: not readable as weights alone ({reason})") from None
         self.listing = path
@@ -215,12 +215,12 @@ class Released(Weights):
         return self.listing
 
     def _config(self, model_name: str, names: Sequence[str]) -> encoder.EncoderConfig:
-        """From the config.json beside the file, else from the tensors, with heads of 64 numbers, as published."""
+        """From the config.json beside the file, else from the tensors, with attention heads of size 64."""
         if model_name not in DETOXIFY:
             raise UserError(f"{self.listing}: a {model_name}{suggest(model_name, DETOXIFY)}")
         kind = DETOXIFY[model_name]
         prefix, head = encoder.KINDS[kind].prefix, encoder.KINDS[kind].head[1]
-        beside = self.listing.parent / "config.json"
+        config_file = self.listing.parent / "config.json"
         try:
             labels = self.specs[f"{head}.bias"].shape[0]
             tables = [self.specs[f"{prefix}.embeddings.{name}_embeddings.weight"].shape for name in TABLES]
@@ -228,7 +228,7 @@ class Released(Weights):
         except KeyError as error:
             raise UserError(f"{self.listing}: key {error} is missing") from None
         (words, width), (positions, _), (types, _) = tables
-        layers = [int(found[1]) for name in self.specs if (found := re.search(r"encoder\.layer\.(\d+)\.", name))]
+        layers = [int(match[1]) for name in self.specs if (match := re.search(r"encoder\.layer\.(\d+)\.", name))]
         inferred = {
             "vocab_size": words,
             "hidden_size": width,
@@ -241,10 +241,10 @@ class Released(Weights):
         }
         return encoder.from_hf(
             {
-                **(json.loads(beside.read_text()) if beside.exists() else inferred),
+                **(json.loads(config_file.read_text()) if config_file.exists() else inferred),
                 "model_type": kind,
                 "num_labels": labels,
-                "id2label": {at: names[at] if at < len(names) else f"LABEL_{at}" for at in range(labels)},
+                "id2label": {i: names[i] if i < len(names) else f"LABEL_{i}" for i in range(labels)},
                 "problem_type": encoder.MULTI,
             }
         )

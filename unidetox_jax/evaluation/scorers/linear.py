@@ -1,8 +1,7 @@
-"""A linear classifier of text: TF-IDF of words and of characters, logistic regression.
+"""A linear text classifier: logistic regression on TF-IDF of words and characters.
 
-The offline scorer for real text, and the classifier of political leaning. scikit-learn fits it; what is
-stored is plain data (`linear.json`, and `linear.npz` read with allow_pickle=False), so that loading one
-cannot run anything.
+It serves as an offline toxicity scorer and as the classifier of political leaning. It is fitted by scikit-learn but
+stored as plain data (`linear.json`, and `linear.npz` read with allow_pickle=False), so loading cannot execute code.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from unidetox_jax.errors import UserError
 
 FORMAT = 1
 SETTINGS, ARRAYS = "linear.json", "linear.npz"
-# character n-grams stay inside words: they see through spelling, not through syntax
+# Character n-grams stay within words, to be robust to spelling.
 ANALYSES = {
     "words": {"analyzer": "word", "ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"},
     "characters": {"analyzer": "char_wb", "ngram_range": (2, 5)},
@@ -32,9 +31,8 @@ ANALYSES = {
 class LinearClassifier:
     """A fitted classifier.
 
-    weights [features, columns], bias [columns]: one column for two labels, else one for each label.
-
-    labels: names in the order of the probabilities; of two, the second is what `toxicity` gives.
+    weights: [features, columns], bias: [columns], with one column for two labels, else one per label.
+    labels: names in the order of the probabilities; of two, the second is the one of `toxicity`.
     vocabularies: analysis → its terms, in the order of the features. idf: [features].
     """
 
@@ -54,15 +52,15 @@ class LinearClassifier:
 
     @functools.cached_property
     def _analyses(self) -> dict[str, tuple[CountVectorizer, TfidfTransformer]]:
-        """What counts each analysis's terms, and what weighs them."""
-        found, start = {}, 0
+        """For each analysis, the counter of its terms and their weights."""
+        analyses, start = {}, 0
         for name, terms in self.vocabularies.items():
-            counter = CountVectorizer(vocabulary={term: at for at, term in enumerate(terms)}, **ANALYSES[name])
+            counter = CountVectorizer(vocabulary={term: index for index, term in enumerate(terms)}, **ANALYSES[name])
             weights = TfidfTransformer(sublinear_tf=True)
             weights.idf_ = self.idf[start : start + len(terms)]
-            found[name] = counter, weights
+            analyses[name] = counter, weights
             start += len(terms)
-        return found
+        return analyses
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the labels, float64 [N, labels]; rows sum to 1."""
@@ -75,7 +73,7 @@ class LinearClassifier:
     def toxicity(self, texts: Sequence[str]) -> np.ndarray:
         """The second label's probability, float64 [N]."""
         if len(self.labels) != 2:
-            raise UserError(f"a linear scorer with the labels {', '.join(self.labels)}: toxicity needs two of them")
+            raise UserError(f"a linear scorer with the labels {', '.join(self.labels)}: toxicity needs exactly two")
         return self.probabilities(texts)[:, 1]
 
 
@@ -93,11 +91,11 @@ def fit(
 
     Args:
       texts, labels: N texts and the names of their labels.
-      order: the labels in the wanted order; sorted when empty.
+      order: the order of the labels; empty: sorted.
       strength: inverse of the L2 penalty (scikit-learn's C).
-      min_texts: a term must occur in so many texts.
-      max_features: the most frequent terms of each analysis that are kept.
-      balanced: every label weighs the same, however rare.
+      min_texts: the least number of texts in which a term must occur.
+      max_features: at most this many terms per analysis, the most frequent ones.
+      balanced: give all labels the same weight, however rare.
     """
     order = tuple(order) or tuple(sorted(set(labels)))
     if len(set(labels)) < 2 or set(labels) != set(order):
@@ -107,7 +105,7 @@ def fit(
         vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=min_texts, max_features=max_features, **ANALYSES[name])
         try:
             blocks.append(vectorizer.fit_transform(texts))
-        except ValueError as error:  # scikit-learn's word for: no term is frequent enough
+        except ValueError as error:  # no term is frequent enough
             raise UserError(f"{len(texts)} texts are too few or too short for a classifier: {error}") from None
         vocabularies[name] = [str(term) for term in vectorizer.get_feature_names_out()]
         idf.append(vectorizer.idf_)
@@ -117,20 +115,19 @@ def fit(
 
 
 def _counts_by_word(counter: CountVectorizer, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
-    """How often each text [N] has each term of an analysis that stays inside words: every distinct word is taken apart
-    once, instead of wherever it occurs."""
+    """Counts of terms [N, terms] for an analysis within words: each distinct word is analysed only once."""
     words = [text.lower().split() for text in texts]
-    number: dict[str, int] = {}
-    columns = [number.setdefault(word, len(number)) for text in words for word in text]
+    ids: dict[str, int] = {}
+    columns = [ids.setdefault(word, len(ids)) for text in words for word in text]
     rows = np.repeat(np.arange(len(words)), [len(text) for text in words])
-    if not number:
+    if not ids:
         return scipy.sparse.csr_matrix((len(words), len(counter.vocabulary)), dtype=np.int64)
-    occurrences = scipy.sparse.csr_matrix((np.ones(len(rows), np.int64), (rows, columns)), (len(words), len(number)))
-    return occurrences @ counter.transform(list(number))
+    occurrences = scipy.sparse.csr_matrix((np.ones(len(rows), np.int64), (rows, columns)), (len(words), len(ids)))
+    return occurrences @ counter.transform(list(ids))
 
 
 def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict) -> None:
-    """Writes `linear.npz` and `linear.json`; `figures` (held-out AUC, counts) are stored with it."""
+    """Writes `linear.npz` and `linear.json`, with `figures` (held-out AUC, counts) in the latter."""
     directory = epath.Path(directory)
     arrays = {"idf": classifier.idf, "weights": classifier.weights, "bias": classifier.bias}
     storage.write_arrays(directory / ARRAYS, {name: value.astype(np.float64) for name, value in arrays.items()})
@@ -144,16 +141,16 @@ def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict)
 
 
 def load(directory: epath.PathLike) -> LinearClassifier:
-    """Reads what `save` wrote.
+    """Reads a classifier written by `save`.
 
     Raises:
-      UserError: nothing there, another format, or arrays that do not fit the vocabulary.
+      UserError: a missing file, another format, or arrays that do not match the vocabulary.
     """
     directory = epath.Path(directory)
     path = directory / SETTINGS
     if not path.exists():
-        inside = directory / "scorer"
-        hint = f"; did you mean {inside}?" if (inside / SETTINGS).exists() else ""
+        nested = directory / "scorer"
+        hint = f"; did you mean {nested}?" if (nested / SETTINGS).exists() else ""
         raise UserError(f"{path}: no such file; expected a directory that `unidetox fit-scorer` made{hint}")
     try:
         content = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Whole texts sampled from an objective, batch by batch: the distilled data set (Lu et al., ICLR 2025, section 3.2).
+"""Samples whole texts from an objective, batch by batch: the distilled data set (Lu et al., ICLR 2025, section 3.2).
 
-A text depends on the seed and on its own number alone. Every batch has the same shape, so one program serves all, and
-whoever keeps finished batches (`keep`) goes on after a kill with the first one missing, to the same bytes.
+A text depends only on the seed and its own number. All batches have the same shape, so one program serves them all, and
+a caller that stores finished batches (`keep`) resumes an interrupted run with identical results.
 """
 
 import functools
@@ -25,11 +25,11 @@ from unidetox_jax.models import Model
 from unidetox_jax.progress import Progress
 
 Value = TypeVar("Value")
-Batch = dict[str, Any]  # {"made_on": the hardware in words, "rows": a dictionary a text}
+Batch = dict[str, Any]  # {"made_on": description of the hardware, "rows": one dictionary per text}
 
 
-def anew(name: str, make: Callable[[], Value], together: bool = True) -> Value:
-    """Keeps nothing: what is asked for is made."""
+def uncached(name: str, make: Callable[[], Value], together: bool = True) -> Value:
+    """A `keep` that stores nothing: it always calls `make`."""
     return make()
 
 
@@ -46,30 +46,29 @@ def sample_texts(
     names: Sequence[str] = (),
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
-    keep: Callable[[str, Callable[[], Batch]], Batch] = anew,
+    keep: Callable[[str, Callable[[], Batch]], Batch] = uncached,
     begin: Sequence[int] | None = None,
     label: str | None = None,
     **options: Any,
 ) -> Texts:
-    """`num_texts` continuations of one prompt. Every process calls it and gets all texts.
+    """Samples `num_texts` continuations of one prompt. Every process calls it and gets all texts.
 
-    A text's row holds "row" (its number), "seed", "text", "ended" (by itself), "log_probabilities" (model's name → mean
-    over its new tokens, untruncated) and "tokens" (the prompt's first, the end token last).
+    Each row of the result has "row" (its number), "seed", "text", "ended" (whether it reached an end token),
+    "log_probabilities" (model name → mean over the new tokens, untruncated) and "tokens" (from the prompt's first to
+    the end token).
 
     Args:
       models, objective, seed, options (warpers, cache, vocab_size): as in `generate`.
-      prompt: token ids that every text begins with.
-      max_length: tokens of a text at most, the prompt's included.
-      names: the models' names in "log_probabilities"; empty: the objective's own names for them.
-      reject: texts → why each is left out, empty for one that is kept; as many more are made, up to `most` times
-        `num_texts` in all. None: all are kept.
-      keep: called with a batch's name and what makes it; gives the batch.
-      begin: what stands in a row in place of the prompt, where that is no part of the text: a conversation's beginning.
-      label: shows progress under this name; None shows none.
+      prompt: token ids that every text begins with. max_length: tokens per text at most, including the prompt.
+      names: the models' names in "log_probabilities"; empty: the objective's argument names.
+      reject: texts → reasons for rejection, "" for accepted texts; up to `most` times `num_texts` texts are sampled to
+        replace rejected ones. None accepts all.
+      keep: (batch name, make) → batch; calls `make` or returns a stored batch.
+      begin: tokens to store in place of the prompt if that is not part of the text: the start of a conversation.
+      label: title of a progress bar; None shows none.
 
     Raises:
-      UserError: a prompt that leaves no room, a context that is too short, too few texts that are kept, and as
-        `generate`.
+      UserError: a prompt that leaves no room, a too short context, too few accepted texts, or as `generate`.
     """
     if len(prompt) >= max_length:
         raise UserError(f"max_length: found {max_length}, but the prompt alone has {len(prompt)} tokens with BOS")
@@ -80,50 +79,60 @@ def sample_texts(
     options |= {"objective": objective, "seed": seed, "max_new_tokens": max_length - len(prompt)}
     limit = num_texts if reject is None else int(most * num_texts)
     made_on: set[str] = set()
-    kept: list[dict[str, Any]] = []
+    accepted: list[dict[str, Any]] = []
 
-    def make(first: int) -> Batch:
+    def sample_batch(first: int) -> Batch:
         started = time.monotonic()
-        row_ids = np.arange(first, first + size, dtype=np.int32)  # the last batch is as large as the others
+        row_ids = np.arange(first, first + size, dtype=np.int32)  # the last batch has the same shape as the others
         prompts = np.tile(np.asarray(prompt, np.int32), (size, 1))
         result = generate(models, prompts, row_ids=row_ids, log_probabilities=True, **options)
-        wanted = range(min(size, limit - first))
-        before = prompt if begin is None else begin
-        rows = [_row(result, i, int(row_ids[i]), before, tokenizer, seed, names) for i in wanted]
-        rate = int(result.lengths[wanted].sum()) / (time.monotonic() - started)
+        rows = _rows(result, row_ids[: limit - first], prompt if begin is None else begin, tokenizer, seed, names)
+        rate = int(result.lengths[: len(rows)].sum()) / (time.monotonic() - started)
         bar.set_postfix({"tokens/s": f"{rate:.0f}"}, refresh=False)
         return {"made_on": hardware, "rows": rows}
 
     with Progress(num_texts, "texts", label or "", disable=label is None or jax.process_index() > 0) as bar:
         for first in range(0, limit, size):
-            if len(kept) < num_texts:
-                batch = keep(f"{first // size:06d}", functools.partial(make, first))
+            if len(accepted) < num_texts:
+                batch = keep(f"{first // size:06d}", functools.partial(sample_batch, first))
                 made_on.add(batch["made_on"])
-                reasons = reject([row["text"] for row in batch["rows"]]) if reject else [""] * len(batch["rows"])
-                kept += [row for row, why in zip(batch["rows"], reasons, strict=True) if not why]
-                bar.update(min(len(kept), num_texts) - bar.n)
-    if len(kept) < num_texts:
+                accepted += _accepted(batch["rows"], reject)
+                bar.update(min(len(accepted), num_texts) - bar.n)
+    if len(accepted) < num_texts:
         raise UserError(
-            f"reject: left {len(kept)} of {limit} texts, expected {num_texts}; reject less, or raise reject.most"
+            f"reject: left {len(accepted)} of {limit} texts, expected {num_texts}; reject less, or raise reject.most"
         )
-    return Texts(tuple(kept[:num_texts]), tuple(sorted(made_on)))
+    return Texts(tuple(accepted[:num_texts]), tuple(sorted(made_on)))
 
 
-def _row(result, index: int, row_id: int, prompt, tokenizer, seed: int, names: Sequence[str]) -> dict[str, Any]:
-    tokens = [*prompt, *result.tokens[index, : result.lengths[index]].tolist()]
-    values = zip(names, result.log_probabilities[:, index], strict=True)
-    return {  # in the order of a sorted JSON file, so that a kept row is this one to the byte
-        "ended": bool(result.ended[index]),
-        "log_probabilities": {name: round(float(value), 5) for name, value in sorted(values)},
-        "row": row_id,
-        "seed": seed,
-        "text": decode(tokenizer, [tokens])[0],
-        "tokens": tokens,
-    }
+def _rows(result, row_ids, start, tokenizer, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The result's rows as dictionaries, without those that only pad the batch."""
+    rows = []
+    for index, row_id in enumerate(row_ids.tolist()):
+        tokens = [*start, *result.tokens[index, : result.lengths[index]].tolist()]
+        values = zip(names, result.log_probabilities[:, index], strict=True)
+        rows.append(
+            {  # in the key order of a sorted JSON file, so that a stored row is identical to the byte
+                "ended": bool(result.ended[index]),
+                "log_probabilities": {name: round(float(value), 5) for name, value in sorted(values)},
+                "row": row_id,
+                "seed": seed,
+                "text": decode(tokenizer, [tokens])[0],
+                "tokens": tokens,
+            }
+        )
+    return rows
+
+
+def _accepted(rows: list[dict[str, Any]], reject: Callable[[Sequence[str]], Sequence[str]] | None) -> list:
+    if reject is None:
+        return rows
+    reasons = reject([row["text"] for row in rows])
+    return [row for row, reason in zip(rows, reasons, strict=True) if not reason]
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Each name once: the second of two equal ones gets its place added."""
+    """Makes names unique: a repeated name gets its position appended."""
     return [name if name not in names[:i] else f"{name}#{i + 1}" for i, name in enumerate(names)]
 
 
@@ -137,7 +146,7 @@ def _hardware(models: Sequence[Model]) -> str:
 
 
 def first_token(tokenizer: Any, name: str) -> int:
-    """What a text begins with: BOS, or where there is none EOS; `name` says whose tokenizer it is in the error."""
+    """The token that texts begin with: BOS, or else EOS. `name`: the model's, for the error message."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -145,12 +154,12 @@ def first_token(tokenizer: Any, name: str) -> int:
 
 
 def common_vocabulary(tokenizers: Sequence[Any], names: Sequence[str]) -> int:
-    """How many tokens, from the first, mean the same to all tokenizers; padding may differ, as no text is padded.
+    """The number of token ids, from 0 on, that mean the same to all tokenizers. Padding tokens may differ.
 
-    What a tokenizer has beyond them are tokens that were added to it, and is left out: that is told in a line.
+    Tokens beyond them that were added to a tokenizer are ignored, with a warning.
 
     Raises:
-      UserError: two of whose tokens mean different things.
+      UserError: tokenizers that disagree on a token.
     """
     vocabularies = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
     sizes = [max(vocabulary) + 1 for vocabulary in vocabularies]
@@ -159,7 +168,7 @@ def common_vocabulary(tokenizers: Sequence[Any], names: Sequence[str]) -> int:
         problem = f"{name} and {names[0]} have different tokenizers"
         added = set(tokenizer.get_added_vocab().values())
         if any(index >= common and index not in added for index in theirs):
-            raise UserError(f"{problem} ({size} and {min(sizes)} tokens)")
+            raise UserError(f"{problem} ({size} and {common} tokens)")
         for index in range(common):
             if theirs.get(index) != vocabularies[0].get(index):
                 found, expected = theirs.get(index), vocabularies[0].get(index)
@@ -169,12 +178,12 @@ def common_vocabulary(tokenizers: Sequence[Any], names: Sequence[str]) -> int:
                 found, expected = getattr(tokenizer, field), getattr(tokenizers[0], field)
                 raise UserError(f"{problem} ({field} {found} and {expected})")
         if size > common:
-            logging.warning("%s: its %d last tokens are left out, which the others do not have", name, size - common)
+            logging.warning("%s: ignoring its last %d tokens, which the others do not have", name, size - common)
     return common
 
 
 def same_weights(models: Sequence[Model], names: Sequence[str]) -> tuple[str, ...]:
-    """The names of the first two models whose weights are equal; nothing where all differ."""
+    """The names of the first two models with equal weights; empty if all differ."""
 
     def equal(left: Any, right: Any) -> bool:
         pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
@@ -189,12 +198,12 @@ def same_weights(models: Sequence[Model], names: Sequence[str]) -> tuple[str, ..
 
 
 def statistics(texts: Texts) -> dict[str, Any]:
-    """Counts of texts, tokens, ends, degenerate and repeated texts, and mean log-probabilities over texts."""
+    """Counts of texts, tokens, end tokens, degenerate and duplicate texts, and mean log-probabilities over texts."""
     lengths = [len(row["tokens"]) for row in texts.rows]
     names = texts.rows[0]["log_probabilities"]
     return {
         "texts": len(texts),
-        "tokens": sum(lengths),  # with BOS and the end
+        "tokens": sum(lengths),  # including BOS and end tokens
         "mean_tokens": round(sum(lengths) / len(lengths), 2),
         "ended": sum(texts.ended or ()),
         "degenerate": text_statistics.degenerate_counts(texts),
