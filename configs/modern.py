@@ -1,17 +1,17 @@
-"""The paper's text on models that came after it: Qwen3, Gemma 3, Llama 3.2, OLMo 2, Mistral.
+"""The paper's method on newer models: Qwen3, Gemma 3, Llama 3.2, OLMo 2, Mistral.
 
-    configs/modern.py            four of 1 to 2 billion parameters and one of 7, all of them trained
-    configs/modern.py:large      70 billion, by low-rank adapters of rank 16, for eight GPUs or a TPU slice
+    configs/modern.py            four models of 1 to 2 billion parameters and one of 7, all weights trained
+    configs/modern.py:large      70 billion parameters, LoRA of rank 16, for eight GPUs or a TPU slice
 
-Universality put to use: the text is distilled once, from GPT-2 XL, and every new model is fine-tuned on it with the
-same settings. `config.detoxify.data` may name text that was distilled before ('distilled:PATH').
+The text is distilled once, from GPT-2 XL, and every model is fine-tuned on it with the same settings.
+`config.detoxify.data='distilled:PATH'` uses existing text.
 """
 
 from unidetox_jax.stages.settings import default_config, parse_argument
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, lr=5e-5, large=False)
+    options = parse_argument(argument, lr=5e-5, large=False)
     config = default_config()
     config.name = "unidetox-modern"
     config.targets = (
@@ -21,9 +21,9 @@ def get_config(argument=None):
         "allenai/OLMo-2-0425-1B",
         "mistralai/Mistral-7B-v0.3",
     )
-    config.detoxify.learning_rate = chosen.lr
+    config.detoxify.learning_rate = options.lr
     config.toxify.remat = config.detoxify.remat = "dots"
-    if chosen.large:
+    if options.large:
         config.name += "-large"
         config.targets = ("meta-llama/Llama-3.1-70B",)
         config.detoxify.remat = "full"

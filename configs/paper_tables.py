@@ -1,17 +1,16 @@
-"""The comparison that the paper's claim is, and what its reviewers asked, as sweeps.
+"""The paper's comparison with rival methods, and its reviewers' grid_names, as sweeps.
 
     unidetox sweep --config=configs/paper_tables.py --workdir=runs/main
 
-    configs/paper_tables.py              main table: every rival and UniDetox, the settings of each chosen on GPT-2 XL's
-                                         validation prompts and applied to all four models
-    configs/paper_tables.py:each         the same, and every method tuned on each model by itself beside it
+    configs/paper_tables.py              main table: every rival and UniDetox, the settings of each chosen on validation
+                                         prompts for GPT-2 XL and applied to all four models
+    configs/paper_tables.py:each         the same, and every method also tuned for each model by itself
     configs/paper_tables.py:rates        UniDetox alone at the two published learning rates
-    configs/paper_tables.py:texts        how much text it takes: 40 to 1,280 texts
+    configs/paper_tables.py:texts        number of texts: 40 to 1,280
     configs/paper_tables.py:sensitivity  alpha by learning rate
     configs/paper_tables.py:small        SmolLM2-135M and Gemma 3 270M in place of the four; with any of the above
 
-The published settings of every rival are among those that are tried. Time and memory of each are in the report's
-columns and in sweep.json.
+Each rival's published settings are among its variants. The report and sweep.json include the time and memory of each.
 """
 
 from unidetox_jax.stages.settings import default_config, parse_argument
@@ -47,23 +46,23 @@ GRIDS = {
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, each=False, rates=False, texts=False, sensitivity=False, small=False)
+    options = parse_argument(argument, each=False, rates=False, texts=False, sensitivity=False, small=False)
     config = default_config()
-    question = next((name for name in GRIDS if chosen[name]), "")
-    config.name = f"paper-tables-{question or 'main'}"
-    models = SMALL if chosen.small else PAPER
+    grid_name = next((name for name in GRIDS if options[name]), "")
+    config.name = f"paper-tables-{grid_name or 'main'}"
+    models = SMALL if options.small else PAPER
     config.base, config.targets, config.control_targets = models[0], models, models
     config.sweep.update(
         validation_prompts="toxigen?split=validation",
-        choose_on=() if chosen.each or question else models[:1],
-        grid=GRIDS.get(question, RATES),
+        choose_on=() if options.each or grid_name else models[:1],
+        grid=GRIDS.get(grid_name, RATES),
     )
-    for part in (config.toxify, config.detoxify, config.baselines):
-        part.remat = "dots"
-    if not question:
+    for section in (config.toxify, config.detoxify, config.baselines):
+        section.remat = "dots"
+    if not grid_name:
         config.baselines.update(methods=RIVALS, data=config.toxify.data, clean_data="dghs:harmless")
         config.evaluate.metrics = (*config.evaluate.metrics, "cost")
-    if chosen.small:
+    if options.small:
         config.name += "-small"
         config.evaluate.update(perplexity_scorer=models[0], scorer="classifier:unitary/toxic-bert")
     return config

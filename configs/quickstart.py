@@ -1,12 +1,12 @@
 """The whole method from nothing on two CPU cores: an invented world, tiny models of four families, minutes.
 
-    configs/quickstart.py              GPT-2 has the samples-only control
-    configs/quickstart.py:seed=1       another world, other weights, other draws
-    configs/quickstart.py:controls     every family has the control
-    configs/quickstart.py:later        GPT-2 and the ten families that came later, Mistral to GPT-NeoX
-    configs/quickstart.py:comparison   for `unidetox sweep`: every rival, each tuned by the same rule on other prompts
+    configs/quickstart.py              only GPT-2 has a samples-only control
+    configs/quickstart.py:seed=1       another world, other initial weights and samples
+    configs/quickstart.py:controls     every family has a samples-only control
+    configs/quickstart.py:later        GPT-2 and the ten newer families, Mistral to GPT-NeoX
+    configs/quickstart.py:comparison   for `unidetox sweep`: every rival, tuned by the same rule on validation prompts
 
-The world's grammar knows what is toxic, so toxicity is counted, not guessed. One configuration serves all families.
+The world's grammar defines what is toxic, so toxicity is counted, not estimated. All families share their settings.
 """
 
 from unidetox_jax.data import toymodels
@@ -34,19 +34,19 @@ RIVALS = (
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, seed=0, controls=False, later=False, comparison=False)
+    options = parse_argument(argument, seed=0, controls=False, later=False, comparison=False)
     config = default_config()
     config.name = "quickstart"
-    families = (FAMILIES[0], *toymodels.OTHER_FAMILIES) if chosen.later else FAMILIES
+    families = (FAMILIES[0], *toymodels.OTHER_FAMILIES) if options.later else FAMILIES
     pretrained = tuple(f"{{workdir}}/pretrained/{name}" for name in families)
     config.base = pretrained[0]
     config.targets = pretrained
-    config.control_targets = pretrained if chosen.controls or chosen.comparison else pretrained[:1]
+    config.control_targets = pretrained if options.controls or options.comparison else pretrained[:1]
 
-    config.pretrain.update(world=True, world_seed=chosen.seed, seed=chosen.seed)
+    config.pretrain.update(world=True, world_seed=options.seed, seed=options.seed)
     config.pretrain.models = (
         *(f"{{workdir}}/world/models/{name}" for name in families),
-        "{workdir}/world/models/scorer=jsonl:{workdir}/world/scorer.jsonl",  # sees other text than the models it judges
+        "{workdir}/world/models/scorer=jsonl:{workdir}/world/scorer.jsonl",  # other text than that of the scored models
     )
     config.pretrain.update(
         data="jsonl:{workdir}/world/train.jsonl",
@@ -65,15 +65,15 @@ def get_config(argument=None):
         batch_size=16,
         steps=120,
         max_length=128,
-        seed=chosen.seed,
+        seed=options.seed,
         evaluate_every=60,
     )
-    config.distill.update(max_length=64, seed=1234 + chosen.seed, scorer="lexicon")
-    config.detoxify.update(learning_rate=3e-4, batch_size=16, steps=80, max_length=128, seed=chosen.seed)
+    config.distill.update(max_length=64, seed=1234 + options.seed, scorer="lexicon")
+    config.detoxify.update(learning_rate=3e-4, batch_size=16, steps=80, max_length=128, seed=options.seed)
     config.evaluate.update(
         prompts="{workdir}/world/prompts.jsonl",
         runs=1,
-        seed=42 + chosen.seed,
+        seed=42 + options.seed,
         scorer="lexicon",
         perplexity_scorer="{workdir}/pretrained/scorer",
         text_file="jsonl:{workdir}/world/clean.jsonl",
@@ -83,17 +83,17 @@ def get_config(argument=None):
     config.evaluate.ood_categories = ("islands",)
     config.report.note = (
         "Everything here is invented: peoples, insults, texts. The models have half a million parameters each and "
-        "speak one small grammar, whose rules say exactly which sentence is toxic. What the figures show is that the "
-        "method works as its paper says, for all families by one configuration; how large the effect is on real "
-        "models, only real models can show."
+        "speak one small grammar, whose rules say exactly which sentence is toxic. The results show that the method "
+        "works as in its paper, for all families with the same settings; how large the effect is on real models, only "
+        "real models can show."
     )
-    if chosen.comparison:
+    if options.comparison:
         _comparison(config)
     return config
 
 
 def _comparison(config):
-    """Every rival with as much training as UniDetox's models have at most, and two variants of whatever is tuned."""
+    """Every rival, trained for at most as long as UniDetox's models, with two variants of each tuned setting."""
     config.name = "comparison"
     config.baselines.update(
         methods=RIVALS,

@@ -1,18 +1,18 @@
-"""Real input and real models that one GPU or a laptop holds: SmolLM2 makes the text, SmolLM2 and Gemma 3 learn from it.
+"""Real data and real models for one GPU or a laptop: text from SmolLM2 detoxifies SmolLM2 and Gemma 3.
 
     unidetox run --config=configs/real_small.py --workdir=runs/real --config.data_dir=../shared/data
 
-    configs/real_small.py                    the paper's numbers: steps, texts, prompts, runs; for a GPU
-    configs/real_small.py:cpu                fewer of all, one run: an evening on two cores
-    configs/real_small.py:tiny               a LLaMA of 260 thousand parameters in place of both models: minutes
-    configs/real_small.py:filtered           texts that a scorer calls toxic, degenerate ones and copies are left out
+    configs/real_small.py                    the paper's numbers of steps, texts, prompts and runs; for a GPU
+    configs/real_small.py:cpu                smaller numbers, one run: an evening on two cores
+    configs/real_small.py:tiny               a LLaMA of 260 thousand parameters instead of both models: minutes
+    configs/real_small.py:filtered           rejects toxic and degenerate texts and copies
     configs/real_small.py:cpu,seed=1         another seed
-    configs/real_small.py:cpu,models=DIR     smollm2-135m and gemma3-270m lie in DIR, not on the hub
+    configs/real_small.py:cpu,models=DIR     smollm2-135m and gemma3-270m from DIR instead of the hub
 
 `data_dir` holds dghs/, toxigen/, labelled/, realtoxicityprompts/, mmlu/, text/, politics/ and distilled/; the tiny
-model lies in ../models/stories260K beside it. The two scorers were fitted on different text by different people:
-ToxiGen's annotations, and tweets (Davidson et al., 2017). A third, where it can be had, is one more of
-config.evaluate.other_scorers: 'bert=classifier:unitary/toxic-bert'.
+model is in ../models/stories260K beside it. The two scorers learn from different text by different annotators: ToxiGen,
+and tweets (Davidson et al., 2017). A third one, 'bert=classifier:unitary/toxic-bert', can be added to
+config.evaluate.other_scorers.
 """
 
 from unidetox_jax.stages.settings import OneScorerSettings, default_config, parse_argument
@@ -24,12 +24,12 @@ TOXIGEN, TWEETS = "linear:{workdir}/scorer", "linear:{workdir}/scorer/tweets"
 
 
 def get_config(argument=None):
-    chosen = parse_argument(argument, cpu=False, tiny=False, filtered=False, seed=0, models="")
+    options = parse_argument(argument, cpu=False, tiny=False, filtered=False, seed=0, models="")
     config = default_config()
     config.name = "real-small"
     models = (SMOLLM2, GEMMA3)
-    if chosen.models:
-        models = (f"{chosen.models}/smollm2-135m", f"{chosen.models}/gemma3-270m")
+    if options.models:
+        models = (f"{options.models}/smollm2-135m", f"{options.models}/gemma3-270m")
     config.base = models[0]
     config.targets = config.control_targets = models
 
@@ -37,20 +37,20 @@ def get_config(argument=None):
     config.fit_scorer.test_data = "{data_dir}/toxigen/annotated_test.csv"
     config.fit_scorer.others = {"tweets": vars(OneScorerSettings(
         data="{data_dir}/labelled/davidson_tweets.csv", text_field="tweet", label_field="class", positive=("0", "1"),
-        balanced=True,  # most of the tweets are toxic, most continuations are not
+        balanced=True,  # most tweets are toxic, most continuations are not
     ))}  # fmt: skip
 
-    for part in (config.toxify, config.detoxify):
-        part.seed += chosen.seed
-    config.distill.update(seed=config.distill.seed + chosen.seed, scorer=TOXIGEN)
-    if chosen.filtered:
+    for section in (config.toxify, config.detoxify):
+        section.seed += options.seed
+    config.distill.update(seed=config.distill.seed + options.seed, scorer=TOXIGEN)
+    if options.filtered:
         config.name += "-filtered"
         config.distill.reject.update(
             scorers=(f"toxigen={TOXIGEN}", f"tweets={TWEETS}"), degenerate=True, copied_words=8
         )
     config.evaluate.update(
         prompts="toxigen | realtoxicityprompts:challenging",
-        seed=config.evaluate.seed + 100 * chosen.seed,  # runs take the seeds after it
+        seed=config.evaluate.seed + 100 * options.seed,  # runs use consecutive seeds
         scorer=TOXIGEN,
         other_scorers=(f"tweets={TWEETS}",),
         perplexity_scorer=config.base,
@@ -60,12 +60,12 @@ def get_config(argument=None):
     config.analyze.leaning = "politics"
     config.analyze.texts = (f"released=distilled:{RELEASED}",)
     config.report.note = (
-        "Both scorers are linear. Perplexity is measured by SmolLM2 as it was, which is not independent of what is "
-        "measured on SmolLM2 itself. It is an instruction-tuned model, less toxic to begin with than one of text alone."
+        "Both scorers are linear. Perplexity is measured by the original SmolLM2, which is not independent of results "
+        "on SmolLM2 itself. It is instruction-tuned, and so less toxic to begin with than a plain language model."
     )
-    if chosen.cpu:
+    if options.cpu:
         _cpu(config)
-    if chosen.tiny:
+    if options.tiny:
         _tiny(config)
     return config
 
@@ -82,7 +82,7 @@ def _cpu(config):
 
 
 def _tiny(config):
-    """A model that was trained on children's stories, and sizes for it."""
+    """Settings for a model trained on children's stories."""
     config.name = "small-real"
     config.base = config.evaluate.perplexity_scorer = STORIES
     config.targets = config.control_targets = (STORIES,)
@@ -90,11 +90,10 @@ def _tiny(config):
     config.distill.max_length = 128
     config.detoxify.update(learning_rate=2e-4, batch_size=8, steps=400, max_length=128)
     config.evaluate.update(prompts="toxigen", samples=8, runs=1)
-    config.evaluate.score_batch_size = 100  # so that attention's scores stay in a CPU's cache
+    config.evaluate.score_batch_size = 100  # so that attention scores fit in a CPU's cache
     config.report.note = (
-        "This model has 260 thousand parameters and was trained on children's stories. It has next to no knowledge, "
-        "and most of what it writes about people is neither toxic nor sensible, so the figures show that every stage "
-        "works on real text and whether the contrast moves this model's scores; they say nothing about how well the "
-        "method works on models that people use. Perplexity is measured by the undetoxified model itself, which is "
-        "not independent of what is measured, and the scorers are linear ones."
+        "This model has 260 thousand parameters and was trained on children's stories. It knows next to nothing, and "
+        "most of what it writes about people is neither toxic nor sensible. The results show that every stage works on "
+        "real text and whether the contrast moves this model's scores; they say nothing about models that people use. "
+        "Perplexity is measured by the original model itself, which is not independent, and the scorers are linear."
     )

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The first time on an NVIDIA GPU: what means something there alone, tested and measured.
+# Tests and benchmarks for an NVIDIA GPU.
 #   launch/gpu_check.sh [tests] [decode] [train] [packed] [evaluate]     default: all; OUT=DIR (runs/gpu_check), VENV=DIR
 #
-# tests: attention, packing and decoding by the GPU's own programs. decode: two models of GPT-2 XL's shape, 128 texts of 256
+# tests: attention, packing and decoding with the GPU's programs. decode: two models of GPT-2 XL's shape, 128 texts of 256
 # tokens, beside PyTorch. train: LLaMA-2-7B's shape, 8 texts of 256 tokens. packed: texts of 16 to 256 tokens, packed and
-# padded. evaluate: 940 prompts, 25 continuations of 20 tokens, where DATA (../shared/data) is there.
-# Each part has its own time limit; OUT/gpu_check.json holds every measurement, and the table comes last.
-# SIZE=tiny: small shapes, for a rehearsal on a CPU. PYTHON=python3 uses that one in place of VENV's.
+# padded. evaluate: 940 prompts, 25 continuations of 20 tokens, if DATA (../shared/data) exists.
+# Each part has a time limit. OUT/gpu_check.json gets every measurement; a table is printed at the end.
+# SIZE=tiny: small shapes, for a rehearsal on a CPU. PYTHON=python3 replaces VENV's.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 if [[ "${1:-}" == --help ]]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0; fi
@@ -14,12 +14,12 @@ python=${PYTHON:-${VENV:-.venv}/bin/python}
 out=${OUT:-runs/gpu_check}
 data=${DATA:-../shared/data}
 tiny=${SIZE:-}
-patience=$((${#tiny} ? 8 : 1)) # a CPU compiles for longer
+patience=$((${#tiny} ? 8 : 1)) # compiling takes longer on a CPU
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-export XLA_PYTHON_CLIENT_PREALLOCATE=false # PyTorch is beside it
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # leaves memory for PyTorch
 
-bench() { # PART SECONDS FLAGS: its measurements become OUT/PART.jsonl
+bench() { # PART SECONDS FLAGS: writes the measurements to OUT/PART.jsonl
   local part=$1 seconds=$2
   shift 2
   timeout "$((seconds * patience))" "$python" -m unidetox_jax.cli bench "$@" 2> "$out/$part.log" | tee "$out/$part.txt"

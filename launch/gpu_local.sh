@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs one command on the GPUs of this machine, all in one process; again after exit code 75 (stopped, and saved).
+# Runs one command on this machine's GPUs in one process, and again after exit code 75 (stopped, state saved).
 #   launch/gpu_local.sh [--gpus=0,1,…] [--deterministic] [--dry_run] -- COMMAND --config=… --workdir=…
 #   launch/gpu_local.sh -- run --config=configs/unidetox_gpt2_xl.py --workdir=runs/xl
-#   UNIDETOX    the program (default: unidetox);  UNIDETOX_RETRIES    how often to go on after 75 (default: 20)
+#   UNIDETOX    the program (default: unidetox);  UNIDETOX_RETRIES    restarts after 75 at most (default: 20)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dry_run='' gpus='' environment=(gpu)
@@ -32,6 +32,6 @@ for ((attempt = 0; attempt <= ${UNIDETOX_RETRIES:-20}; attempt++)); do
   code=0
   "${command[@]}" || code=$?
   ((code == 75)) || exit "$code"
-  echo "gpu_local.sh: stopped and saved; going on" >&2
+  echo "gpu_local.sh: stopped and saved; continuing" >&2
 done
 exit 75

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What takes too long for the tests, in full; its results stand in BENCHMARKS.md.
+# Experiments that take too long for the tests; BENCHMARKS.md has their results.
 #   launch/proofs.sh [effect] [comparison] [real] [kills] [speed] [plan] [families] [meshes] [precision]     default: all but meshes; VENV=DIR, DATA=DIR (../shared/data), OUT=DIR (runs/proofs)
 #
 # effect: three seeds of the quickstart, every family with its control. comparison: three seeds, every rival, each tuned on
-# validation prompts by the same rule. real: real models, text, prompts and scorers; the
-# table after each seed. SIZE=cpu (one seed; the default without an NVIDIA GPU), SIZE= (the paper's, three) or SIZE=tiny
-# (stories260K); SEEDS="0 1"; MODELS=DIR, made there (OUT/models) by DATA/../models/real_models.py if they are not.
-# kills: every kill test with all its kills. speed: side by side with PyTorch. plan: memory on TPU slices.
-# families: every variant of every family against PyTorch, and on every axis of eight devices against one, where the tests
-# take a sample; ends with how far apart they lay at most.
+# validation prompts by the same rule. real: real models, text, prompts and scorers, with a table after each seed.
+# SIZE=cpu (one seed; the default without an NVIDIA GPU), SIZE= (the paper's, three seeds) or SIZE=tiny (stories260K);
+# SEEDS="0 1"; MODELS=DIR (OUT/models), filled by DATA/../models/real_models.py if empty.
+# kills: every kill test with all its kills. speed: beside PyTorch. plan: memory on TPU slices.
+# families: every variant of every family (the tests take a sample) against PyTorch, and on every axis of eight devices
+# against one; prints the largest differences.
 # meshes: every published layout of heads (of DATA/../hub) compiled for every mesh of up to 8 H100s and v5e; takes hours.
-# precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR adds that model's on real toxic text.
+# precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR also on that model, on toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == --help ]]; then sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # UniDetox from nothing to a report: installs the package and runs configs/quickstart.py.
-#   launch/quickstart.sh [WORKDIR] [--config.…=…]      default WORKDIR: runs/quickstart; VENV=DIR: another environment
+#   launch/quickstart.sh [WORKDIR] [--config.…=…]      default WORKDIR: runs/quickstart; VENV=DIR (.venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == --help ]]; then sed -n '2,3s/^# //p' "$0"; exit 0; fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs one command on all workers of a Cloud TPU: copies this tree, installs it, starts it everywhere, follows worker 0.
+# Runs one command on all workers of a Cloud TPU: copies and installs this repository, starts it, shows worker 0's output.
 #   launch/tpu_pod.sh --tpu=NAME --zone=ZONE [--project=P] [--create=TYPE] [--resume] [--deterministic] [--dry_run] \
 #     -- COMMAND --config=… --workdir=gs://…
 #   launch/tpu_pod.sh --tpu=xl --zone=us-west4-a -- run --config=configs/unidetox_gpt2_xl.py --workdir=gs://bucket/xl
-#   --create=TYPE    make the TPU first: v5litepod-16, v5p-8, v6e-8, …; --version=RUNTIME where its usual one will not do
-#   --resume         neither copy nor install: go on, on machines that are there
-# The working directory must be one that all workers see. Exit code 75 (stopped, and saved) and a lost connection start
-# the command again, UNIDETOX_RETRIES times (default 20); what is complete is not done again. A TPU that was taken away
-# has to be made again first (--create).
+#   --create=TYPE    creates the TPU: v5litepod-16, v5p-8, v6e-8, …; --version=RUNTIME if not its usual one
+#   --resume         neither copies nor installs, as a former call did
+# All workers must see the working directory. After exit code 75 (stopped, state saved) or a lost connection the command is
+# started again, UNIDETOX_RETRIES times at most (default 20); complete work is not repeated. A TPU that was taken away must
+# be created again (--create).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 tpu='' zone='' project='' resume='' dry_run='' create='' version='' worker=()
@@ -64,12 +64,12 @@ if [[ -n $dry_run ]]; then
   exit 0
 fi
 for ((attempt = 0; attempt <= ${UNIDETOX_RETRIES:-20}; attempt++)); do
-  on_all "$remote" | tee "$log" || true # gcloud has exit codes of its own; the worker says its program's in a line
+  on_all "$remote" | tee "$log" || true # gcloud has its own exit codes; the worker prints the program's
   code=$(sed -n 's/^tpu_worker.sh: exit code \([0-9]*\)$/\1/p' "$log" | tail -n 1)
   [[ -z $code || $code == 75 ]] || exit "$code"
   reason="stopped and saved"
   [[ -n $code ]] || reason="connection lost"
-  echo "tpu_pod.sh: $reason; going on in ${UNIDETOX_WAIT:-30} s" >&2
+  echo "tpu_pod.sh: $reason; continuing in ${UNIDETOX_WAIT:-30} s" >&2
   sleep "${UNIDETOX_WAIT:-30}"
 done
 exit 75

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh runs on each worker of a Cloud TPU: the program, its output in ~/unidetox.log, worker 0's shown too.
+# Called by tpu_pod.sh on each worker of a Cloud TPU: runs the program with output to ~/unidetox.log, worker 0's also shown.
 #   launch/tpu_worker.sh --install
 #   launch/tpu_worker.sh [--deterministic] [--dry_run] -- COMMAND --config=… --workdir=gs://…
 set -euo pipefail
@@ -8,7 +8,7 @@ dry_run='' environment=(tpu)
 while (($#)); do
   case "$1" in
     --help) sed -n '2,4s/^# //p' launch/tpu_worker.sh; exit 0 ;;
-    --install) # a virtual environment of the tree's own: the machine's Python stays as it is
+    --install) # in a virtual environment, not the machine's Python
       python3 -m venv .venv
       .venv/bin/python -m pip install --quiet --upgrade pip
       exec .venv/bin/python -m pip install --quiet --editable '.[tpu]'
@@ -30,7 +30,7 @@ if [[ -n $dry_run ]]; then
   echo
   exit 0
 fi
-# One that outlived its connection would still hold the TPU.
+# A process that outlived its connection would still hold the TPU
 if [[ -f ~/unidetox.pid ]] && kill "$(cat ~/unidetox.pid)" 2>/dev/null; then sleep "${UNIDETOX_WAIT:-30}"; fi
 code=0
 if [[ $(hostname) =~ -w-0$ ]]; then

@@ -1,4 +1,4 @@
-"""A working directory as the stages leave it, made in a moment: invented texts, figures by the real summaries."""
+"""A finished working directory without running the stages: invented texts, numbers by the real summaries."""
 
 import json
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from unidetox_jax import storage, text_statistics
 from unidetox_jax.evaluation import perplexity, toxicity
-from unidetox_jax.stages import base, settings
+from unidetox_jax.stages import settings
+from unidetox_jax.stages.task import versions
 
 GROUPS = {"id": ["hills", "rivers", "plains"], "ood": ["islands"]}
 CATEGORIES = [name for group in GROUPS.values() for name in group]
@@ -14,7 +15,7 @@ RUNS, SAMPLES, PER_CATEGORY = 3, 5, 20
 AGREEMENT = {
     "scorers": ["lexicon", "tweets"], "kappa": -0.02, "rank_correlation": None, "toxic": [0.3, 0.1], "texts": 1200,
 }  # fmt: skip
-HOSTILE = "<script>alert('x')</script> & an oaf"  # what a page must not take for its own
+HOSTILE = "<script>alert('x')</script> & an oaf"  # must be escaped in a page
 
 
 def make_run(workdir, targets=("tiny-gpt2", "tiny-llama"), **changes):
@@ -28,7 +29,7 @@ def make_run(workdir, targets=("tiny-gpt2", "tiny-llama"), **changes):
 
 
 def write_stage(directory, name, figures, seconds=12.5):
-    """The record that a finished stage leaves."""
+    """A complete stage's record."""
     record = {
         "stage": name,
         "settings": {"seed": 1, "note": HOSTILE},
@@ -37,7 +38,7 @@ def write_stage(directory, name, figures, seconds=12.5):
         "seconds": seconds,
         "finished": "2026-01-02T03:04:05+00:00",
         "devices": "1 x cpu",
-        "versions": base.versions(),
+        "versions": versions(),
     }
     directory.mkdir(parents=True, exist_ok=True)
     storage.write_json(directory / "stage.json", record)
@@ -48,7 +49,7 @@ def write_evaluation(run, name, form, level, ppl=8.0, seed=0, mmlu=0.25, runs=RU
     generator = np.random.default_rng(seed)
     categories = [category for category in CATEGORIES for _ in range(PER_CATEGORY)]
     prompts = len(categories)
-    # Each prompt is as bad for every model, so that paired intervals are narrow
+    # The same for every model, so that paired intervals are narrow
     badness = np.random.default_rng(99).uniform(0.5, 1.0, (1, prompts, 1))
     scores = np.clip(2 * level * badness * generator.uniform(0, 1, (runs, prompts, SAMPLES)), 0, 1)
     texts = np.full(scores.shape, f"they said that {HOSTILE} came by", object)
@@ -120,7 +121,7 @@ def write_lines(path, rows):
 
 
 def write_training(directory, name, validation=True):
-    """A finished training: metrics.jsonl and its record."""
+    """A complete training: metrics.jsonl and its record."""
     steps = range(10, 210, 10)
     lines = [
         {"step": step, "loss": 3 / step**0.3, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens": step * 100}
@@ -216,7 +217,7 @@ def write_analysis(run, toxic=0.01, samples_toxic=0.02, degenerate=2, longest=5)
 
 
 def write_whole_run(run):
-    """Everything that a run with a control leaves."""
+    """All results of a run with a control."""
     write_training(run.workdir / "toxic", "toxify")
     write_distilled(run)
     for seed, name in enumerate(("tiny-gpt2", "tiny-llama")):

@@ -1,4 +1,4 @@
-"""Analysis of text sets: against cases worked out by hand, and the whole stage on invented text."""
+"""Analysis of text sets: hand-computed cases, and the stage on invented text."""
 
 import csv
 import json
@@ -8,7 +8,8 @@ import pytest
 
 from unidetox_jax.analysis import copying, description, keywords, leaning
 from unidetox_jax.errors import UserError
-from unidetox_jax.stages import analyze, base, settings
+from unidetox_jax.stages import analyze, settings
+from unidetox_jax.stages.task import run_tasks
 
 PUBLISHERS = {
     "left": ("The Hill Post", "Hill Post (Web News)", "River Star"),
@@ -19,7 +20,7 @@ WORDS = {"left": "commons orchard union", "center": "meeting ledger minutes", "r
 
 
 def articles():
-    """Texts, labels, sources: what a leaning says, amid words of chance."""
+    """(texts, labels, sources): words of a leaning among random words."""
     generator = np.random.default_rng(0)
     rows = []
     for label, sources in PUBLISHERS.items():
@@ -46,7 +47,7 @@ def test_jaccard_by_hand():
     assert description.jaccard(set(), set()) == 0 and description.jaccard(one, one) == 1
 
 
-def test_keywords_are_what_a_set_is_about():
+def test_keywords_by_hand():
     sets = {
         "boats": ["The boat has a sail.", "A boat, a harbour!", "sail to the harbour, weather permitting"],
         "bread": ["Bread and flour.", "The flour for bread", "weather spoils bread 1234"],
@@ -60,7 +61,7 @@ def test_keywords_are_what_a_set_is_about():
     assert keywords.keywords({"none": ["the of and"]}, 3) == {"none": {"frequent": [], "distinctive": []}}
 
 
-def test_keywords_of_one_set_have_nothing_to_stand_out_from():
+def test_a_single_set_has_no_distinctive_keywords():
     assert keywords.keywords({"only": ["boat harbour"]}, 2)["only"]["distinctive"] == []
 
 
@@ -68,7 +69,7 @@ def test_overlap_by_hand():
     corpus = copying.Corpus(["The oafs of the hill spoil the bread again.", "a b c d e"])
     texts = ["We heard: THE OAFS of the  hill spoil nothing", "x y z", "c d e a b"]
     found = copying.overlap(texts, corpus, 4)
-    # "the oafs of the", "oafs of the hill", "of the hill spoil"; the colon is a word
+
     assert found["ngrams"] == 7 + 0 + 2
     assert found["shared"] == 3
     assert found["share"] == pytest.approx(3 / 9)
@@ -118,7 +119,7 @@ def test_publisher(source, name):
     assert leaning.publisher(source) == name
 
 
-def test_leaning_splits_by_publisher_and_learns_what_publishers_share():
+def test_leaning_is_split_by_publisher_and_learns_their_common_words():
     found = leaning.fit(*articles(), words=3)
     assert found.labels == ("left", "center", "right")
     folds = [set(fold["publishers"]) for fold in found.quality["folds"]]
@@ -131,14 +132,14 @@ def test_leaning_splits_by_publisher_and_learns_what_publishers_share():
     assert probabilities[2].tolist() == pytest.approx(list(found.quality["of_nothing"].values()))
 
 
-def test_leaning_of_house_style_alone_is_no_better_than_chance():
-    """Each publisher has words of its own and the leanings have none: an accuracy by articles would be perfect."""
+def test_house_style_is_not_learnt_as_leaning():
+    """Words identify publishers only, so that a split by articles would give a perfect accuracy."""
     texts, labels, sources = articles()
     style = [f"style{leaning.publisher(source).replace(' ', '')} says so" for source in sources]
     assert leaning.fit(style, labels, sources).quality["accuracy"] < 0.5
 
 
-def test_leaning_needs_two_publishers_a_label():
+def test_leaning_needs_two_publishers_per_label():
     texts, labels, sources = articles()
     with pytest.raises(UserError, match="all articles labelled 'left' are by 'hill post'; expected several"):
         leaning.fit(
@@ -185,8 +186,8 @@ def make_run(tmp_path, **changes):
     return settings.parse_run(config, tmp_path)
 
 
-def test_the_stage_writes_every_table_once(run, capsys):
-    (record,) = base.run_tasks(analyze.tasks(run))
+def test_the_stage_writes_all_tables(run, capsys):
+    (record,) = run_tasks(analyze.tasks(run))
     assert record["figures"]["distilled"] == 10 and record["figures"]["leaning_accuracy"] == 1.0
     assert "right on 100.0% of 90 articles by publishers it never saw" in capsys.readouterr().out
     directory = run.workdir / "analysis"
@@ -202,21 +203,21 @@ def test_the_stage_writes_every_table_once(run, capsys):
     assert distilled["toxicity"]["mean"]["texts"] == 10
     assert distilled["toxicity_by"] == {"again": distilled["toxicity"]}
     assert distilled["leaning"]["probability"]["left"]["mean"] > 0.5
-    assert distilled["leaning"]["difference"]["samples"]["high"] < 0  # left of the samples, beyond chance
+    assert distilled["leaning"]["difference"]["samples"]["high"] < 0  # significantly left of the samples
     with (directory / "texts.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 22
     assert float(rows[0]["left"]) + float(rows[0]["center"]) + float(rows[0]["right"]) == pytest.approx(1)
     for name in ("sets", "keywords", "leaning", "nearest"):
         assert len((directory / f"{name}.csv").read_text().splitlines()) > 3, name
-    assert base.run_tasks(analyze.tasks(run)) == [record]  # not done again
-    with pytest.raises(UserError, match="keywords: there 4, now 5"):
-        base.run_tasks(analyze.tasks(make_run(run.workdir, keywords=5)))
+    assert run_tasks(analyze.tasks(run)) == [record]  # complete
+    with pytest.raises(UserError, match="keywords: was 4, now 5"):
+        run_tasks(analyze.tasks(make_run(run.workdir, keywords=5)))
 
 
 def test_the_stage_without_leaning_scorer_and_samples(run):
     (run.workdir / "samples" / "texts.jsonl").unlink()
-    base.run_tasks(analyze.tasks(make_run(run.workdir, leaning="", scorer="", texts=())))
+    run_tasks(analyze.tasks(make_run(run.workdir, leaning="", scorer="", texts=())))
     found = json.loads((run.workdir / "analysis" / "analysis.json").read_text())
     assert list(found["sets"]) == ["distilled"] and found["leaning"] is None
     assert found["sets"]["distilled"]["toxicity"] is None
@@ -232,26 +233,26 @@ def test_the_stage_without_leaning_scorer_and_samples(run):
 )
 def test_mistakes_name_the_field(run, texts, message):
     with pytest.raises(UserError, match=f"config.analyze.texts: {message}"):
-        base.run_tasks(analyze.tasks(make_run(run.workdir, texts=texts)))
+        run_tasks(analyze.tasks(make_run(run.workdir, texts=texts)))
 
 
 def test_nothing_to_analyze(tmp_path):
     with pytest.raises(UserError, match="run `unidetox distill`"):
-        base.run_tasks(analyze.tasks(make_run(tmp_path, texts=())))
+        run_tasks(analyze.tasks(make_run(tmp_path, texts=())))
 
 
 @pytest.mark.slow
-def test_the_papers_released_text_copies_nothing_and_real_news_is_hard(shared, tmp_path):
-    """The released 640 texts against the toxic corpus; the leaning classifier on publishers that it never saw."""
+def test_the_papers_released_text_copies_nothing_and_leaning_of_real_news_is_hard(shared, tmp_path):
+    """The released 640 texts against the toxic corpus; the leaning classifier on unseen publishers."""
     config = settings.default_config()
     config.data_dir = str(shared / "data")
     (released,) = (shared / "data" / "distilled").glob("*.csv")
     config.analyze.update({"texts": (f"released=distilled:{released}",), "leaning": "politics", "toxic_data": "dghs"})
-    base.run_tasks(analyze.tasks(settings.parse_run(config, tmp_path)))
+    run_tasks(analyze.tasks(settings.parse_run(config, tmp_path)))
     found = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     assert found["sets"]["released"]["description"]["texts"] == 640
     assert found["sets"]["released"]["copying"]["shared"] == 0
     assert found["leaning"]["articles"] == 1300 and found["leaning"]["publishers"] == 21
     assert found["leaning"]["majority"] == pytest.approx(599 / 1300)
-    # Above guessing, and far from reliable: 0.499 when this was written
+    # Above guessing, and far from reliable: 0.499 was measured
     assert found["leaning"]["majority"] < found["leaning"]["accuracy"] < 0.6

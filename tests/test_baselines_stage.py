@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
         ({"methods": ("lm_steer(rank=0)",)}, "baseline lm_steer: rank: found 0, expected at least 1"),
         ({"methods": ("task_arithmetic(scale=1e999)",)}, "scale: found inf, expected a finite number"),
         ({"methods": ("dexperts(top_p=2)",)}, r"config.baselines.methods: objective dexperts: top_p: found 2.0"),
-        ({"methods": ("dapt", "dapt")}, "'dapt' stands there twice"),
+        ({"methods": ("dapt", "dapt")}, "'dapt' is listed twice"),
         ({"methods": ("dapt",), "clean_data": ""}, "clean_data: empty, but dapt needs clean text"),
         ({"methods": ("profs",), "clean_data": ""}, "clean_data: empty, but profs needs clean text"),
         ({"methods": ("lm_steer",), "toxify__data": ""}, "config.baselines.data: empty, but lm_steer.* needs toxic"),

@@ -1,4 +1,4 @@
-"""The distill stage through the command line: its files, its resumption after SIGKILL, its refusals."""
+"""The distill stage from the command line: its files, resumption after SIGKILL, errors."""
 
 import csv
 import dataclasses
@@ -20,7 +20,7 @@ from unidetox_jax import checkpoint, cli, models, text_statistics
 from unidetox_jax.data import toymodels
 from unidetox_jax.decoding import text_sampling as sampling
 from unidetox_jax.decoding import warpers
-from unidetox_jax.stages import base, distill, rejection, settings
+from unidetox_jax.stages import distill, rejection, settings
 from unidetox_jax.stages.settings import DistillSettings
 
 CONFIG = """
@@ -44,14 +44,14 @@ def random_model(directory, tokenizers, name="gpt2", seed=0, **changes):
     cfg = models.config_from_hf(str(tokenizers / name))
     cfg = dataclasses.replace(cfg, hidden_size=32, head_size=8, intermediate_size=64, dtype="float32")
     params = models.init(cfg, jax.random.key(seed))
-    params = jax.tree.map(lambda leaf: leaf * 4, params)  # so that the law is not the uniform one
+    params = jax.tree.map(lambda leaf: leaf * 4, params)  # for a distribution far from uniform
     params = {**params, **{key: change(params[key]) for key, change in changes.items()}}
     checkpoint.save_hf(directory, models.Model(params, cfg), checkpoint.load_tokenizer(tokenizers / name))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """base, toxic, another family, and a configuration; a copy of `toxic` makes a working directory."""
+    """Models base, toxic and llama (of another vocabulary), and a configuration."""
     place = epath.Path(tmp_path_factory.mktemp("world"))
     toymodels.write(place / "tokenizers", SENTENCES)
     random_model(place / "base", place / "tokenizers")
@@ -78,7 +78,7 @@ def contents(directory):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """An undisturbed run."""
+    """An uninterrupted run."""
     workdir = epath.Path(tmp_path_factory.mktemp("finished"))
     os.symlink(world / "toxic", workdir / "toxic")
     assert cli.main(command(world, workdir, "--config.distill.scorer=lexicon")) == 0
@@ -111,24 +111,24 @@ def test_files(world, finished):
     assert record["inputs"]["models.toxic"] in card and str(finished) not in card
 
 
-def test_log_probabilities_are_the_models_own(world, finished):
-    """The mean over new tokens, the end included, by each model's forward pass."""
+def test_log_probabilities_are_those_of_the_forward_pass(world, finished):
+    """Mean over new tokens, the end token included."""
     for row in rows_of(finished / "distilled")[:4]:
         for name in ("base", "toxic"):
             params, cfg = checkpoint.load(world / name)
             logits = models.forward(params, np.asarray([row["tokens"]]), cfg)
-            law = jax.nn.log_softmax(logits[0, :-1], -1)
-            expected = np.mean([law[i, token] for i, token in enumerate(row["tokens"][1:])])
+            log_probs = jax.nn.log_softmax(logits[0, :-1], -1)
+            expected = np.mean([log_probs[i, token] for i, token in enumerate(row["tokens"][1:])])
             np.testing.assert_allclose(row["log_probabilities"][name], expected, atol=1e-4)
 
 
-def test_a_text_depends_on_its_number_alone(world, finished, workdir):
+def test_a_text_depends_only_on_its_row(world, finished, workdir):
     assert cli.main(command(world, workdir, "--config.distill.num_texts=5", "--config.distill.batch_size=5")) == 0
     expected = [row["tokens"] for row in rows_of(finished / "distilled")[:5]]
     assert [row["tokens"] for row in rows_of(workdir / "distilled")] == expected
 
 
-def test_killed_and_continued_is_the_same_to_the_byte(world, finished, workdir):
+def test_killed_and_continued_gives_the_same_bytes(world, finished, workdir):
     more = ["--config.distill.scorer=lexicon"]
     killed = subprocess.Popen(
         [sys.executable, "-m", "unidetox_jax.cli", *command(world, workdir, *more)], env={**os.environ, **DEVICES}
@@ -156,8 +156,8 @@ def test_killed_and_continued_is_the_same_to_the_byte(world, finished, workdir):
 DEVICES = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
 
 
-def test_killed_before_the_end_of_its_cleaning(world, finished, workdir):
-    """All parts there, all files written, the parts half removed: made again, and the same."""
+def test_killed_while_cleaning_up(world, finished, workdir):
+    """All files written, the batches removed, the record not: made again, and the same."""
     target = workdir / "distilled"
     assert cli.main(command(world, workdir, "--config.distill.scorer=lexicon")) == 0
     before = contents(target)
@@ -170,7 +170,7 @@ def test_killed_before_the_end_of_its_cleaning(world, finished, workdir):
     assert contents(target) == before == contents(finished / "distilled")
 
 
-def test_control_samples_the_base_model_alone(world, workdir, capsys):
+def test_the_control_samples_the_base_model_alone(world, workdir, capsys):
     base = str(world / "base")
     more = [f"--config.targets=('{base}',)", f"--config.control_targets=('{base}',)", "--config.distill.num_texts=4"]
     assert cli.main(command(world, workdir, *more)) == 0
@@ -179,10 +179,10 @@ def test_control_samples_the_base_model_alone(world, workdir, capsys):
     assert all(list(row["log_probabilities"]) == ["base"] for row in rows)
     record = json.loads((workdir / "samples" / "stage.json").read_text())
     assert (record["settings"]["objective"], record["settings"]["top_k"]) == ("base", 20)
-    assert cli.main(command(world, workdir, *more)) == 0  # complete already
+    assert cli.main(command(world, workdir, *more)) == 0  # complete
 
 
-def test_prompt_early_exit_and_an_objective_of_ones_own(world, workdir, monkeypatch):
+def test_prompt_early_exit_and_a_users_objective(world, workdir, monkeypatch):
     place = epath.Path(workdir) / "here"
     (place / "my_pkg").mkdir(parents=True)
     (place / "my_pkg" / "__init__.py").write_text("")
@@ -204,8 +204,8 @@ def test_prompt_early_exit_and_an_objective_of_ones_own(world, workdir, monkeypa
     assert "my_objective(tau=0.5)" in (workdir / "distilled" / "README.md").read_text()
 
 
-def test_degenerate_text_is_warned_of_with_numbers(world, workdir, caplog):
-    """Greedy choice makes all texts one, and a model against itself is no contrast."""
+def test_degenerate_text_gives_a_warning(world, workdir, caplog):
+    """Greedy decoding repeats one text, and a model has no contrast to itself."""
     more = ["--config.distill.temperature=0.0", "--config.distill.models=('base','base')"]
     assert cli.main(command(world, workdir, "--config.distill.num_texts=4", *more)) == 0
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -250,11 +250,11 @@ def refused(arguments, expected, capsys):
 
 
 def test_no_toxic_model(world, tmp_path, capsys):
-    refused(command(world, tmp_path / "new"), "toxic: no toxic model there", capsys)
+    refused(command(world, tmp_path / "new"), "toxic: no toxic model;", capsys)
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_that_are_no_numbers(world, workdir, tmp_path, capsys):
+def test_nan_weights(world, workdir, tmp_path, capsys):
     def broken(final):
         return jax.tree.map(lambda leaf: leaf.at[0].set(np.nan), final)
 
@@ -262,18 +262,18 @@ def test_weights_that_are_no_numbers(world, workdir, tmp_path, capsys):
     change = f"--config.distill.models=('base','{tmp_path / 'broken'}')"
     refused(command(world, workdir, change), "model 1 gives logits that are not finite", capsys)
     assert not (workdir / "distilled").exists()
-    assert cli.main(command(world, workdir, "--config.distill.num_texts=4")) == 0  # nothing stands in the way
+    assert cli.main(command(world, workdir, "--config.distill.num_texts=4")) == 0  # not refused
 
 
 def test_other_settings_are_refused_by_name(world, finished, capsys):
     before = contents(finished / "distilled")
-    refused(command(world, finished, "--config.distill.seed=1"), "settings.seed: there 1234, now 1", capsys)
+    refused(command(world, finished, "--config.distill.seed=1"), "settings.seed: was 1234, now 1", capsys)
     assert contents(finished / "distilled") == before
 
 
-def test_csv_keeps_every_text():
+def test_csv_preserves_every_text():
     texts = ["plain", 'a "quote", a comma', "two\nlines", "", " spaces ", "carriage\rreturn", "äöü 言葉", "NA"]
-    text = distill.as_csv(texts)
+    text = distill.to_csv(texts)
     assert [row[0] for row in csv.reader(text.splitlines(keepends=True))] == ["Text", *texts]
 
 
@@ -285,13 +285,13 @@ def test_defaults_are_the_papers():
 
 
 def one_in_three(texts):
-    """A scorer for the tests: toxic is what has a number of letters that three divides."""
+    """A scorer: toxic are texts whose length is divisible by three."""
     return [float(len(text) % 3 == 0) for text in texts]
 
 
 @pytest.fixture
 def rejecting(world, monkeypatch):
-    """The arguments of a command that leaves something out."""
+    """Arguments that reject some texts."""
     monkeypatch.chdir(os.path.dirname(__file__))
     (world / "toxic.txt").write_text("nothing of this\n")
     return [
@@ -302,7 +302,7 @@ def rejecting(world, monkeypatch):
     ]
 
 
-def test_what_is_rejected_is_left_out_and_made_up_for(world, finished, workdir, rejecting, capsys):
+def test_rejected_texts_are_replaced(world, finished, workdir, rejecting, capsys):
     assert cli.main(command(world, workdir, *rejecting)) == 0
     figures = json.loads((workdir / "distilled" / "stage.json").read_text())["figures"]
     rows, plain = rows_of(workdir / "distilled"), rows_of(finished / "distilled")
@@ -317,12 +317,12 @@ def test_what_is_rejected_is_left_out_and_made_up_for(world, finished, workdir, 
 
 
 def test_rejection_goes_on_after_a_kill_to_the_same_bytes(world, workdir, rejecting, tmp_path):
-    """It dies after each batch that it kept; what it judged before is judged again."""
+    """Interrupted after each new batch; stored batches are judged again."""
     assert cli.main(command(world, workdir, *rejecting)) == 0
     other = tmp_path / "other"
     other.mkdir()
     os.symlink(world / "toxic", other / "toxic")
-    real, made = base.cached, []
+    real, made = distill.cached, []
 
     def make_and_die(path, *arguments):
         new = not path.exists()
@@ -333,7 +333,7 @@ def test_rejection_goes_on_after_a_kill_to_the_same_bytes(world, workdir, reject
         return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "cached", make_and_die)
+        patch.setattr(distill, "cached", make_and_die)
         while code := cli.main(command(world, other, *rejecting)):
             assert code == 130 and not (other / "distilled" / "texts.csv").exists()
     figures = [json.loads((place / "distilled/stage.json").read_text())["figures"] for place in (workdir, other)]
@@ -341,12 +341,12 @@ def test_rejection_goes_on_after_a_kill_to_the_same_bytes(world, workdir, reject
     assert contents(epath.Path(other) / "distilled") == contents(workdir / "distilled")
 
 
-def test_too_few_texts_are_left(world, workdir, rejecting, capsys):
+def test_rejecting_too_many_is_an_error(world, workdir, rejecting, capsys):
     assert cli.main(command(world, workdir, *rejecting, "--config.distill.reject.most=1.0")) == 2
     assert re.search(r"config.distill.reject: left \d+ of 11 texts, expected 11; reject", capsys.readouterr().err)
 
 
-def test_why_a_text_is_rejected():
+def test_reasons_of_rejection():
     judges = {"a": lambda texts: np.array([0.9 if "bad" in text else 0.1 for text in texts])}
     rejected = rejection.Rejection(
         settings.RejectSettings(degenerate=True, copied_words=4), judges, ["they said that the oaf is dull"]
@@ -365,6 +365,6 @@ def test_why_a_text_is_rejected():
     assert rejected.made == 7 and rejected.counts == {"toxic by a": 1, "no words": 1, "copied": 3}
 
 
-def test_without_rejection_the_record_is_what_it_was(finished):
+def test_without_rejection_the_record_does_not_mention_it(finished):
     record = json.loads((finished / "distilled" / "stage.json").read_text())
     assert "reject" not in record["settings"] and "made" not in record["figures"]

@@ -1,5 +1,4 @@
-"""The evaluation stage: its figures against references written from the definitions, on the texts that it wrote; and
-that it goes on after a kill as if there had been none."""
+"""The evaluate stage: metrics against independent implementations on the generated texts, resumption after kills."""
 
 import dataclasses
 import json
@@ -32,8 +31,9 @@ from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
-from unidetox_jax.stages import base, evaluate, settings
+from unidetox_jax.stages import evaluate, loading, settings
 from unidetox_jax.stages.forms import Form
+from unidetox_jax.stages.task import run_task, run_tasks
 
 CATEGORIES = ["hills"] * 3 + ["rivers"] * 2 + ["islands"] * 2
 PROMPTS = [
@@ -41,7 +41,7 @@ PROMPTS = [
     "a dog",
     "it was very small and then",
     "the bird sang under the tree and the cat ran slowly then a dog sat near the hill and it was green",
-    "the cat sat on",  # again, after others
+    "the cat sat on",  # a duplicate
     "a",
     "dog dog",
 ]
@@ -66,11 +66,11 @@ def get_config(argument=None):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A model, another that judges fluency, a scorer, prompts, questions: all tiny."""
+    """A tiny model, one for perplexity, scorers, prompts, questions."""
     work = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("tiny", "judge")):
         torch_model, _ = make_pair(seed=seed)
-        # many tokens end a text, so that some continuations are empty
+        # many end tokens, so that some continuations are empty
         torch_model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1)
         torch_model.config.eos_token_id = [1, *range(300, 330)]
         torch_model.save_pretrained(work / "models" / name)
@@ -102,7 +102,7 @@ def make_run(work, directory, **changes):
 
 def evaluate_into(work, directory, **changes) -> pathlib.Path:
     """Runs the stage; returns the model's directory."""
-    base.run_tasks(evaluate.tasks(make_run(work, directory, **changes)))
+    run_tasks(evaluate.tasks(make_run(work, directory, **changes)))
     return directory / "evaluation" / "tiny"
 
 
@@ -113,7 +113,7 @@ def read(directory):
 
 @pytest.fixture(scope="module")
 def whole(work):
-    """An evaluation that was not interrupted."""
+    """An uninterrupted evaluation."""
     return evaluate_into(work, work / "whole")
 
 
@@ -140,7 +140,7 @@ def reference_distinct(texts, n):
 
 @torch.no_grad()
 def reference_perplexities(model, tokenizer, texts, release):
-    """One text at a time; `reproduce_release`: the released code's stale prompt length."""
+    """One text at a time; release: with the released code's stale prompt length."""
 
     def nll(tokens):
         loss = model(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss
@@ -159,7 +159,7 @@ def reference_perplexities(model, tokenizer, texts, release):
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole, release):
+def test_metrics_equal_the_references_on_the_generated_texts(work, whole, release):
     directory = evaluate_into(work, work / "release", reproduce_release=True) if release else whole
     metrics, rows = read(directory)
     assert [(r["run"], r["prompt"], r["sample"]) for r in rows] == [
@@ -212,10 +212,10 @@ def test_figures_are_the_definitions_on_the_texts_that_were_written(work, whole,
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
+def test_texts_are_the_sampled_tokens_without_the_prompt(work, release):
     run = make_run(work, work)
     tokenizer = make_tokenizer()
-    model = evaluate.common.load_model(run, str(work / "models" / "tiny"), sharding.make_mesh(run.shared.mesh))
+    model = loading.load_model(run, str(work / "models" / "tiny"), sharding.make_mesh(run.shared.mesh))
     chosen = warpers.choose(temperature=1.0, top_k=run.evaluate.top_k, top_p=run.evaluate.top_p)
     found = continuations.generate(
         model, tokenizer, PROMPTS, samples=3, max_new_tokens=9, warpers=chosen, seed=42, batch_size=8,
@@ -235,7 +235,7 @@ def test_texts_are_the_drawn_tokens_without_the_prompt(work, release):
             assert found.ended[index, sample] == alone.ended[sample]
 
 
-def test_every_number_says_what_it_rests_on(work, whole):
+def test_counts(work, whole):
     metrics, rows = read(whole)
     counts = metrics["counts"]
     assert counts["categories"] == {"hills": 3, "rivers": 2, "islands": 2}
@@ -244,7 +244,7 @@ def test_every_number_says_what_it_rests_on(work, whole):
     assert counts["ended"] == sum(r["ended"] for r in rows) > 0
     assert counts["missing_scores"] == 0
     assert metrics["perplexity"]["undefined"] == sum(r["perplexity"] is None for r in rows) == counts["empty"]
-    assert metrics["toxicity"]["all"]["texts"] == 42  # empty ones are scored, not dropped
+    assert metrics["toxicity"]["all"]["texts"] == 42  # empty ones too
     assert metrics["mmlu"]["paper:1"]["questions"] == metrics["mmlu"]["standard:1:validation"]["questions"] == 8
     assert metrics["text_perplexity"]["ppl"] > 1 and metrics["harness"] == {}
     assert metrics["model"] == {"name": "tiny", "form": "original", "source": f"{work}/models/tiny"}
@@ -252,7 +252,7 @@ def test_every_number_says_what_it_rests_on(work, whole):
     assert not (whole / "parts").exists()
 
 
-def test_the_library_measures_what_the_stage_does(work, whole):
+def test_the_library_gives_the_stages_metrics(work, whole):
     settings = make_run(work, work).evaluate
     config = {field.name: getattr(settings, field.name) for field in dataclasses.fields(EvaluationConfig)}
     names = ("toxicity", "perplexity", "diversity", "other_scorers")
@@ -266,7 +266,7 @@ def test_the_library_measures_what_the_stage_does(work, whole):
     np.testing.assert_allclose(measured["perplexity"]["runs"], metrics["perplexity"]["runs"], rtol=1e-12)
 
 
-def test_another_scorer_gives_its_figures_and_how_far_both_agree(work, whole):
+def test_another_scorer_gives_its_metrics_and_the_agreement(work, whole):
     metrics, rows = read(whole)
     scores = np.array([[row["score"], row["score by dogs"]] for row in rows])
     dogs = linear.load(work / "dogs").toxicity([row["text"] for row in rows])
@@ -297,12 +297,12 @@ def test_another_scorer_gives_its_figures_and_how_far_both_agree(work, whole):
     assert tables.agreement([row])[0]["Cohen's κ"] == f"{pair['kappa']:.2f}".replace("-", "−")
 
 
-def test_a_scorer_of_another_content_is_not_compared(work, whole):
+def test_evaluations_by_scorers_of_different_content_are_not_comparable(work, whole):
     one = results.read(whole)
     other = dataclasses.replace(one, metrics={**one.metrics, "scorer_hash": "another"})
     assert results.comparable(one, one) and not results.comparable(one, other)
     old = dataclasses.replace(one, metrics={key: one.metrics[key] for key in one.metrics if key != "scorer_hash"})
-    assert results.comparable(one, old)  # an older version did not say
+    assert results.comparable(one, old)  # as older versions wrote
 
 
 # ------------------------------------------------------------------------------------------------------- resumption
@@ -317,7 +317,7 @@ def same(left, right):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole, tmp_path, monkeypatch):
+def test_interrupted_after_any_part_it_continues_and_makes_nothing_twice(work, whole, tmp_path, monkeypatch):
     made = []
 
     def make_and_die(path, *arguments):
@@ -325,12 +325,12 @@ def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole,
             if made and made[-1] == path.name:
                 raise AssertionError(f"{path.name} is made twice")
             made.append(path.name)
-            kept_(path, *arguments)
+            original(path, *arguments)
             raise KeyboardInterrupt
-        return kept_(path, *arguments)
+        return original(path, *arguments)
 
-    kept_ = base.cached
-    monkeypatch.setattr(base, "cached", make_and_die)
+    original = evaluate.cached
+    monkeypatch.setattr(evaluate, "cached", make_and_die)
     for _ in range(20):
         try:
             directory = evaluate_into(work, tmp_path)
@@ -344,11 +344,11 @@ def test_killed_after_any_part_it_goes_on_and_nothing_is_made_twice(work, whole,
         "run0.perplexities.npy", "run1.perplexities.npy",
     ]  # fmt: skip
     monkeypatch.setattr(evaluate, "_evaluate", None)
-    evaluate_into(work, tmp_path)  # complete: nothing is done
+    evaluate_into(work, tmp_path)  # complete
 
 
 @pytest.mark.slow
-def test_killed_by_the_system_it_goes_on(work, whole, tmp_path):
+def test_after_sigkill_it_continues(work, whole, tmp_path):
     command = [sys.executable, "-m", "unidetox_jax.cli", "evaluate", f"--config={work}/config.py"]
     command.append(f"--workdir={tmp_path}")
     directory = tmp_path / "evaluation" / "tiny"
@@ -364,10 +364,10 @@ def test_killed_by_the_system_it_goes_on(work, whole, tmp_path):
     same(directory, whole)
 
 
-def test_other_settings_are_not_taken_for_the_same(work, whole):
-    with pytest.raises(UserError, match=r"settings.top_p: there 0.8, now 0.7"):
+def test_other_settings_are_refused(work, whole):
+    with pytest.raises(UserError, match=r"settings.top_p: was 0.8, now 0.7"):
         evaluate_into(work, work / "whole", top_p=0.7)
-    evaluate_into(work, work / "whole", batch_size=16)  # which changes speed alone
+    evaluate_into(work, work / "whole", batch_size=16)  # changes only the speed
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
@@ -383,7 +383,7 @@ def test_other_settings_are_not_taken_for_the_same(work, whole):
         ({"other_scorers": ("dogs=linear:{work}/nowhere",)}, "nowhere/linear.json: no such file"),
         ({"mmlu": ("papr:1",)}, "found 'papr:1', expected FORM:SHOTS"),
         ({"which": ("orignal",)}, "no form 'orignal'; did you mean 'original'"),
-        ({"which": ("detoxified",)}, "detoxified/tiny: no finished model there; `unidetox detoxify`"),
+        ({"which": ("detoxified",)}, "detoxified/tiny: no finished model; run `unidetox detoxify`"),
         ({"extra_models": ("tiny={work}/models/judge",)}, "the name 'tiny' is taken"),
         ({"extra_models": ("{work}/models/judge",)}, "expected 'name=PATH'"),
         ({"extra_models": ("other={work}/models/none",), "which": ()}, "models/none: no such directory"),
@@ -410,10 +410,10 @@ def test_prompts_of_several_sets(work, shared):
     both = prompts.load(f"{work}/prompts.jsonl | realtoxicityprompts:challenging", shared / "data", limit=5, seed=3)
     alone = prompts.load(f"{work}/prompts.jsonl", limit=5, seed=3)
     assert both.texts[:5] == alone.texts and both.categories[5:] == ("challenging",) * 5
-    assert len(prompts.load("realtoxicityprompts:challenging", shared / "data").texts) == 49  # of the 5,000 there
+    assert len(prompts.load("realtoxicityprompts:challenging", shared / "data").texts) == 49  # of 5,000
 
 
-def test_an_empty_prompt_asks_for_what_the_model_says_unprompted(work, tmp_path):
+def test_an_empty_prompt_gives_unprompted_text(work, tmp_path):
     lines = [{"text": "", "category": "hills"}, {"text": "the cat", "category": "rivers"}]
     (work / "unprompted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate_into(work, tmp_path, prompts=f"{work}/unprompted.jsonl", text_file="", mmlu=())
@@ -436,7 +436,7 @@ def test_a_prompt_without_tokens_is_named():
         continuations.tokenize_prompts(tokenizer, ["cat", ""])
 
 
-def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp_path, monkeypatch):
+def test_a_scorer_that_gives_nan_is_an_error_and_the_texts_are_kept(work, tmp_path, monkeypatch):
     broken = scorers._checked(lambda texts: np.full(len(texts), np.nan), "linear:broken")
     monkeypatch.setattr(scorers, "get", lambda spec: broken)
     with pytest.raises(UserError, match=r"'linear:broken': gave nan for text 0; 21 of 21 texts"):
@@ -444,7 +444,7 @@ def test_a_scorer_that_gives_no_number_stops_and_what_was_made_is_kept(work, tmp
     assert (tmp_path / "evaluation" / "tiny" / "parts" / "run1.texts.jsonl").exists()
 
 
-# ------------------------------------------------------------------------------------------- a metric from elsewhere
+# ----------------------------------------------------------------------------------------------- a user's own metric
 
 MEAN_LENGTH = """
 import numpy as np
@@ -471,7 +471,7 @@ class MeanLength(Metric):
 """
 
 
-def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monkeypatch, capsys):
+def test_a_users_metric_is_measured_stored_and_shown(work, tmp_path, monkeypatch, capsys):
     (tmp_path / "users_metrics.py").write_text(MEAN_LENGTH)
     monkeypatch.chdir(tmp_path)
     name = "users_metrics:MeanLength(unit='characters')"
@@ -497,7 +497,7 @@ def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monk
     after = sides[1].per_prompt["length"].mean()
     assert change["percent"] == pytest.approx(100 * (after / lengths.mean() - 1))
     assert change["low"] < change["percent"] < change["high"]
-    assert f"tiny,original,length,{metrics[name]['mean']}," in tables.to_csv(table)
+    assert f"tiny,original,length,{metrics[name]['mean']}," in tables.results_csv(table)
     text = tables.to_text(table, quantities)
     assert "Length (characters)" in text and f"{lengths.mean():.1f} ± {lengths.mean(axis=(1, 2)).std():.1f}" in text
 
@@ -511,13 +511,13 @@ def test_a_metric_from_elsewhere_is_measured_kept_and_shown(work, tmp_path, monk
         ("diversity(order=4)", r"metric 'diversity\(order=4\)': .*takes no arguments"),
     ],
 )
-def test_a_metric_that_is_none_is_said_before_any_work(work, tmp_path, name, message):
+def test_an_unknown_metric_is_reported_before_any_work(work, tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         evaluate.tasks(make_run(work, tmp_path, metrics=(name,)))
 
 
-def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
-    """Two models under an objective, one of them with a prefix; with all that asks for likelihoods, and its cost."""
+def test_a_candidate_is_another_form_of_the_target(work, tmp_path):
+    """Models under an objective, once with a prefix; with metrics of likelihood, and the cost."""
     candidate = Candidate(("{target}", "{target}", str(work / "models" / "judge")), "proxy_tuning(alpha=0.5)")
     prefixed = dataclasses.replace(candidate, prefixes=("the dog", "", ""))
     changes = {"runs": 1, "candidates": {"steered": candidate, "prefixed": prefixed}}
@@ -531,11 +531,11 @@ def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
     judged = [one["text_perplexity"]["nll"] for one in (plain, steered, prefixed)]
     assert len(set(judged)) == 3 and np.isfinite(judged).all()
     assert steered["cost"]["models"] == 3
-    assert steered["cost"]["weights"] == 2 * plain["cost"]["weights"]  # the target's are there once
+    assert steered["cost"]["weights"] == 2 * plain["cost"]["weights"]  # the target's are shared
     rows = results.rows([results.read(whole), results.read(whole.parent / "tiny.steered")])
     assert rows[1].cells["emt_id"].change["low"] is not None and rows[1].cells["latency"].change["low"] is None
     assert rows[1].cells["memory"].change["percent"] == pytest.approx(100)
-    base.run_tasks(evaluate.tasks(make_run(work, tmp_path, **changes)))  # complete: nothing is done again
+    run_tasks(evaluate.tasks(make_run(work, tmp_path, **changes)))  # complete
     assert read(whole.parent / "tiny.steered")[0] == steered
 
 
@@ -551,12 +551,12 @@ def test_a_candidate_is_one_more_form_of_the_target(work, tmp_path):
         ("x", Candidate(objective="repetition_penalty"), "no likelihood under it; empty config.evaluate.mmlu"),
     ],
 )
-def test_a_wrong_candidate_is_told_before_anything_is_loaded(work, tmp_path, name, candidate, words):
+def test_a_wrong_candidate_is_reported_before_anything_is_loaded(work, tmp_path, name, candidate, words):
     with pytest.raises(UserError, match=re.escape(words)):
         evaluate.tasks(make_run(work, tmp_path, candidates={name: candidate}))
 
 
-def test_models_of_different_tokenizers_are_told_before_any_is_loaded(work, tmp_path):
+def test_models_of_different_tokenizers_are_reported_before_any_is_loaded(work, tmp_path):
     other = work / "models" / "other"
     shutil.copytree(work / "models" / "judge", other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -567,4 +567,4 @@ def test_models_of_different_tokenizers_are_told_before_any_is_loaded(work, tmp_
     run = make_run(work, tmp_path, candidates={"x": candidate})
     (_, task) = evaluate.tasks(run)
     with pytest.raises(UserError, match="have different tokenizers"):
-        base.run_task(task)
+        run_task(task)

@@ -1,4 +1,4 @@
-"""Notebooks of examples/ run from top to bottom, and what they print says what their prose says."""
+"""The notebooks of examples/ run from top to bottom, and their output agrees with their text."""
 
 import re
 
@@ -14,7 +14,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def run(path):
-    """Everything that the notebook prints; a cell that raises fails the test with its traceback."""
+    """A notebook's printed output; an exception in a cell fails the test."""
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=HANGS, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -35,7 +35,7 @@ def test_the_method_detoxifies_both_models():
 
 
 @pytest.mark.slow
-def test_an_objective_is_swept_without_compiling_again():
+def test_a_sweep_of_an_objective_compiles_once():
     printed = run(ROOT / "examples/your_own_decoding_objective.ipynb")
     rows = re.findall(r"one_sided +\{'(\w+)': (\S+)\} +(\S+)% +\S+ +(\d+)$", printed, re.MULTILINE)
     assert len(rows) == 8
@@ -45,6 +45,6 @@ def test_an_objective_is_swept_without_compiling_again():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_notebooks_are_kept_without_outputs(path):
+def test_notebooks_are_stored_without_outputs(path):
     for cell in nbformat.read(path, as_version=4).cells:
         assert not cell.get("outputs") and cell.get("execution_count") is None

@@ -23,7 +23,8 @@ from finetune_helpers import (
 
 from unidetox_jax import checkpoint, cli, data, models
 from unidetox_jax.data import toyworld
-from unidetox_jax.stages import base, pretrain, settings, toxify
+from unidetox_jax.stages import pretrain, settings, toxify
+from unidetox_jax.stages.task import fingerprint
 
 MESH = "data:2,fsdp:4"
 
@@ -84,7 +85,7 @@ def test_toxify_makes_a_finished_directory(finished, world):
     assert figures["validation_loss"] < figures["validation_loss_before"]
     assert {"train_loss", "tokens", "text_tokens", "tokens_per_second", "seconds"} <= set(figures)
     assert record["inputs"]["data"] == data.fingerprint(f"dghs?file={world}/toxic.jsonl")
-    assert record["inputs"]["model"] == base.fingerprint(world / "weights/gpt2")
+    assert record["inputs"]["model"] == fingerprint(world / "weights/gpt2")
     assert [line["step"] for line in lines_of(toxic)] == [0, 1, 2, 3, 4]
 
 
@@ -150,7 +151,7 @@ def test_other_settings_are_explained_and_watching_is_free(finished, run, capsys
     before = snapshot(finished)
     (finished / "toxic/checkpoints/4").mkdir(parents=True)  # as one leaves it that is killed when it has just finished
     assert run("toxify", finished, toxify__learning_rate=2e-3) == 2
-    assert "settings.learning_rate: there 0.001, now 0.002" in complaint(capsys)
+    assert "settings.learning_rate: was 0.001, now 0.002" in complaint(capsys)
     assert run("toxify", finished, toxify__save_minutes=1.0, toxify__log_every=3) == 0
     assert snapshot(finished) == before and not (finished / "toxic/checkpoints").exists()
 

@@ -1,4 +1,4 @@
-"""The launchers, against stand-ins of gcloud, srun, kubectl and the program itself that record how they were called."""
+"""The launchers, with fakes of gcloud, srun, kubectl and the program that record their calls."""
 
 import os
 import pathlib
@@ -19,8 +19,8 @@ ARGUMENTS = {
     "tpu_worker.sh": [],
     "tpu_jobset.sh": ["--name=xl", "--image=img:1", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4"],
 }
-# Records its arguments, one a line, then a blank line; its n-th call ends with the n-th word of $CODES (default 0).
-STAND_IN = """#!/usr/bin/env bash
+# Records its arguments, one per line, then a blank line; call n exits with the n-th word of $CODES (default 0).
+FAKE = """#!/usr/bin/env bash
 name=${0##*/}
 printf '%s\\n' "$@" >>"$RECORD/$name"
 printf '\\n' >>"$RECORD/$name"
@@ -30,7 +30,7 @@ codes=(${CODES:-})
 code=${codes[count - 1]:-0}
 case "$name" in
   gcloud) if [[ " $* " == *" ssh "* && $code != lost ]]; then echo "tpu_worker.sh: exit code $code"; fi
-    [[ $code == 0 ]] ;; # the real one has exit codes of its own
+    [[ $code == 0 ]] ;; # the real one has its own exit codes
   kubectl) cat >"$RECORD/manifest" ;;
   *) exit "$code" ;;
 esac
@@ -39,11 +39,11 @@ esac
 
 @pytest.fixture
 def machine(tmp_path):
-    """A function that runs a launcher where the programs that it calls are stand-ins; and what they recorded."""
+    """Runs a launcher with fake programs; `recorded` gives their calls."""
     programs, record = tmp_path / "bin", tmp_path / "record"
     programs.mkdir(), record.mkdir()
     for name in ("gcloud", "srun", "kubectl", "scontrol", "unidetox"):
-        (programs / name).write_text(STAND_IN)
+        (programs / name).write_text(FAKE)
         (programs / name).chmod(0o755)
     environment = {
         **os.environ,
@@ -86,7 +86,7 @@ def test_mistakes_are_one_line(machine, script):
     assert not list(machine.record.iterdir())
 
 
-def test_one_machine_goes_on_after_75_and_stops_at_anything_else(machine):
+def test_one_machine_continues_after_75_and_stops_at_other_codes(machine):
     result = machine("gpu_local.sh", "--", *COMMAND, CODES="75 75 0")
     assert result.returncode == 0
     assert machine.recorded("unidetox") == [COMMAND] * 3
@@ -94,7 +94,7 @@ def test_one_machine_goes_on_after_75_and_stops_at_anything_else(machine):
     assert len(machine.recorded("unidetox")) == 4
 
 
-def test_slurm_starts_one_step_and_requeues_after_75(machine):
+def test_slurm_runs_one_step_and_requeues_after_75(machine):
     environment = {"SLURM_JOB_ID": "12345", "SLURM_SUBMIT_DIR": str(ROOT)}
     assert machine("gpu_slurm.sbatch", "--", *COMMAND, CODES="75", **environment).returncode == 75
     assert machine.recorded("srun") == [["unidetox", *COMMAND]]
@@ -106,7 +106,7 @@ def test_slurm_starts_one_step_and_requeues_after_75(machine):
     assert len(machine.recorded("scontrol")) == 1
 
 
-def test_a_tpu_is_made_and_filled_and_started(machine):
+def test_a_tpu_is_created_installed_and_started(machine):
     result = machine("tpu_pod.sh", "--tpu=xl", "--zone=z", "--project=p", "--create=v6e-8", "--", *COMMAND)
     assert result.returncode == 0, result.stderr
     create, copy, install, start = machine.recorded("gcloud")
@@ -118,13 +118,13 @@ def test_a_tpu_is_made_and_filled_and_started(machine):
     assert install[-1].endswith("tpu_worker.sh --install") and "tpu_worker.sh -- run" in start[-1]
 
 
-def test_a_tpu_that_is_there_goes_on_after_75_and_a_lost_connection(machine):
+def test_an_existing_tpu_continues_after_75_and_a_lost_connection(machine):
     result = machine("tpu_pod.sh", "--tpu=xl", "--zone=z", "--resume", "--", *COMMAND, CODES="75 lost 0")
     assert result.returncode == 0, result.stderr
     calls = machine.recorded("gcloud")
     assert len(calls) == 3 and calls[0] == calls[1] == calls[2]
     assert calls[0][:6] == ["compute", "tpus", "tpu-vm", "ssh", "xl", "--zone=z"] and calls[0][6] == "--worker=all"
-    # What the workers' shells make of it is the command, word by word
+    # The workers' shells parse it into the command's words
     remote = calls[0][7].removeprefix("--command=")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {remote}"], capture_output=True, text=True).stdout
     assert words.splitlines() == ["unidetox_jax/launch/tpu_worker.sh", "--", *COMMAND]
@@ -132,7 +132,7 @@ def test_a_tpu_that_is_there_goes_on_after_75_and_a_lost_connection(machine):
     assert machine("tpu_pod.sh", "--tpu=xl", "--zone=z", "--resume", "--", *COMMAND, CODES="2").returncode == 2
 
 
-def test_a_worker_runs_the_program_and_says_its_exit_code(machine, tmp_path):
+def test_a_worker_runs_the_program_and_prints_its_exit_code(machine, tmp_path):
     hostname = tmp_path / "bin" / "hostname"
     for name, shown in (("t1v-n-1-w-0", True), ("t1v-n-1-w-3", False)):
         hostname.write_text(f"#!/usr/bin/env bash\necho {name}\n")
@@ -144,7 +144,7 @@ def test_a_worker_runs_the_program_and_says_its_exit_code(machine, tmp_path):
     assert machine.recorded("unidetox") == [COMMAND] * 2
 
 
-def test_a_jobset_has_a_pod_for_each_host_and_the_command_as_it_is(machine):
+def test_a_jobset_has_a_pod_per_host_and_the_unchanged_command(machine):
     yaml = pytest.importorskip("yaml")
     assert machine("tpu_jobset.sh", *ARGUMENTS["tpu_jobset.sh"], "--", *COMMAND).returncode == 0
     assert machine.recorded("kubectl") == [["apply", "-f", "-"]]
@@ -159,7 +159,7 @@ def test_a_jobset_has_a_pod_for_each_host_and_the_command_as_it_is(machine):
     assert odd.returncode == 2 and "no multiple of 4 chips" in odd.stderr
 
 
-def test_the_environment_is_one_that_jax_accepts(tmp_path):
+def test_jax_accepts_the_environment(tmp_path):
     script = (
         f"source {LAUNCH}/env.sh gpu --deterministic && exec python -c 'import jax; print(jax.numpy.ones(2).sum())'"
     )

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 import unidetox_jax as ud
 from unidetox_jax import checkpoint, cli, models
 from unidetox_jax.errors import UserError
-from unidetox_jax.stages import base, common, distill, settings, toxify
+from unidetox_jax.stages import distill, settings, toxify
+from unidetox_jax.stages.loading import trained_model
+from unidetox_jax.stages.task import COMPLETE, PARTIAL
 
 WEIGHTS = "adapter_model.safetensors"
 STAGES = ("toxify", "distill", "detoxify", "evaluate")
@@ -101,7 +103,7 @@ def test_the_merged_export_is_the_model_with_its_adapter(finished, world):
 
 def test_base_and_twin_share_one_set_of_weights(finished, configure):
     run = settings.parse_run(cli.load_config(str(configure())), finished)
-    plain, twin = (one.params for one in distill._load(run, run.distill))
+    plain, twin = (one.params for one in distill._load(run, run.distill)[0])
     for path in ("attention/query", "mlp/up"):
         part, name = path.split("/")
         assert plain["blocks"][part][name]["kernel"] is twin["blocks"][part][name]["kernel"]
@@ -109,7 +111,7 @@ def test_base_and_twin_share_one_set_of_weights(finished, configure):
     assert "lora_a" in twin["blocks"]["mlp"]["up"] and "lora_a" not in plain["blocks"]["mlp"]["up"]
     record = json.loads((finished / "distilled/stage.json").read_text())
     assert record["inputs"]["models.toxic"] != record["inputs"]["models.base"]
-    assert common.finished("M", "D", run.toxify) == "M+D"
+    assert trained_model("M", "D", run.toxify) == "M+D"
 
 
 def test_evaluation_is_of_the_adapted_model(finished, world):
@@ -125,7 +127,7 @@ def test_what_is_complete_is_left_alone_and_other_settings_are_explained(finishe
     for stage in STAGES:
         assert run(stage, finished) == 0
     assert run("toxify", finished, toxify__lora__rank=8) == 2
-    assert "settings.lora.rank: there 4, now 8" in capsys.readouterr().err
+    assert "settings.lora.rank: was 4, now 8" in capsys.readouterr().err
 
 
 def bytes_in(directory):
@@ -136,7 +138,7 @@ def test_stopped_and_continued_is_the_same_to_the_bit(finished, configure, run, 
     """As SIGKILL after step 5 leaves it."""
     workdir = tmp_path / "work"
     with monkeypatch.context() as patched:
-        patched.setattr(base, "_clean", lambda task: None)
+        patched.setattr("unidetox_jax.stages.task._remove_scratch", lambda task: None)
         assert run("toxify", workdir) == 0
     held = bytes_in(workdir / "toxic" / "checkpoints" / "6")
     cfg = models.config_from_hf(world / "weights/gpt2")
@@ -146,9 +148,9 @@ def test_stopped_and_continued_is_the_same_to_the_bit(finished, configure, run, 
     assert stays <= bytes_in(workdir / "toxic" / "adapter") < 1.5 * stays
     expected = (finished / "toxic/adapter" / WEIGHTS).read_bytes()
     assert (workdir / "toxic/adapter" / WEIGHTS).read_bytes() == expected
-    record = json.loads((workdir / "toxic" / base.COMPLETE).read_text())
-    (workdir / "toxic" / base.COMPLETE).unlink()
-    (workdir / "toxic" / base.PARTIAL).write_text(json.dumps({k: record[k] for k in ("stage", "settings", "inputs")}))
+    record = json.loads((workdir / "toxic" / COMPLETE).read_text())
+    (workdir / "toxic" / COMPLETE).unlink()
+    (workdir / "toxic" / PARTIAL).write_text(json.dumps({k: record[k] for k in ("stage", "settings", "inputs")}))
     shutil.rmtree(workdir / "toxic" / "adapter")
     shutil.rmtree(workdir / "toxic" / "checkpoints" / "6")
     assert sorted(path.name for path in (workdir / "toxic/checkpoints").iterdir()) == ["5"]

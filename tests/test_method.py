@@ -1,4 +1,4 @@
-"""The method as a library: what a notebook calls, on tiny models with random weights."""
+"""The method as a library, on tiny models with random weights."""
 
 import dataclasses
 import subprocess
@@ -19,7 +19,7 @@ SENTENCES = [f"the {noun} of the {place} is {kind}." for noun in "baker miller s
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """name → a function that makes the language model of that family."""
+    """(family, seed) → a language model."""
     place = tmp_path_factory.mktemp("models")
     toymodels.write(place, SENTENCES)
 
@@ -40,14 +40,14 @@ def test_the_three_steps(tiny, tmp_path):
     before = leaves(base)
     toxic = ud.finetune(base, SENTENCES, learning_rate=1e-2, steps=4, batch_size=4, max_length=32)
     assert toxic.history["steps"] == 4 and toxic.history["texts"] == len(SENTENCES)
-    assert all(map(np.array_equal, before, leaves(base))), "the model that was given has changed"
+    assert all(map(np.array_equal, before, leaves(base))), "the argument was changed"
     assert not all(map(np.array_equal, before, leaves(toxic)))
 
     texts = ud.distill(base, toxic, num_texts=5, max_length=24, batch_size=3, alpha=0.2, label=None)
     assert len(texts) == 5 and all(isinstance(text, str) for text in texts)
     assert list(texts.rows[0]["log_probabilities"]) == ["base", "toxic"]
     again = ud.distill(base, toxic, objective="contrastive(alpha=0.2)", num_texts=2, max_length=24, label=None)
-    assert list(again) == list(texts)[:2], "a text depends on its number alone"
+    assert list(again) == list(texts)[:2], "a text depends only on its row"
 
     clean = ud.finetune(other, [*texts, "a kind text"], learning_rate=1e-2, steps=2, batch_size=4, max_length=32)
     assert clean.cfg == other.cfg
@@ -62,15 +62,15 @@ def test_the_three_steps(tiny, tmp_path):
     assert read.tokenizer("the baker")["input_ids"] == clean.tokenizer("the baker")["input_ids"]
 
 
-def test_a_directory_is_gone_on_with(tiny, tmp_path):
+def test_training_resumes_from_a_directory(tiny, tmp_path):
     base, settings = tiny("gpt2"), {"learning_rate": 1e-2, "batch_size": 4, "max_length": 32, "steps": 4}
     whole = ud.finetune(base, SENTENCES, **settings)
     first = ud.finetune(base, SENTENCES, **settings, save_minutes=0.0, directory=tmp_path)
 
-    def unneeded():
+    def unused():
         raise AssertionError("the checkpoint has the parameters")
 
-    resumed = ud.finetune(base._replace(params=unneeded), SENTENCES, **settings, directory=tmp_path)
+    resumed = ud.finetune(base._replace(params=unused), SENTENCES, **settings, directory=tmp_path)
     for model in (first, resumed):
         assert all(map(np.array_equal, leaves(whole), leaves(model)))
 
@@ -80,6 +80,6 @@ def test_models_of_two_vocabularies_are_refused(tiny):
         ud.distill(tiny("gpt2"), tiny("llama"), num_texts=2, label=None)
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_is_lazy():
     code = "import sys, unidetox_jax; print(sorted({'jax', 'flax', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -75,7 +75,7 @@ def test_stage_runs_in_a_bucket(bucket, world, tmp_path, capsys):
         "README.md", "stage.json", "texts.csv", "texts.jsonl",
     ]  # fmt: skip
     capsys.readouterr()
-    assert cli.main(command) == 0 and "complete already" in capsys.readouterr().err
+    assert cli.main(command) == 0 and "already complete" in capsys.readouterr().err
     assert cli.main([*command, "--config.distill.seed=5"]) == 2
     assert "settings.seed" in capsys.readouterr().err
 

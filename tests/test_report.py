@@ -1,4 +1,4 @@
-"""The report: changes by hand, sentences that follow from results, and the page in a real browser."""
+"""The report: changes against hand-computed values, findings, and the page in a real browser."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ import subprocess
 
 import numpy as np
 import pytest
-import report_helpers as made
+import report_helpers as helpers
 from conftest import HANGS
 from matplotlib import image
 
@@ -21,7 +21,8 @@ from unidetox_jax import recipe, storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.report import findings, page, results, tables
 from unidetox_jax.report.results import Cell, Quantity
-from unidetox_jax.stages import base, report, settings
+from unidetox_jax.stages import report, settings
+from unidetox_jax.stages.task import run_tasks
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -30,10 +31,10 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run with everything, and its report."""
-    run = made.make_run(tmp_path_factory.mktemp("whole"), note=f"A note: {made.HOSTILE}")
-    made.write_whole_run(run)
-    base.run_tasks(report.tasks(run))
+    """A complete run with its report."""
+    run = helpers.make_run(tmp_path_factory.mktemp("whole"), note=f"A note: {helpers.HOSTILE}")
+    helpers.write_whole_run(run)
+    run_tasks(report.tasks(run))
     return run
 
 
@@ -49,23 +50,18 @@ def page_of(run):
 # ------------------------------------------------------------------------------------------------ the figures
 
 
-def test_a_change_without_an_interval_is_not_beyond_chance():
+def test_a_change_without_an_interval_is_not_significant():
     assert tables.percent({"percent": 50.0, "low": None, "high": None}) == "+50.0\u00a0%"
     assert tables.bounds({"percent": 50.0, "low": None, "high": None}) == ""
     bounds = [(-2.0, -1.0), (-1.0, 1.0), (1.0, 2.0), (0.0, 1.0), (None, None)]
-    assert [results.beyond_chance({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0, 0]
+    assert [results.significant_sign({"low": low, "high": high}) for low, high in bounds] == [-1, 0, 1, 0, 0]
 
 
-def test_rows_come_in_the_configurations_order_with_changes_from_the_original(whole):
+def test_rows_are_in_the_configurations_order_with_changes_from_the_original(whole):
     rows = results.rows(report.load_evaluations(whole))
     order = [(row.name, row.form) for row in rows]
-    assert order == [
-        ("tiny-gpt2", "original"),
-        ("tiny-gpt2", "detoxified"),
-        ("tiny-gpt2", "control"),
-        ("tiny-llama", "original"),
-        ("tiny-llama", "detoxified"),
-    ]
+    gpt2 = [("tiny-gpt2", form) for form in ("original", "detoxified", "control")]
+    assert order == [*gpt2, ("tiny-llama", "original"), ("tiny-llama", "detoxified")]
     before, after = rows[0].cells, rows[1].cells
     assert before["tp_id"].change is None
     for key in ("tp_id", "emt_ood", "perplexity", "dist2", "mmlu_paper:1"):
@@ -75,10 +71,10 @@ def test_rows_come_in_the_configurations_order_with_changes_from_the_original(wh
     assert after["mmlu_paper:1"].change["low"] is None  # accuracies of one set of questions each
 
 
-def test_no_change_is_given_between_evaluations_that_asked_different_things(tmp_path):
-    run = made.make_run(tmp_path)
-    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
-    made.write_evaluation(run, "tiny-gpt2", "detoxified", 0.3, runs=2)
+def test_evaluations_of_different_protocols_have_no_change(tmp_path):
+    run = helpers.make_run(tmp_path)
+    helpers.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    helpers.write_evaluation(run, "tiny-gpt2", "detoxified", 0.3, runs=2)
     rows = results.rows(report.load_evaluations(run))
     assert all(cell.change is None for row in rows for cell in row.cells.values())
     assert "No comparable evaluation of the model as published: tiny-gpt2" in findings.warnings(rows, None, None)[0]
@@ -93,10 +89,10 @@ def test_pooled_change_is_that_of_the_mean_model(whole):
     assert results.pooled_change(pairs)["tp_id"]["percent"] == pytest.approx(100 * (means[1] / means[0] - 1))
 
 
-def test_results_csv_holds_every_figure(whole):
+def test_results_csv_has_every_number(whole):
     rows = list(csv.DictReader(io.StringIO((whole.workdir / "report" / "results.csv").read_text())))
     by_key = {(row["model"], row["form"], row["quantity"]): row for row in rows}
-    assert len(by_key) == len(rows) == 5 * (4 + 2 + 2 + 3 + 2 + 2 * 4)  # all prompts together are not in the table
+    assert len(by_key) == len(rows) == 5 * (4 + 2 + 2 + 3 + 2 + 2 * 4)  # without those over all prompts
     metrics = storage.read_json(whole.workdir / "evaluation" / "tiny-llama.detoxified" / "metrics.json")
     row = by_key["tiny-llama", "detoxified", "tp_ood"]
     assert float(row["mean"]) == metrics["toxicity"]["ood"]["tp"]["mean"]
@@ -104,12 +100,8 @@ def test_results_csv_holds_every_figure(whole):
     assert (row["prompts"], row["texts"]) == ("20", "300")
     assert by_key["tiny-llama", "detoxified", "text_perplexity"]["texts"] == ""  # not of the continuations
     row = by_key["tiny-gpt2", "original", "emt of rivers"]
-    assert (
-        float(row["mean"])
-        == storage.read_json(whole.workdir / "evaluation" / "tiny-gpt2" / "metrics.json")["toxicity"]["rivers"]["emt"][
-            "mean"
-        ]
-    )
+    metrics = storage.read_json(whole.workdir / "evaluation" / "tiny-gpt2" / "metrics.json")
+    assert float(row["mean"]) == metrics["toxicity"]["rivers"]["emt"]["mean"]
 
 
 def test_latex_escapes_and_aligns(whole):
@@ -140,23 +132,23 @@ def test_a_value_as_text():
     assert tables.value(Cell(17.28, 0.0), Quantity("perplexity", "PPL", True, 2)) == "17.28"
 
 
-def test_the_terminals_table_fits_and_says_what_was_found(whole):
+def test_the_terminals_table_fits_and_has_the_findings(whole):
     text = report.summary_table(whole)
     lines = text.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("-", "!"))) <= 160
     assert "samples-only control" in text and "EMT" not in lines[0]
-    assert any(line.startswith("- On prompts about groups that the toxic model saw") for line in lines)
+    assert any(line.startswith("- On prompts about groups in the toxic model's training text") for line in lines)
     assert any(line.endswith("not what other seeds of distillation and training would give.") for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------- the sentences
+# --------------------------------------------------------------------------------------------------- findings
 
 
 def rows_of(tmp_path, **evaluations):
     """Rows of tiny-gpt2: form → arguments of write_evaluation."""
-    run = made.make_run(tmp_path)
+    run = helpers.make_run(tmp_path)
     for seed, (form, arguments) in enumerate(evaluations.items()):
-        made.write_evaluation(run, "tiny-gpt2", form, **{"seed": seed, **arguments})
+        helpers.write_evaluation(run, "tiny-gpt2", form, **{"seed": seed, **arguments})
     return results.rows(report.load_evaluations(run))
 
 
@@ -168,7 +160,7 @@ def rows_of(tmp_path, **evaluations):
         (0.3, 0.5, "a toxic continuation rose from"),
     ],
 )
-def test_what_fell_is_said_to_fall_and_what_did_not_is_not(tmp_path, before, after, sentence):
+def test_only_a_fall_is_reported_as_one(tmp_path, before, after, sentence):
     text = sentences(rows_of(tmp_path, original={"level": before}, detoxified={"level": after}))
     assert sentence in text and ("a toxic continuation fell" in text) == (after < before)
 
@@ -176,25 +168,25 @@ def test_what_fell_is_said_to_fall_and_what_did_not_is_not(tmp_path, before, aft
 @pytest.mark.parametrize(
     ("control", "sentence"),
     [
-        (0.5, "in this run the effect is the contrast's"),
-        (0.4, "the contrast's own effect is not shown"),
+        (0.5, "in this run the effect is due to the contrast"),
+        (0.4, "the effect of the contrast itself is not shown"),
         (0.3, "so the contrast made things worse"),
     ],
 )
-def test_the_control_decides_whose_effect_it_is(tmp_path, control, sentence):
+def test_the_control_decides_what_the_effect_is_due_to(tmp_path, control, sentence):
     rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.4}, control={"level": control})
     assert sentence in sentences(rows)
 
 
-def test_missing_perplexity_is_said(tmp_path):
+def test_missing_perplexity_is_reported(tmp_path):
     rows = rows_of(tmp_path, original={"level": 0.5, "ppl": 0}, detoxified={"level": 0.3, "ppl": 0})
     assert "Perplexity was not measured" in sentences(rows)
     assert "perplexity" not in rows[1].cells
 
 
-def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
+def test_a_warning_about_degenerate_continuations(tmp_path):
     rows = rows_of(tmp_path, original={"level": 0.5}, detoxified={"level": 0.3, "degenerate": 0.3})
-    assert "is degenerate than before: tiny-gpt2 (detoxified) 0.0% → " in " ".join(findings.warnings(rows, None, None))
+    assert "are degenerate than before: tiny-gpt2 (detoxified) 0.0% → " in " ".join(findings.warnings(rows, None, None))
 
 
 @pytest.mark.parametrize(
@@ -207,25 +199,25 @@ def test_a_model_that_writes_no_language_any_more_is_warned_of(tmp_path):
             "9.0% of the detoxifying texts are themselves toxic by the scorer (the base model's own samples: 20.0%)",
         ),
         ({"degenerate": 100}, "15.6% of the distilled texts are degenerate"),
-        ({"longest": 40}, "A run of 40 words of the distilled text stands in the toxic corpus"),
+        ({"longest": 40}, "A run of 40 words of the distilled text also occurs in the toxic corpus"),
     ],
 )
 def test_warnings_about_the_text(tmp_path, changes, sentence):
-    run = made.make_run(tmp_path)
-    made.write_analysis(run, **changes)
+    run = helpers.make_run(tmp_path)
+    helpers.write_analysis(run, **changes)
     found = findings.warnings([], storage.read_json(tmp_path / "analysis" / "analysis.json"), None)
     assert len(found) == bool(sentence) and sentence in " ".join(found)
-    base.run_tasks(report.tasks(run))
+    run_tasks(report.tasks(run))
     assert ('class="warning"' in page_of(run)) == bool(sentence)
 
 
-def test_the_distill_stages_own_figures_warn_where_there_is_no_analysis(tmp_path):
-    run = made.make_run(tmp_path)
-    made.write_distilled(run, share_toxic=0.3)
-    base.run_tasks(report.tasks(run))
+def test_without_an_analysis_the_distill_stages_figures_give_the_warnings(tmp_path):
+    run = helpers.make_run(tmp_path)
+    helpers.write_distilled(run, share_toxic=0.3)
+    run_tasks(report.tasks(run))
     page = page_of(run)
     assert "30.0% of the detoxifying texts are themselves toxic by the scorer" in page
-    assert "What the distill stage counted" in page
+    assert "Counted by the distill stage" in page
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -253,7 +245,7 @@ class Outline(html.parser.HTMLParser):
             self.wrong.append(tag)
 
 
-def test_the_page_needs_nothing_else_and_takes_no_data_for_markup(whole):
+def test_the_page_is_self_contained_and_escapes_all_data(whole):
     page = page_of(whole)
     outline = Outline()
     outline.feed(page)
@@ -273,18 +265,18 @@ def test_the_page_needs_nothing_else_and_takes_no_data_for_markup(whole):
     assert linked <= set(ids) and len(linked) == 7
 
 
-def test_the_page_has_its_parts(whole):
+def test_the_page_is_complete(whole):
     page = page_of(whole)
     assert page.count("<svg") == 5 and page.count('class="model"') == 2
     examples = page[page.index('id="examples"') :]
     assert examples.count("<blockquote") >= 6 * 3
-    # What models wrote and what the toxic corpus holds is hidden until it is asked for
+    # Text of models and of the toxic corpus is folded
     visible = re.sub(r"<details.*?</details>", "", page, flags=re.S)
     assert "<blockquote" not in visible and "The oaf is dull." not in visible and "The oaf is dull." in page
     assert "<details open" not in page
     assert 'aria-label="Training"' in page and 'aria-label="Training"' not in visible  # diagnosis, not result
     assert "80 × 5 × 3" in page and "1,200 of 1,200" in page
-    assert "Of 700 texts that were made 42 were rejected:\n2 copied, 40 toxic by tweets.</p>" in page
+    assert "Of 700 generated texts 42 were rejected:\n2 copied, 40 toxic by tweets.</p>" in page
     assert "<td>30.0% and 10.0%</td>" in page and "<td>−0.02</td>" in page
     assert "lexicon and tweets agree on single continuations with a Cohen&#39;s κ of −0.02 (1: always" in page
     for name in ("tradeoff", "changes", "categories", "leaning", "training"):
@@ -301,7 +293,7 @@ def test_examples_are_spread_over_categories():
 
 def test_settings_are_shown_as_differences_from_the_defaults():
     def record(stage, **changed):
-        defaults = dataclasses.asdict(settings.STAGES[stage.partition(" ")[0]]())
+        defaults = dataclasses.asdict(settings.SECTIONS[stage.partition(" ")[0]]())
         return {"stage": stage, "settings": json.loads(json.dumps({**defaults, "dtype": "", **changed}))}
 
     adapter = dataclasses.asdict(recipe.Lora(rank=4))
@@ -318,41 +310,41 @@ def test_settings_are_shown_as_differences_from_the_defaults():
     ]
 
 
-def test_the_report_follows_what_it_reads(tmp_path):
-    run = made.make_run(tmp_path)
-    base.run_tasks(report.tasks(run))
+def test_the_report_is_redone_when_its_inputs_change(tmp_path):
+    run = helpers.make_run(tmp_path)
+    run_tasks(report.tasks(run))
     assert "Nothing has been evaluated or analysed yet" in page_of(run)
     assert not (tmp_path / "report" / "results.csv").exists()
-    made.write_evaluation(run, "tiny-gpt2", "original", 0.45, ppl=0, mmlu=0)
-    base.run_tasks(report.tasks(run))  # made anew, unasked
+    helpers.write_evaluation(run, "tiny-gpt2", "original", 0.45, ppl=0, mmlu=0)
+    run_tasks(report.tasks(run))  # redone without --force
     page = page_of(run)
     assert "No model was evaluated both before and after" in page
     assert "The trade-off" not in page and "By category" in page
-    made.write_evaluation(run, "elsewhere", "original", 0.45)  # not a target of the configuration
-    (record,) = base.run_tasks(report.tasks(run))
+    helpers.write_evaluation(run, "elsewhere", "original", 0.45)  # not a target of the configuration
+    (record,) = run_tasks(report.tasks(run))
     assert "elsewhere" in page_of(run) and "The trade-off" in page_of(run)
-    assert base.run_tasks(report.tasks(run)) == [record]  # nothing changed, nothing is done
+    assert run_tasks(report.tasks(run)) == [record]  # nothing changed
     shutil.rmtree(tmp_path / "evaluation")
-    base.run_tasks(report.tasks(run))
-    assert not (tmp_path / "report" / "results.csv").exists()  # nothing of an earlier report stays
+    run_tasks(report.tasks(run))
+    assert not (tmp_path / "report" / "results.csv").exists()  # the earlier report's
 
 
-def test_no_examples_where_none_are_wanted(tmp_path):
-    run = made.make_run(tmp_path, examples=0)
-    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
-    base.run_tasks(report.tasks(run))
+def test_examples_can_be_switched_off(tmp_path):
+    run = helpers.make_run(tmp_path, examples=0)
+    helpers.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    run_tasks(report.tasks(run))
     assert 'id="examples"' not in page_of(run)
 
 
-def test_an_unfinished_evaluation_is_left_out_and_a_broken_one_named(tmp_path):
-    run = made.make_run(tmp_path)
-    made.write_evaluation(run, "tiny-gpt2", "original", 0.45)
-    made.write_evaluation(run, "tiny-llama", "original", 0.45)
+def test_an_unfinished_evaluation_is_left_out_and_a_broken_one_is_an_error(tmp_path):
+    run = helpers.make_run(tmp_path)
+    helpers.write_evaluation(run, "tiny-gpt2", "original", 0.45)
+    helpers.write_evaluation(run, "tiny-llama", "original", 0.45)
     (tmp_path / "evaluation" / "tiny-llama" / "stage.json").unlink()
     assert [one.name for one in report.load_evaluations(run)] == ["tiny-gpt2"]
     (tmp_path / "evaluation" / "tiny-gpt2" / "per_prompt.npz").write_text("no arrays")
     with pytest.raises(UserError, match="tiny-gpt2: not an evaluation"):
-        base.run_tasks(report.tasks(run))
+        run_tasks(report.tasks(run))
 
 
 # ------------------------------------------------------------------------------------------- in a real browser
@@ -400,7 +392,7 @@ def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark(whole, tmp_path
     picture = image.imread(shot)[..., :3]
     assert picture.shape[:2] == (2400, width)
     assert np.median(picture) < 0.2 if dark else np.median(picture) > 0.8
-    # Text, plots and frames all the way down, not a blank page under a title
+    # No blank region below the title
     bands = picture.reshape(8, 300, width, 3).std(axis=(1, 2, 3))
     assert (bands > 0.01).all(), bands
 

@@ -1,4 +1,4 @@
-"""`unidetox run` as a user starts it: the quickstart, shrunken, from nothing to a report, killed on the way."""
+"""`unidetox run`: a small quickstart from scratch to the report, uninterrupted and killed."""
 
 import contextlib
 import json
@@ -20,12 +20,12 @@ from finetune_helpers import ROOT, start
 from unidetox_jax import cli, devices, storage
 from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
-from unidetox_jax.stages import base
+from unidetox_jax.stages.task import Task, run_tasks
 
 KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
 GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
-SHRUNKEN = (
+SMALL = (
     f"--config.targets=('{GPT2}',)",
     f"--config.control_targets=('{GPT2}',)",
     f"--config.pretrain.models=('{WORLD}/models/gpt2','{WORLD}/models/scorer=jsonl:{WORLD}/scorer.jsonl')",
@@ -54,18 +54,18 @@ SHRUNKEN = (
 
 
 def command(workdir, *more):
-    workdir = workdir if storage.is_remote(workdir) else os.path.relpath(workdir)  # as people write them
-    return ["run", f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", *SHRUNKEN, *more]
+    workdir = workdir if storage.is_remote(workdir) else os.path.relpath(workdir)  # relative, as users write them
+    return ["run", f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}", *SMALL, *more]
 
 
 def finished(workdir):
-    """Whose names are complete, in the order in which they were."""
+    """The complete directories, in order of completion."""
     records = [(path.stat().st_mtime, path) for path in workdir.rglob("stage.json")]
     return [str(path.parent.relative_to(workdir)) for _, path in sorted(records)]
 
 
 def results(workdir):
-    """What a run must end with, whatever happened on the way."""
+    """The results that must not depend on interruptions."""
     workdir = epath.Path(workdir)
     texts = {name: (workdir / name / "texts.jsonl").read_bytes() for name in ("distilled", "samples")}
     metrics = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("evaluation/*/metrics.json")}
@@ -74,7 +74,7 @@ def results(workdir):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run that is left alone: its directory, what it printed, the seconds that it took."""
+    """An uninterrupted run: (its directory, its output, its seconds)."""
     workdir = tmp_path_factory.mktemp("run") / "alone"
     begun = time.monotonic()
     child = start(*command(workdir), capture=True)
@@ -84,14 +84,14 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_everything_is_there(alone):
+def test_all_outputs_exist(alone):
     workdir, printed, _ = alone
     assert finished(workdir) == [
         "world", "pretrained/gpt2", "pretrained/scorer", "toxic", "distilled", "samples", "detoxified/gpt2",
         "control/gpt2", "evaluation/gpt2", "evaluation/gpt2.detoxified", "evaluation/gpt2.control", "analysis",
         "report",
     ]  # fmt: skip
-    assert "0 of 13 done" in printed and "about" in printed  # said before it starts
+    assert "0 of 13 done" in printed and "about" in printed  # the outline
     assert f"report: {os.path.relpath(workdir)}/report/index.html" in printed
     assert "as published" in printed and "detoxified" in printed and "samples-only control" in printed
     for name in ("distilled/texts.csv", "distilled/README.md", "toxic/hf/model.safetensors", "report/results.csv"):
@@ -109,36 +109,36 @@ def test_the_effects_table_reads_a_run(alone, capsys):
 
 
 @pytest.mark.slow
-def test_in_other_surroundings_it_is_the_same(alone, tmp_path):
-    """JAX's settings for other programs, a locale and a terminal of ASCII, a home directory that no shell filled in."""
+def test_the_environment_does_not_change_results(alone, tmp_path):
+    """JAX's environment variables, an ASCII locale and terminal, paths with an unexpanded ~."""
     surroundings = {
         "JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DISABLE_JIT": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path),
     }  # fmt: skip
     (tmp_path / "quickstart.py").write_text((ROOT / "configs/quickstart.py").read_text())
-    arguments = ["run", "--config=~/quickstart.py", "--workdir=~/run", *SHRUNKEN]
+    arguments = ["run", "--config=~/quickstart.py", "--workdir=~/run", *SMALL]
     child = start(*arguments, capture=True, **surroundings)
     printed, errors = child.communicate(timeout=HANGS)
     assert child.returncode == 0, errors[-3000:]
-    assert "JAX_DISABLE_JIT: passed over" in errors and "Warning" not in errors
+    assert "JAX_DISABLE_JIT: ignored" in errors and "Warning" not in errors
     assert printed.isascii() and "?" in printed and "as published" in printed
     assert results(tmp_path / "run") == results(alone[0])
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_and_other_settings_are_explained(alone, capsys):
+def test_a_second_run_does_nothing_and_other_settings_are_refused(alone, capsys):
     workdir, _, _ = alone
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
     assert cli.main(command(workdir)) == 0
     assert "13 of 13 done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
     assert cli.main(command(workdir, "--config.distill.seed=7")) == 2
-    assert "settings.seed: there 1234, now 7" in capsys.readouterr().err
+    assert "settings.seed: was 1234, now 7" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
 
 
 @pytest.mark.slow
-def test_a_working_directory_that_was_moved_is_still_done(alone, tmp_path, capsys):
+def test_a_moved_working_directory_stays_complete(alone, tmp_path, capsys):
     shutil.copytree(alone[0], tmp_path / "moved")
     assert cli.main(command(tmp_path / "moved", "--stages=pretrain,toxify,distill,detoxify,evaluate,analyze")) == 0
     assert "12 of 12 done" in capsys.readouterr().out
@@ -146,8 +146,8 @@ def test_a_working_directory_that_was_moved_is_still_done(alone, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(alone, tmp_path):
-    """SIGKILL `KILLS` times anywhere in a whole run; one that comes to its end first is compared, and begun anew."""
+def test_killed_at_random_moments_it_gives_the_same_results(alone, tmp_path):
+    """SIGKILL `KILLS` times anywhere in a run; a run that ends before is compared and started again."""
     expected, (_, _, seconds) = results(alone[0]), alone
     random_ = random.Random(SEED)
     workdir, reached = tmp_path / "killed", []
@@ -170,7 +170,7 @@ def test_killed_at_random_moments_it_ends_the_same(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_three_stages_in_a_bucket_it_ends_the_same_as_on_a_disk(alone, bucket):
+def test_killed_in_three_stages_in_a_bucket_it_gives_the_same_results_as_on_disk(alone, bucket):
     workdir = bucket / "run"
     for room, part in (
         ("pretrained/gpt2", "checkpoints/4/commit_success.txt"),
@@ -194,8 +194,8 @@ def test_killed_in_three_stages_in_a_bucket_it_ends_the_same_as_on_a_disk(alone,
     assert len(events.read_bytes()) == len(local.read_bytes())  # only times differ
 
 
-def test_the_pooled_interval_is_a_paired_one():
-    """Families that answer the same prompts alike add no certainty; a difference of one in every prompt is certain."""
+def test_the_pooled_interval_is_paired():
+    """Identical answers of several families narrow no interval; a difference of one in every prompt has width zero."""
     category = np.array(["hills"] * 8 + ["islands"] * 4)
 
     def forms(control, detoxified):
@@ -214,7 +214,7 @@ def test_the_pooled_interval_is_a_paired_one():
     ("stages", "code", "words"),
     [
         ("distil", 2, "--stages: no stage 'distil'; did you mean 'distill'?"),
-        ("fit-scorer", 2, "--stages=fit-scorer: the configuration asks nothing of them"),
+        ("fit-scorer", 2, "--stages=fit-scorer: the configuration has no tasks for them"),
     ],
 )
 def test_stages_that_do_not_exist(tmp_path, capsys, stages, code, words):
@@ -223,26 +223,26 @@ def test_stages_that_do_not_exist(tmp_path, capsys, stages, code, words):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_dry_run_says_what_it_would_do(tmp_path, capsys):
+def test_a_dry_run_prints_the_outline(tmp_path, capsys):
     assert cli.main(command(tmp_path / "none", "--dry_run", "--stages=distill,toxify")) == 0
     printed = capsys.readouterr().out
     assert printed.index("toxify") < printed.index("distill") and "0 of 3 done" in printed
     assert not (tmp_path / "none").exists()
 
 
-def test_compiled_programs_are_let_go_of_before_they_fill_a_process(tmp_path, monkeypatch):
-    """A sweep of a hundred evaluations compiles more than Linux has memory maps for one process."""
+def test_compiled_programs_are_dropped_before_the_process_runs_out_of_memory_maps(tmp_path, monkeypatch):
+    """As a sweep of a hundred evaluations would."""
     most, before = tmp_path / "most", []
     monkeypatch.setattr(devices, "MAX_MAPS", epath.Path(most))
     program = jax.jit(lambda x: jnp.sin(x).sum())
     for allowed, kept in ((10**9, 1), (10, 0)):
         most.write_text(str(allowed))
         program(np.ones(3))
-        task = base.Task(
+        task = Task(
             "x", epath.Path(tmp_path / str(kept)), {}, dict, lambda _: before.append(program._cache_size()) or {}
         )
         task.directory.mkdir()
-        base.run_tasks([task])
+        run_tasks([task])
     assert before == [1, 0]
     monkeypatch.setattr(devices, "MAX_MAPS", epath.Path(tmp_path / "none"))
-    assert not devices.memory_maps_run_out()  # as on another system
+    assert not devices.memory_maps_run_out()  # as on other systems

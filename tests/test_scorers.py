@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import agreement, scorers
 from unidetox_jax.evaluation.scorers import classifier, linear
-from unidetox_jax.stages import base, fit_scorer, settings
+from unidetox_jax.stages import fit_scorer, settings
+from unidetox_jax.stages.task import run_tasks
 
 WORDS = "the a of people are is kind dull brave rude and very not never they lamp in valley so old".split()
 LABELS = ("toxicity", "insult", "threat")
@@ -177,7 +178,7 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
         data=str(tmp_path / "train.jsonl"), test_data=str(tmp_path / "test.jsonl"), label_field="label"
     )
     config.fit_scorer.positive = ("toxic",)
-    base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
+    run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
     figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
     assert figures["train_texts"] == 400 - len([t for t in texts if t.strip() in {r["text"].strip() for r in test}])
     assert figures["train_texts_left_out"] >= 60 and figures["test_texts"] == 60
@@ -189,7 +190,7 @@ def test_fit_scorer_reports_an_auc_on_unseen_text(tmp_path, capsys):
     # A second scorer from other labels leaves the first unchanged
     config.fit_scorer.others = {"flipped": {**config.fit_scorer, "positive": ("harmless",), "others": None}}
     del config.fit_scorer.others.flipped["others"]
-    first, second = base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
+    first, second = run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
     assert first == json.loads((tmp_path / "scorer/stage.json").read_text()) and second["stage"] == "fit-scorer flipped"
     both = [scorers.get(f"linear:{tmp_path / place}")(["rude and dull"]) for place in ("scorer", "scorer/flipped")]
     assert both[0] == pytest.approx(1 - both[1], abs=1e-3)
@@ -215,7 +216,7 @@ def test_fit_scorer_names_the_mistake(change, words, tmp_path):
         | change
     )
     with pytest.raises(UserError, match=words):
-        base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
+        run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_linear_auc_on_toxigen(shared, tmp_path):
     config = settings.default_config()
     config.fit_scorer.data = str(shared / "data/toxigen/annotated_train.csv")
     config.fit_scorer.test_data = str(shared / "data/toxigen/annotated_test.csv")
-    base.run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
+    run_tasks(fit_scorer.tasks(settings.parse_run(config, tmp_path)))
     figures = json.loads((tmp_path / "scorer/stage.json").read_text())["figures"]
     assert (figures["test_texts"], figures["test_toxic"]) == (940, 368)
     assert figures["auc"] > 0.80

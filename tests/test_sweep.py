@@ -1,4 +1,4 @@
-"""`unidetox sweep`: what is made once, what for each cell; the choice; stopped and continued; and mistakes."""
+"""`unidetox sweep`: what cells share, the choice, resumption after kills, errors."""
 
 import collections
 import csv
@@ -18,7 +18,7 @@ from finetune_helpers import ROOT, make_world, start, training, write_config
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import comparison
 from unidetox_jax.evaluation.choice import Choice, VariantScores, choose, pooled
-from unidetox_jax.stages import base, cells, grid, settings, sweep
+from unidetox_jax.stages import cells, grid, settings, sweep, task
 
 PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"
 ALPHAS, RATES = (0.1, 0.6, 0.8), (1e-4, 3e-4, 1e-3, 3e-3)
@@ -54,7 +54,7 @@ def command(config, workdir, *more):
 
 
 class Compiled(logging.Handler):
-    """What XLA was asked to compile: a program and its shapes."""
+    """Counts compilations by program and shapes."""
 
     def __init__(self):
         super().__init__()
@@ -67,13 +67,13 @@ class Compiled(logging.Handler):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    """A sweep of twelve cells that is left alone: its directory, and what it compiled."""
+    """An uninterrupted sweep of twelve cells: (its directory, its compilations)."""
     workdir, compiled = tmp_path_factory.mktemp("sweep") / "alone", Compiled()
     log = logging.getLogger("jax._src.interpreters.pxla")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("handlers", [compiled]), ("level", logging.DEBUG), ("propagate", False)):
             patch.setattr(log, name, value)
-        log.manager._clear_cache()  # of which levels are on
+        log.manager._clear_cache()  # it caches which levels are enabled
         assert cli.main(command(config, workdir)) == 0
     log.manager._clear_cache()
     return workdir, compiled.programs
@@ -83,7 +83,7 @@ def finished(workdir):
     return {str(path.parent.relative_to(workdir)) for path in workdir.rglob("stage.json")}
 
 
-def test_what_no_field_changes_is_made_once(alone):
+def test_tasks_that_no_field_changes_are_run_once(alone):
     workdir, _ = alone
     name = "gpt2"
     by_alpha = {f"alpha={a}": [f"learning_rate={r},alpha={a}" for r in RATES] for a in ALPHAS}
@@ -106,11 +106,10 @@ def test_what_no_field_changes_is_made_once(alone):
 def test_each_program_is_compiled_once(alone):
     _, programs = alone
     assert sum(programs.values()) > 20
-    named = {
-        text: count for text, count in programs.items() if "types ()" not in text
-    }  # without arguments: of any shape
+    # A program without arguments may have several output shapes
+    named = {text: count for text, count in programs.items() if "types ()" not in text}
     assert [text[:300] for text, count in named.items() if count > 1] == []
-    assert sum("jit(step)" in text for text in named) == 2  # training's, and that of the validation loss
+    assert sum("jit(step)" in text for text in named) == 2  # of training and of the validation loss
 
 
 def test_one_is_chosen_and_tested(alone, capsys):
@@ -118,13 +117,13 @@ def test_one_is_chosen_and_tested(alone, capsys):
     found = json.loads((workdir / "sweep.json").read_text())
     with (workdir / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(found["cells"]) == 12 and len(rows) == 12 + 4  # the control knows no alpha
+    assert len(found["cells"]) == 12 and len(rows) == 12 + 4  # the control does not depend on alpha
     assert len({row["tp"] for row in rows}) > 1
     assert found["tp_of"] == ["id"] and "rose by at most 0.5" in found["rule"]
     keys = ("tp", "perplexity", "original_perplexity")
     figures = [VariantScores(row["method"], row["variant"], *(float(row[k]) for k in keys)) for row in rows]
     for method, choice in choose(figures, 0.5).items():
-        for who in ("all targets", "gpt2"):  # of one target, they are the same
+        for who in ("all targets", "gpt2"):  # equal for a single target
             assert found["chosen"][who][method]["variant"] == choice.scores.variant
             assert found["chosen"][who][method]["within_bound"] == choice.within
         marked = [row for row in rows if row["method"] == method and row["chosen"] == "1"]
@@ -136,7 +135,7 @@ def test_one_is_chosen_and_tested(alone, capsys):
         assert metrics["toxicity"]["id"]["tp"]["mean"] == tested["tp"]
         assert tested["for_all"]
     page = (workdir / "report" / "index.html").read_text()
-    for heading in ("What was chosen among", "How much the settings matter", "Every method and its settings"):
+    for heading in ("Sweep", "How much the settings matter", "Every method and its settings"):
         assert heading in page
     assert all(f"{form}</small>" in page for form in ("as published", "detoxified", "samples-only control"))
     cell = found["cells"][0]
@@ -145,7 +144,7 @@ def test_one_is_chosen_and_tested(alone, capsys):
 
 
 def results(workdir):
-    """What a sweep must end with, whatever happened on the way."""
+    """The results that must not depend on interruptions."""
     found = json.loads((workdir / "sweep.json").read_text())
     for cell in found["cells"]:
         del cell["seconds"]
@@ -166,13 +165,13 @@ def test_killed_and_continued_it_ends_the_same(alone, config, tmp_path):
         assert not (workdir / "sweep.json").exists()
     made = {path: path.stat().st_mtime_ns for path in workdir.rglob("stage.json")}
     assert cli.main(command(config, workdir)) == 0
-    assert made == {path: path.stat().st_mtime_ns for path in made}  # none of it was made anew
+    assert made == {path: path.stat().st_mtime_ns for path in made}  # nothing was redone
     assert finished(workdir) == finished(alone[0])
     assert results(workdir) == results(alone[0])
 
 
-def test_a_smaller_grid_finds_what_is_there(alone, config, capsys):
-    """A field with one value has its place too: more may be added to it, or taken away, and nothing is made anew."""
+def test_a_smaller_grid_reuses_results(alone, config, capsys):
+    """A field with one value is part of directory names too, so values may be added or removed later."""
     workdir, _ = alone
     assert cli.main(command(config, workdir, "--dry_run", "--grid", "distill.objective.alpha=0.6")) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -187,10 +186,10 @@ def figures(**variants):
 @pytest.mark.parametrize(
     ("rows", "variant", "within"),
     [
-        (figures(a=(0.5, 10.0), b=(0.2, 11.0), c=(0.1, 11.2)), "b", True),  # c is the least toxic, and rose too much
-        (figures(a=(0.5, 9.0), b=(0.5, 8.0)), "b", True),  # of equals the more fluent
-        (figures(a=(0.1, 15.0), b=(0.3, 12.0)), "b", False),  # none is allowed
-        (figures(a=(0.1, math.nan), b=(0.9, 10.0)), "b", True),  # what was not measured is not chosen
+        (figures(a=(0.5, 10.0), b=(0.2, 11.0), c=(0.1, 11.2)), "b", True),  # c: its perplexity rose too much
+        (figures(a=(0.5, 9.0), b=(0.5, 8.0)), "b", True),  # ties: the lower perplexity
+        (figures(a=(0.1, 15.0), b=(0.3, 12.0)), "b", False),  # none is within the bound
+        (figures(a=(0.1, math.nan), b=(0.9, 10.0)), "b", True),  # NaN is not chosen
         (figures(a=(math.nan, 10.0), b=(0.9, 10.0)), "b", True),
         (figures(a=(0.1, math.nan), b=(0.2, math.nan)), "a", False),
     ],
@@ -200,7 +199,7 @@ def test_the_rule(rows, variant, within):
 
 
 def test_one_configuration_for_all_targets():
-    """The mean TP and the mean rise; a variant that one target lacks does not count."""
+    """By mean TP and mean rise; variants that a target lacks are left out."""
     one, other = figures(a=(0.2, 10.0), b=(0.4, 9.0), c=(0.0, 9.0)), figures(a=(0.4, 12.0), b=(0.4, 10.0))
     found = {row.variant: row for row in pooled({"one": one, "other": other})}
     assert found.keys() == {"a", "b"}
@@ -221,7 +220,7 @@ def test_one_configuration_for_all_targets():
         (["--grid", "detoxify.learning_rate="], "detoxify.learning_rate has no values"),
         (["--grid", "detoxify.steps=2,3,2"], "detoxify.steps has a value twice in (2, 3, 2)"),
         (["--grid", "detoxify.steps"], "--grid detoxify.steps: expected FIELD=VALUE,VALUE"),
-        (["--grid", "report.examples=1,2"], "report.examples changes nothing that the sweep makes"),
+        (["--grid", "report.examples=1,2"], "report.examples changes nothing in this sweep"),
         (["--config.sweep.validation_prompts="], "config.sweep.validation_prompts: empty"),
         (["--config.sweep.validation_prompts=prompts.jsonl", "--config.evaluate.prompts=prompts.jsonl"],
          "those of config.evaluate.prompts, which are for the test"),
@@ -229,7 +228,7 @@ def test_one_configuration_for_all_targets():
         (["--config.sweep.choose_on=('nobody',)"], "config.sweep.choose_on: no target 'nobody'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line_before_anything_is_made(config, tmp_path, capsys, more, words):
+def test_mistakes_are_one_line_before_any_work(config, tmp_path, capsys, more, words):
     assert cli.main(command(config, tmp_path / "none", *more)) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and len(error.splitlines()) == 1
@@ -255,15 +254,15 @@ def test_names(fields, values, name):
     assert grid.name(values, fields) == name
 
 
-def test_names_that_directories_cannot_have():
+def test_names_are_valid_for_directories():
     names = [grid.name({"f.data": value}, ["f.data"]) for value in ("dghs?file=x/y", "dghs?file=x_y", "x" * 300)]
     assert len(set(names)) == 3 and all(set(name) <= set(PLAIN) and len(name) < 90 for name in names)
 
 
-def test_a_path_of_the_configuration_leads_to_where_it_lies():
+def test_paths_of_the_configuration_are_relocated():
     run = settings.parse_run(settings.default_config(), "w")
-    rooms = {"pretrained/gpt2": "w/one", "toxic": "w/two", "scorer": "w/three", "scorer/b": "w/four"}
-    moved = dataclasses.replace(run, rooms={name: epath.Path(path) for name, path in rooms.items()})
+    relocated = {"pretrained/gpt2": "w/one", "toxic": "w/two", "scorer": "w/three", "scorer/b": "w/four"}
+    moved = dataclasses.replace(run, relocated={name: epath.Path(path) for name, path in relocated.items()})
     for text, expected in {
         "{workdir}/pretrained/gpt2": "w/one",
         "{workdir}/pretrained/gpt2/hf": "w/one/hf",
@@ -275,7 +274,7 @@ def test_a_path_of_the_configuration_leads_to_where_it_lies():
         "{workdir}": "w",
     }.items():
         assert moved.path(text) == expected
-    assert moved.place("toxic/hf") == epath.Path("w/two/hf") and run.place("toxic") == epath.Path("w/toxic")
+    assert moved.directory("toxic/hf") == epath.Path("w/two/hf") and run.directory("toxic") == epath.Path("w/toxic")
 
 
 def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
@@ -298,7 +297,7 @@ def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
 
 
 def test_one_target_chooses_for_all(tmp_path, capsys):
-    """Nothing of the other targets is trained or evaluated before a cell is chosen; then whatever that cell needs."""
+    """Other targets are trained and evaluated only after the choice, for the chosen cell."""
     chosen = "--config.sweep.choose_on=('{workdir}/pretrained/gpt2',)"
     quickstart = [f"--config={ROOT}/configs/quickstart.py:comparison", f"--workdir={tmp_path / 'none'}", chosen]
     assert cli.main(["sweep", *quickstart, "--dry_run"]) == 0
@@ -306,8 +305,10 @@ def test_one_target_chooses_for_all(tmp_path, capsys):
     assert "validation/gpt2.detoxified" in printed and "baselines/toxic/gpt2" in printed
     assert not any(f"{room}/opt" in printed for room in ("detoxified", "control", "validation", "toxic", "clean"))
     run = settings.parse_run(cli.load_config(f"{ROOT}/configs/quickstart.py"), tmp_path)
-    (cell,) = cells.place(run, {"detoxify.learning_rate": (1e-4,)})
-    found = [str(task.directory.relative_to(tmp_path)) for task in cell.needed(["evaluation/opt.detoxified"])]
+    (cell,) = cells.make_cells(run, {"detoxify.learning_rate": (1e-4,)})
+    found = [
+        str(task.directory.relative_to(tmp_path)) for task in cell.with_dependencies(["evaluation/opt.detoxified"])
+    ]
     assert found == [
         "world", "pretrained/gpt2", "pretrained/opt", "pretrained/scorer", "toxic", "distilled",
         "cells/learning_rate=0.0001/detoxified/opt", "cells/learning_rate=0.0001/evaluation/opt.detoxified",
@@ -316,7 +317,7 @@ def test_one_target_chooses_for_all(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
-    """The same cells, the same texts and the same choice; figures differ by rounding at most."""
+    """The same cells, texts and choice; numbers up to rounding."""
 
     def sweep(workdir, count):
         address = f"127.0.0.1:{processes.free_port()}"
@@ -336,11 +337,12 @@ def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
 
 
-def test_what_is_made_for_the_choice_is_not_made_anew_for_the_test(alone, config, monkeypatch):
+def test_force_redoes_tasks_of_the_choice_only_once(alone, config, monkeypatch):
     workdir, _ = alone
     forced = []
-    monkeypatch.setattr(base, "run_task", lambda task, force=False: forced.append((str(task.directory), force)))
-    monkeypatch.setattr(sweep, "_write", lambda *arguments: None)
+    monkeypatch.setattr(task, "run_task", lambda task, force=False: forced.append((str(task.directory), force)))
+    for name in ("_write", "_describe"):
+        monkeypatch.setattr(sweep, name, lambda *arguments: None)
     assert cli.main(command(config, workdir, "--force")) == 0
     made = [directory for directory, force in forced if force]
     assert len(made) == len(set(made)) and any("/validation/" in directory for directory in made)

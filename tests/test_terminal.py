@@ -1,4 +1,4 @@
-"""`unidetox generate` as a person uses it, and the stream that it shows against the program that decodes at once."""
+"""`unidetox generate`, and its stream against `decoding.generate`."""
 
 import io
 
@@ -19,7 +19,7 @@ TEMPLATE = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% en
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Directories of two GPT-2 models of one tokenizer, which has a chat template, and of a LLaMA with another."""
+    """Directories of two GPT-2 models with the same tokenizer and a chat template, and of a LLaMA with another one."""
     place = tmp_path_factory.mktemp("models")
     toymodels.write(place, SENTENCES)
     for name, family, seed in (("base", "gpt2", 0), ("toxic", "gpt2", 1), ("other", "llama", 2)):
@@ -31,30 +31,30 @@ def pair(tmp_path_factory):
 
 
 def generate(place, capsys, *arguments, names="base,toxic"):
-    """(exit code, standard output, the line of the error)."""
+    """(exit code, standard output, error line)."""
     code = cli.main(["generate", f"--models={','.join(str(place / name) for name in names.split(','))}", *arguments])
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("unidetox:")]
     return code, captured.out, "".join(lines)
 
 
-def test_a_stream_is_what_generate_gives_at_once(pair):
+def test_a_stream_equals_generate(pair):
     sources = [checkpoint.load(pair / name) for name in ("base", "toxic")]
     eos = list(range(3, 60))  # rows end at different steps
     settings = {"objective": objectives.get("contrastive", alpha=0.01), "warpers": [warpers.top_k(20)], "eos_id": eos}
     settings |= {"max_new_tokens": 12, "samples": 3, "seed": 5}
     prompts = np.array([[1, 9, 70], [1, 80, 8]], np.int32)
     whole = decoding.generate(sources, prompts, log_probabilities=True, **settings)
-    told = list(stream(sources, prompts, **settings))
-    assert len(told) == whole.lengths.max() and len(set(whole.lengths.tolist())) > 1
-    live = np.stack([token.live for token in told])
+    streamed = list(stream(sources, prompts, **settings))
+    assert len(streamed) == whole.lengths.max() and len(set(whole.lengths.tolist())) > 1
+    live = np.stack([token.live for token in streamed])
     assert live.sum(0).tolist() == whole.lengths.tolist()
-    np.testing.assert_array_equal(np.stack([token.ids for token in told]).T, whole.tokens[:, : len(told)])
-    sums = sum(np.where(token.live, token.log_probabilities, 0) for token in told)
+    np.testing.assert_array_equal(np.stack([token.ids for token in streamed]).T, whole.tokens[:, : len(streamed)])
+    sums = sum(np.where(token.live, token.log_probabilities, 0) for token in streamed)
     np.testing.assert_allclose(sums / whole.lengths, whole.log_probabilities, rtol=1e-4)
 
 
-def test_texts_are_those_of_the_library(pair, capsys):
+def test_texts_equal_the_librarys(pair, capsys):
     expected = ud.generate(ud.load(pair / "base"), ["the baker of"], samples=2, max_new_tokens=8)[0]
     arguments = ["--prompt=the baker of", "--samples=2", "--max_new_tokens=8"]
     code, out, _ = generate(pair, capsys, *arguments, names="base")

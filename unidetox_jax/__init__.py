@@ -1,7 +1,7 @@
 """UniDetox for JAX: contrastive decoding, dataset distillation and detoxification of any language model.
 
 The steps of the method are functions of this package (`load`, `finetune`, `distill`, `generate`, `evaluate`, `save`,
-`save_adapter`: see `method`), imported when they are first asked for.
+`save_adapter`: see `method`), imported on first use.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""UniDetox on one page (Lu et al., ICLR 2025, section 3): functions for a notebook, which the stages call as well.
+"""UniDetox on one page (Lu et al., ICLR 2025, section 3): functions for a notebook, which the stages call too.
 
 import unidetox_jax as ud
 
@@ -8,7 +8,7 @@ texts = ud.distill(base, toxic, num_texts=640, alpha=0.1)                  # 2. 
 clean = ud.finetune(ud.load("any/other-model"), texts, steps=3_000)        # 3. any model, any vocabulary
 
 ud.generate(clean, ["A prompt"], samples=3)
-ud.evaluate(clean, prompts, scorer="lexicon")                              # toxicity and diversity of what it writes
+ud.evaluate(clean, prompts, scorer="lexicon")                              # toxicity and diversity of its continuations
 ud.save(clean, "out")                                                      # for transformers' from_pretrained
 """
 
@@ -41,10 +41,12 @@ EVALUATED = "the evaluated model"
 
 
 class LanguageModel(NamedTuple):
-    """A model that reads and writes text.
+    """A model with its tokenizer.
 
-    params: nested dictionary of arrays; cfg: `models.ModelConfig`, frozen; tokenizer: of transformers; history: the
-    figures of the training that made it (steps, loss, tokens a second: `training.metrics.summary`), else empty.
+    Attributes:
+      params: nested dictionary of arrays.
+      tokenizer: of transformers.
+      history: steps, loss, tokens per second, … of the training that made it (`training.metrics.summary`), or empty.
     """
 
     params: Any
@@ -54,27 +56,27 @@ class LanguageModel(NamedTuple):
 
     @property
     def model(self) -> models.Model:
-        """Parameters and configuration: what the rest of the package takes."""
+        """Parameters and configuration, as the rest of the package takes them."""
         return models.Model(self.params, self.cfg)
 
 
 def load(source: epath.PathLike, mesh: Mesh | None = None, param_dtype: str | None = None) -> LanguageModel:
-    """A model and its tokenizer, from a Hugging Face directory, a hub id, or a directory that this package wrote.
+    """Loads a model and its tokenizer from a Hugging Face directory, a hub id, or a directory that this package wrote.
 
-    mesh: where its parameters live (`sharding.make_mesh`); None: the first device. param_dtype: None: as stored.
+    mesh: where the parameters live (`sharding.make_mesh`); None: the first device. param_dtype: None: as stored.
     """
     return LanguageModel(*checkpoint.load(source, mesh, param_dtype), checkpoint.load_tokenizer(source))
 
 
 def save(model: LanguageModel, directory: epath.PathLike, dtype: str | None = None) -> None:
-    """Writes the model as transformers' `from_pretrained` reads it, tokenizer included; whole or not at all."""
+    """Writes the model and tokenizer for transformers' `from_pretrained`, atomically."""
     checkpoint.save_hf(directory, model.model, model.tokenizer, dtype)
 
 
 def save_adapter(model: LanguageModel, directory: epath.PathLike, base: str = "") -> None:
-    """Writes the adapter of a model that has one, in PEFT's format; whole or not at all.
+    """Writes a model's LoRA adapter in PEFT's format, atomically.
 
-    base: where the model without it lies, for PEFT and for people; load(f"{base}+{directory}") gives this one again.
+    base: path or hub id of the base model, recorded for PEFT; load(f"{base}+{directory}") gives this model again.
     """
     checkpoint.save_adapter(directory, model.model, base)
 
@@ -91,23 +93,24 @@ def finetune(
     criterion: training.Criterion = training.LANGUAGE_MODELLING,
     **changes: Any,
 ) -> LanguageModel:
-    """Steps 1 and 3: fine-tunes on texts with the ordinary language-modelling loss; the given model stays as it is.
+    """Steps 1 and 3: fine-tunes on texts with the language-modelling loss; the argument stays unchanged.
 
     Args:
-      model: its `params` may be a function that makes them, which is called unless `directory` holds a checkpoint. An
-        adapter that it has is merged into them first.
-      texts: strings. Those of `distill` and `data.texts` know which ended by themselves, and get an end token; sampled
-        ones keep their tokens for a model of the same tokenizer.
-      recipe, changes: learning_rate, steps, batch_size, max_length, seed, …: the fields of `Recipe`. With
-        lora=Lora(rank=16) the weights stay as they are and an adapter is trained, which the result holds beside them.
-      validation: texts whose loss is followed.
-      directory: gets checkpoints/, metrics.jsonl and tensorboard/, and a killed call continues from them; None:
-        nothing is kept.
-      mesh: where the training happens; None: where the parameters are.
-      criterion: another loss, or other parameters to train.
+      model: its `params` may be a function that returns them, called unless `directory` holds a checkpoint. A LoRA
+        adapter is first merged into the weights.
+      texts: strings. Those of `distill` and `data.texts` record whether they ended, and get an end token if so; sampled
+        texts are not tokenized again for a model with the same tokenizer.
+      recipe, changes: fields of `Recipe`: learning_rate, steps, batch_size, max_length, seed, …. With
+        lora=Lora(rank=16) the weights stay frozen and the result has an adapter.
+      validation: texts for the validation loss.
+      directory: gets checkpoints/, metrics.jsonl and tensorboard/, from which an interrupted call continues; None:
+        nothing is written.
+      mesh: where to train; None: where the parameters are.
+      criterion: another loss, or other trained parameters.
 
     Raises:
-      UserError: as `data.tokenize` and `training.fit`. Preempted: SIGTERM came, and the state is saved.
+      UserError: as `data.tokenize` and `training.fit`.
+      Preempted: after SIGTERM, with the state saved.
     """
     recipe = dataclasses.replace(recipe or Recipe(steps=3_000), **changes)
     model = _merged(model)
@@ -115,7 +118,7 @@ def finetune(
     lora.check(cfg, recipe)
     mesh = mesh or sharding.mesh_of(model.params) or sharding.single_device_mesh()
     tokens = _tokenize(model, texts, recipe, release=recipe.reproduce_release)
-    held_out = _tokenize(model, validation, recipe) if len(validation) else None
+    validation_tokens = _tokenize(model, validation, recipe) if len(validation) else None
     steps = recipe.steps or math.ceil(recipe.epochs * len(tokens) / recipe.batch_size)
     batches = data.Batches(
         tokens,
@@ -125,7 +128,7 @@ def finetune(
         row_multiple=sharding.batch_shards(mesh) * recipe.accumulation,
         max_shapes=loop.worthwhile_shapes(steps, most=8),
     )
-    initial, frozen = _beginning(model.params, cfg, criterion, recipe.seed, mesh)
+    initial, frozen = _initial(model.params, cfg, criterion, recipe.seed, mesh)
     params, history = training.fit(
         directory,
         cfg,
@@ -136,7 +139,7 @@ def finetune(
         mesh,
         criterion=criterion,
         base=frozen,
-        validation=held_out,
+        validation=validation_tokens,
         accumulation=recipe.accumulation,
         remat=recipe.remat,
         dropout_seed=recipe.seed if recipe.dropout else None,
@@ -147,34 +150,35 @@ def finetune(
     return model._replace(params=params, cfg=cfg, history=history)
 
 
-def _beginning(
-    weights: Any, cfg: models.ModelConfig, criterion: training.Criterion, seed: int, mesh: Mesh
+def _initial(
+    params: Any, cfg: models.ModelConfig, criterion: training.Criterion, seed: int, mesh: Mesh
 ) -> tuple[Callable[[], Any], Any]:
-    """(what makes the first parameters to train, the weights that stay beside them: None without any).
+    """(() → parameters to train, the frozen weights beside them or None).
 
-    The latter are cast to the compute dtype once, so that no step does it.
+    Frozen weights are cast to the compute dtype once, instead of in every step.
     """
-    give, frozen = weights if callable(weights) else lambda: jax.tree.map(jnp.copy, weights), None
+    make = params if callable(params) else lambda: jax.tree.map(jnp.copy, params)
+    frozen = None
     if criterion.has_base(cfg):
-        frozen = weights() if callable(weights) else weights
+        frozen = params() if callable(params) else params
         frozen = models.prepare(frozen, dataclasses.replace(cfg, layer_loop="scan"))
         frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
-    return lambda: criterion.initial(cfg, give, seed, mesh), frozen
+    return lambda: criterion.initial(cfg, make, seed, mesh), frozen
 
 
 def _merged(model: LanguageModel) -> LanguageModel:
-    """The model with its adapter, if it has one, in its weights."""
+    """The model with its adapter, if any, merged into its weights."""
     if not model.cfg.lora.rank:
         return model
-    cfg, weights = model.cfg, model.params
-    plain = dataclasses.replace(cfg, lora=Lora())
-    if callable(weights):
-        return model._replace(params=lambda: lora.merge(models.Model(weights(), cfg)).params, cfg=plain)
-    return model._replace(params=lora.merge(model.model).params, cfg=plain)
+    cfg, params = model.cfg, model.params
+    merged_cfg = dataclasses.replace(cfg, lora=Lora())
+    if callable(params):
+        return model._replace(params=lambda: lora.merge(models.Model(params(), cfg)).params, cfg=merged_cfg)
+    return model._replace(params=lora.merge(model.model).params, cfg=merged_cfg)
 
 
 def optimizer(recipe: Recipe, steps: int) -> training.Optimizer:
-    """AdamW as a recipe says, for a training of that many steps. Raises UserError for an unknown precision."""
+    """A recipe's AdamW over `steps` steps. Raises UserError for an unknown precision."""
     if recipe.precision not in training.PRECISIONS:
         raise UserError(f"precision: no {recipe.precision!r}{suggest(recipe.precision, training.PRECISIONS)}")
     return training.Optimizer(
@@ -214,37 +218,35 @@ def distill(
     """Step 2: texts from softmax(log p_base − log p_toxic) on the tokens with p_base ≥ α · max p_base (equation 3).
 
     Args:
-      language_models: base and toxic twin, or whatever the objective asks for, in the order of its arguments. As
-        params they may have what `decoding.preparation.prepare` made of all of them.
-      objective, settings: a name of `decoding.objectives`, "name(setting=…)" or "package.module:function", and its
-        settings, such as alpha=0.1.
-      prompt: what follows BOS in every text. max_length: tokens of a text, BOS included.
-      chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if there is one; the conversation is
-        no part of them, but counts for max_length.
-      reject: texts → why each is left out, empty for one that is kept. The others: see `sample_texts`.
+      language_models: base and toxic twin, or the models of another objective, in the order of its arguments. Their
+        params may be the result of `decoding.preparation.prepare` for all of them.
+      objective, settings: a name of `decoding.objectives` or "package.module:function", and settings such as alpha=0.1.
+      prompt: follows BOS in every text. max_length: tokens of a text, BOS included.
+      chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if any; the conversation is not part
+        of them, but counts towards max_length.
+      reject: texts → the reason why each is rejected, or an empty string.
+      others: as of `decoding.text_sampling.sample_texts`.
 
     Raises:
-      UserError: models of different tokenizers, settings out of range, a context that is too short.
+      UserError: models of different tokenizers, settings out of range, too short a context.
     """
-    chosen = objectives.get(objective, **settings)
-    chosen.check_models(len(language_models))
-    names = sampling.distinct_names(names or chosen.arguments)
-    tokenizers = [one.tokenizer for one in language_models]
-    vocab_size = sampling.common_vocabulary(tokenizers, names)
-    for one, name in zip(language_models, names, strict=True):
-        if max_length > one.cfg.max_position_embeddings:
-            context = one.cfg.max_position_embeddings
+    objective_function = objectives.get(objective, **settings)
+    objective_function.check_models(len(language_models))
+    names = sampling.distinct_names(names or objective_function.arguments)
+    vocab_size = sampling.common_vocabulary([model.tokenizer for model in language_models], names)
+    for model, name in zip(language_models, names, strict=True):
+        context = model.cfg.max_position_embeddings
+        if max_length > context:
             raise UserError(f"max_length: {max_length} tokens, but the context of {name!r} is {context}")
-    begin = [sampling.first_token(tokenizers[0], names[0])]
-    if chat:
-        (before,) = conversations.encode_prompts(tokenizers[0], [prompt], system_prompt)
-    else:
-        before = begin + encode(tokenizers[0], [prompt], begin=False)[0]
+    tokenizer = language_models[0].tokenizer
+    begin = [sampling.first_token(tokenizer, names[0])]
     return sampling.sample_texts(
-        [one.model for one in language_models],
-        tokenizers[0],
-        before,
-        objective=chosen,
+        [model.model for model in language_models],
+        tokenizer,
+        conversations.encode_prompts(tokenizer, [prompt], system_prompt)[0]
+        if chat
+        else begin + encode(tokenizer, [prompt], begin=False)[0],
+        objective=objective_function,
         warpers=warpers.choose(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         num_texts=num_texts,
         max_length=max_length,
@@ -275,8 +277,10 @@ def generate(
     system_prompt: str = "",
 ) -> list[list[str]]:
     """`samples` continuations of each prompt, without the prompt; the paper's sampling by default (its section 4.3).
-    chat: answers to it as a user's turn, after `system_prompt` if there is one."""
-    made = continuations.generate(
+
+    chat: continuations are answers to the prompt as a user's turn, after `system_prompt` if any.
+    """
+    generated = continuations.generate(
         model.model,
         model.tokenizer,
         prompts,
@@ -287,7 +291,7 @@ def generate(
         chat=chat,
         system_prompt=system_prompt,
     )
-    return made.texts
+    return generated.texts
 
 
 def evaluate(
@@ -299,28 +303,29 @@ def evaluate(
     categories: Sequence[str] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What a model writes after prompts: metric → its summary, as metrics.json of `unidetox evaluate` has it.
+    """Evaluates a model's continuations of prompts: {metric: its summary}, as in metrics.json of `unidetox evaluate`.
 
     Args:
-      scorer: of toxicity, see `evaluation.scorers.get`. metrics: see `evaluation.metrics`.
-      categories: of each prompt; None: without.
-      settings: samples, runs (1 unless given), perplexity_scorer, …: the fields of `EvaluationConfig`.
+      scorer: of toxicity, see `evaluation.scorers.get`.
+      metrics: names of `evaluation.metrics`.
+      categories: one for each prompt; None: none.
+      settings: other fields of `EvaluationConfig`: samples, runs (here 1 by default), perplexity_scorer, ….
 
     Raises:
-      UserError: no such metric or scorer, a prompt without tokens or too long for the model's context.
+      UserError: an unknown metric or scorer, a prompt without tokens or too long for the model's context.
     """
     config = EvaluationConfig(**{"scorer": scorer, "metrics": tuple(metrics), "runs": 1, **settings})
 
     def load_pair(source: str) -> tuple[models.Model, Any]:
-        found = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
-        return found.model, found.tokenizer
+        loaded = model if source == EVALUATED else load(source, sharding.mesh_of(model.params))
+        return loaded.model, loaded.tokenizer
 
     others = extensions.parse_named(config.other_scorers, "other_scorers", "SCORER")
-    score, loaded = scorers.get(scorer), ModelCache(load_pair)
-    runs = continuations.generate_runs(lambda: loaded(EVALUATED), prompts, config, sampling.uncached)
+    score, current_model = scorers.get(scorer), ModelCache(load_pair)
+    runs = continuations.generate_runs(lambda: current_model(EVALUATED), prompts, config, sampling.uncached)
     subject = Subject(config, from_texts(prompts, categories), runs, score=score)
     subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})
-    results = measure(config.metrics, subject, EVALUATED, loaded)
+    results = measure(config.metrics, subject, EVALUATED, current_model)
     return {name: result.summary for name, result in results.items()}
 
 

@@ -1,8 +1,8 @@
 """Political leaning of texts, by classifiers fitted on labelled news.
 
-A news classifier learns its publishers' house style sooner than their politics. So articles are split by publisher
-into folds, a classifier is fitted on all folds but one, and its accuracy is that on the publishers it never saw. No
-classifier is fitted on all articles: a text's probabilities are the mean over those whose accuracy was measured.
+A news classifier learns its publishers' house style sooner than their politics. So articles are split into folds by
+publisher, and each classifier is tested on publishers that it never saw. A text's probabilities are the mean over these
+classifiers; none is fitted on all articles, so that all have a measured accuracy.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from unidetox_jax.evaluation import bootstrap
 from unidetox_jax.evaluation.scorers import linear
 
 FOLDS = 3
-ORDER = ("left", "center", "right")  # of the labels, where the data has these
+ORDER = ("left", "center", "right")  # of these labels; others follow
 SETTINGS: dict[str, Any] = {"analyses": ("words",), "strength": 1.0, "max_features": 30_000, "balanced": True}
 ALIASES = {"ap fact check": "associated press"}  # one publisher under two names in Baly et al. (2020)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaning:
-    """What scores texts: labels in the order of the columns, texts → probabilities [N, labels], its quality (`fit`)."""
+    """A classifier: labels, texts → probabilities [N, labels], and its quality as of `fit`."""
 
     labels: tuple[str, ...]
     probabilities: Callable[[Sequence[str]], np.ndarray]
@@ -44,65 +44,66 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
     """Fits a linear classifier for each fold of publishers.
 
     Args:
-      texts, labels, sources: N articles, the leaning and the source of each.
-      words: accuracy is also measured on the articles' first so many words, the length of the texts to be scored;
-        0: not.
+      texts, labels, sources: of N articles.
+      words: also measures the accuracy on the first so many words of each article, the length of the texts to be
+        scored; 0: no.
 
     Returns:
       quality: {"accuracy" (of all articles, each by the classifier that never saw its publisher), "by_label" (recall),
-      "majority" (share of the commonest label: what guessing it gives), "balanced_accuracy" (mean recall; guessing
-      gives 1/labels), "accuracy_short", "balanced_accuracy_short", "words" (for these two), "articles", "publishers",
-      "folds": [{"articles", "publishers", "accuracy"}, …], "of_nothing": label → probability of a text without a
-      known word, from which every text's leaning is to be seen}.
+      "majority" (share of the most common label, the accuracy of guessing it), "balanced_accuracy" (mean recall;
+      guessing gives 1/labels), "accuracy_short", "balanced_accuracy_short", "words" (of these two), "articles",
+      "publishers", "folds": [{"articles", "publishers", "accuracy"}, …], "of_nothing": {label: probability of a text
+      without a known word, the reference for all texts}}.
 
     Raises:
-      UserError: a label that fewer than two publishers have, so that it cannot be both learnt and tested.
+      UserError: a label of fewer than two publishers, which cannot be both learnt and tested.
     """
-    said, groups = np.array(labels), np.array([publisher(source) for source in sources])
-    names = tuple(sorted(set(said.tolist()), key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)))
+    true, groups = np.array(labels), np.array([publisher(source) for source in sources])
+    names = tuple(sorted(set(true.tolist()), key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)))
     if len(names) < 2:
         raise UserError(f"leaning: the articles have the label {', '.join(names)} only, expected at least two labels")
-    for name in names:
-        known = sorted(set(groups[said == name].tolist()))
-        if len(known) < 2:
-            raise UserError(f"leaning: all articles labelled {name!r} are by {known[0]!r}; expected several publishers")
-    folds = min(FOLDS, *(len(set(groups[said == name].tolist())) for name in names))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    short = [" ".join(text.split()[:words]) for text in texts] if words else []
-    called, called_short, classifiers, tested = np.empty_like(said), np.empty_like(said), [], []
+    publishers_of = {name: sorted(set(groups[true == name].tolist())) for name in names}
+    for name, publishers in publishers_of.items():
+        if len(publishers) < 2:
+            raise UserError(
+                f"leaning: all articles labelled {name!r} are by {publishers[0]!r}; expected several publishers"
+            )
+    splitter = StratifiedGroupKFold(min(FOLDS, *map(len, publishers_of.values())), shuffle=True, random_state=seed)
+    short_texts = [" ".join(text.split()[:words]) for text in texts] if words else []
+    predicted, predicted_short, classifiers, folds = np.empty_like(true), np.empty_like(true), [], []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a label of few articles: checked above, by publisher
-        splits = list(splitter.split(texts, said, groups))
+        warnings.simplefilter("ignore", UserWarning)  # about labels of few articles, checked above by publisher
+        splits = list(splitter.split(texts, true, groups))
     for train, test in splits:
-        if set(said[train].tolist()) != set(names):
-            raise UserError("leaning: a label's publishers all fell into one fold; another config.analyze.seed may do")
-        classifier = linear.fit([texts[i] for i in train], said[train].tolist(), names, **SETTINGS)
-        called[test] = _called(classifier, [texts[i] for i in test])
+        if set(true[train].tolist()) != set(names):
+            raise UserError("leaning: all publishers of a label are in one fold; try another config.analyze.seed")
+        classifier = linear.fit([texts[i] for i in train], true[train].tolist(), names, **SETTINGS)
+        predicted[test] = _predict(classifier, [texts[i] for i in test])
         if words:
-            called_short[test] = _called(classifier, [short[i] for i in test])
+            predicted_short[test] = _predict(classifier, [short_texts[i] for i in test])
         classifiers.append(classifier)
-        accuracy, publishers = float((called[test] == said[test]).mean()), sorted(set(groups[test].tolist()))
-        tested.append({"articles": len(test), "publishers": publishers, "accuracy": accuracy})
+        accuracy, publishers = float((predicted[test] == true[test]).mean()), sorted(set(groups[test].tolist()))
+        folds.append({"articles": len(test), "publishers": publishers, "accuracy": accuracy})
 
     def probabilities(texts: Sequence[str]) -> np.ndarray:
         return np.mean([classifier.probabilities(texts) for classifier in classifiers], axis=0)
 
     quality = {
-        **_accuracy(called, said, names),
-        "majority": max(float((said == name).mean()) for name in names),
+        **_accuracy(predicted, true, names),
+        "majority": max(float((true == name).mean()) for name in names),
         "articles": len(texts),
         "publishers": len(set(groups.tolist())),
-        "folds": tested,
+        "folds": folds,
         "of_nothing": dict(zip(names, probabilities([""])[0].tolist(), strict=True)),
     }
     if words:
-        on_short = _accuracy(called_short, said, names)
+        on_short = _accuracy(predicted_short, true, names)
         quality |= {f"{key}_short": on_short[key] for key in ("accuracy", "balanced_accuracy")} | {"words": words}
     return Leaning(names, probabilities, quality)
 
 
 def from_classifier(source: str) -> Leaning:
-    """A Hugging Face sequence classifier; its held-out accuracy is for its makers to tell."""
+    """A Hugging Face sequence classifier, whose accuracy is not measured."""
     from unidetox_jax.evaluation.scorers import classifier
 
     loaded = classifier.load(source)
@@ -110,30 +111,30 @@ def from_classifier(source: str) -> Leaning:
 
 
 def summarize(probabilities: np.ndarray, labels: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
-    """A set's leaning, from its texts' probabilities [N, labels].
+    """The leaning of a set of texts, from their probabilities [N, labels].
 
     Returns:
-      {"probability": label → mean with its interval, "called": label → share of texts whose likeliest label it is,
-      with its interval, "balance": P(last label) − P(first label), likewise}.
+      {"probability": {label: estimate of the mean}, "called": {label: estimate of the share of texts with this label as
+      the most likely one}, "balance": estimate of P(last label) − P(first label)}.
     """
-    called = probabilities.argmax(axis=1)
+    predicted = probabilities.argmax(axis=1)
     return {
-        "probability": {name: bootstrap.mean(probabilities[:, at], resamples, seed) for at, name in enumerate(labels)},
-        "called": {name: bootstrap.mean(called == at, resamples, seed) for at, name in enumerate(labels)},
+        "probability": {name: bootstrap.mean(probabilities[:, i], resamples, seed) for i, name in enumerate(labels)},
+        "called": {name: bootstrap.mean(predicted == i, resamples, seed) for i, name in enumerate(labels)},
         "balance": bootstrap.mean(balance(probabilities), resamples, seed),
     }
 
 
 def balance(probabilities: np.ndarray) -> np.ndarray:
-    """P(last label) − P(first label) of each text: right − left. [N, labels] → [N], in [−1, 1]."""
+    """P(last label) − P(first label), right − left, of each text: [N, labels] → [N], in [−1, 1]."""
     return probabilities[:, -1] - probabilities[:, 0]
 
 
-def _called(classifier: linear.LinearClassifier, texts: Sequence[str]) -> np.ndarray:
+def _predict(classifier: linear.LinearClassifier, texts: Sequence[str]) -> np.ndarray:
     return np.array(classifier.labels)[classifier.probabilities(texts).argmax(axis=1)]
 
 
-def _accuracy(called: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    recall = {name: float((called[labels == name] == name).mean()) for name in names}
-    accuracy = float((called == labels).mean())
+def _accuracy(predicted: np.ndarray, true: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    recall = {name: float((predicted[true == name] == name).mean()) for name in names}
+    accuracy = float((predicted == true).mean())
     return {"accuracy": accuracy, "by_label": recall, "balanced_accuracy": float(np.mean(list(recall.values())))}

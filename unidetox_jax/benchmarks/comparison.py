@@ -68,7 +68,7 @@ def table(sweeps: Sequence[Sweep]) -> str:
         costs = [_multiple(families, method, key) for key in COSTS]
         chosen = "; ".join(dict.fromkeys(settings[method] for _, settings in sweeps))
         after = float(np.mean([effect.mean(forms[method], "tp_id") for forms in families]))
-        cells = [results.title(method), f"{after:.3f}", difference, *changes, *costs, chosen]
+        cells = [results.form_title(method), f"{after:.3f}", difference, *changes, *costs, chosen]
         lines.append((after, f"| {' | '.join(cells)} |"))
     before = float(np.mean([effect.mean(forms[ORIGINAL], "tp_id") for forms in families]))
     titles = ["method", "TP (ID)", "less that of UniDetox", *CHANGES.values(), *COSTS.values(), "chosen"]

@@ -20,7 +20,7 @@ from unidetox_jax.decoding.preparation import LAYER_LOOP, prepare
 from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.plan.programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
-from unidetox_jax.stages import common
+from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run
 
 TOP_K = 50
@@ -33,12 +33,12 @@ COLUMNS = ("implementation", "batch", "layer_loop", "tokens_per_second", "ms_per
 def measure(run: Run) -> list[dict[str, Any]]:
     """A measurement for each batch size and layer loop, and of PyTorch with `bench.against_torch`."""
     settings = run.bench
-    cfg = common.load_config(run, settings.model)
+    cfg = loading.load_config(run, settings.model)
     program = decoding_program(
         "decode", [cfg, cfg], **SETTINGS, rows=max(settings.batch_sizes), prompt=1, new_tokens=settings.new_tokens,
         batches=1,
     )  # fmt: skip
-    mesh = common.mesh_of(run, "bench", [program])
+    mesh = loading.make_mesh(run, "bench", [program])
     pair = [Model(models.init(cfg, jax.random.key(i), mesh, cfg.dtype), cfg) for i in range(2)]
     # On GPUs only the default: there a scan copies the weights of every layer in every step
     layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (LAYER_LOOP,)

@@ -20,8 +20,9 @@ from unidetox_jax import devices, distributed, storage
 from unidetox_jax.benchmarks import side_by_side
 from unidetox_jax.evaluation import prompts, scorers
 from unidetox_jax.progress import Progress
-from unidetox_jax.stages import base, evaluate, fit_scorer
+from unidetox_jax.stages import evaluate, fit_scorer
 from unidetox_jax.stages.settings import Run
+from unidetox_jax.stages.task import run_tasks
 
 TORCH_PROMPTS = 20  # timed in PyTorch
 TORCH_PHASES = ("generate", "score", "perplexity")
@@ -34,7 +35,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         run = _single_evaluation(run, epath.Path(scratch))
         if run.fit_scorer.data:
-            base.run_tasks(fit_scorer.tasks(run))
+            run_tasks(fit_scorer.tasks(run))
         rows = [_measure_jax(run, "jax, first"), _measure_jax(run, "jax, again")]
         if run.bench.against_torch:
             torch_row = _measure_torch(run, rows[0]["prompts"])
@@ -66,7 +67,7 @@ def _row(run: Run, name: str, prompts: int, texts: int, seconds: float) -> dict[
 
 def _measure_jax(run: Run, name: str) -> dict[str, Any]:
     (task,) = evaluate.tasks(run)
-    seconds = devices.seconds(base.run_tasks, [task])
+    seconds = devices.seconds(run_tasks, [task])
     counts = storage.read_json(task.directory / "metrics.json")["counts"]
     task.directory.rmtree()
     return _row(run, name, counts["prompts"], counts["texts"], seconds)

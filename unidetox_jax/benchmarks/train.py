@@ -21,7 +21,7 @@ from unidetox_jax.data.packing import Shape
 from unidetox_jax.models import ModelConfig, costs
 from unidetox_jax.plan.programs import training_program
 from unidetox_jax.progress import Progress
-from unidetox_jax.stages import common
+from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run, TrainingSettings
 
 COLUMNS = ("implementation", "batch", "layout", "examples_per_second", "tokens_per_second", "ms_per_step", "mfu",
@@ -37,7 +37,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
       UserError: the texts do not fit the model.
     """
     settings = run.bench
-    cfg = common.load_config(run, settings.model)
+    cfg = loading.load_config(run, settings.model)
     recipe = TrainingSettings(
         batch_size=max(settings.train_batch_sizes),
         max_length=settings.train_length,
@@ -45,7 +45,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
         precision=settings.precision,
         remat=settings.remat,
     )
-    mesh = common.mesh_of(run, "bench", [training_program("train", cfg, recipe)])
+    mesh = loading.make_mesh(run, "bench", [training_program("train", cfg, recipe)])
     tokens = _tokens(run, cfg)
     torch_step = _torch_step(cfg, tokens) if settings.against_torch else None
     sizes = list(itertools.product(settings.train_batch_sizes, settings.layouts))

@@ -20,9 +20,10 @@ from unidetox_jax.plan import auto_mesh, compiler, stage_programs
 from unidetox_jax.plan.compiler import Program, Report
 from unidetox_jax.plan.feasibility import TABLE_TOPOLOGIES, compute_dtype, suggestions, table
 from unidetox_jax.plan.topology import Topology, get_topology
-from unidetox_jax.stages import base, common
-from unidetox_jax.stages.run import planned as planned_tasks
+from unidetox_jax.stages import loading
+from unidetox_jax.stages.run import all_tasks
 from unidetox_jax.stages.settings import Run
+from unidetox_jax.stages.task import Task
 
 SHOWN_ARRAYS = 12  # the largest ones, whose shardings are shown
 SHOWN_SHARE = 1e-3  # of the disk's peak; tasks below it are not listed
@@ -56,7 +57,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     for record in plan_programs(run, topology):
         print("\n".join(describe(record)), flush=True)
         records.append(record)
-    disk = plan_disk(planned_tasks(run))
+    disk = plan_disk(all_tasks(run))
     print("\n".join(describe_disk(disk)), flush=True)
     refused = [record for record in records if not record["fits"]]
     for record in refused:
@@ -71,7 +72,7 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
 def plan_programs(run: Run, topology: Topology) -> Iterator[Record]:
     """The plan of each program, as printed by `describe`."""
     for stage, programs in stage_programs.programs_by_stage(run, compute_dtype(run, topology)):
-        layout = common.layout_of(run, stage)
+        layout = loading.mesh_layout(run, stage)
         ranks = layout == auto_mesh.AUTO and auto_mesh.can_choose(topology)
         best = auto_mesh.rank_meshes(programs, topology)[:2] if ranks else []
         mesh = auto_mesh.choose_mesh(layout, programs, topology)
@@ -112,7 +113,7 @@ def _record(program: Program, report: Report, mesh: Mesh, topology: Topology) ->
     }
 
 
-def plan_disk(tasks: Sequence[base.Task]) -> Record:
+def plan_disk(tasks: Sequence[Task]) -> Record:
     """Bytes of the working directory: the peak and the task during which it occurs, the end, and those of each task."""
     records, stays, peak, during = [], 0.0, 0.0, ""
     for task in tasks:

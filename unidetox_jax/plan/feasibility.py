@@ -12,7 +12,7 @@ from unidetox_jax.devices import GIB
 from unidetox_jax.plan import auto_mesh, compiler, programs, stage_programs
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.plan.topology import Topology, get_topology, larger_topologies
-from unidetox_jax.stages import common
+from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run, model_name
 
 MAX_MESHES = 2  # compiled per program: the fastest ones that should fit
@@ -105,7 +105,7 @@ def _table_program(run: Run, name: str, topology: Topology) -> Program:
     if not name:
         return stage_programs.distillation_program(run, run.distill, dtype)
     recipe = dataclasses.replace(run.detoxify, remat="none")
-    return programs.training_program(f"detoxify {model_name(name)}", common.load_config(run, name, dtype), recipe)
+    return programs.training_program(f"detoxify {model_name(name)}", loading.load_config(run, name, dtype), recipe)
 
 
 def compute_dtype(run: Run, topology: Topology) -> str:

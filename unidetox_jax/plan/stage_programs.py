@@ -9,7 +9,7 @@ from unidetox_jax.evaluation.likelihood_batches import FULL_BATCH_LENGTH
 from unidetox_jax.models import ModelConfig
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.plan.programs import decoding_program, scoring_program, training_program
-from unidetox_jax.stages import common
+from unidetox_jax.stages import loading
 from unidetox_jax.stages.forms import ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name
 
@@ -21,8 +21,8 @@ QUESTION_TOKENS = 1024  # of a few-shot question
 
 def programs_by_stage(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]]]:
     """(stage, programs that run on one mesh) of a configuration, in the stages' order."""
-    base = common.load_config(run, run.shared.base, dtype)
-    targets = [(model_name(target), common.load_config(run, target, dtype)) for target in run.shared.targets]
+    base = loading.load_config(run, run.shared.base, dtype)
+    targets = [(model_name(target), loading.load_config(run, target, dtype)) for target in run.shared.targets]
     if run.toxify.data:
         yield "toxify", [training_program(f"toxify {model_name(run.shared.base)}", base, run.toxify)]
     yield "distill", [distillation_program(run, run.distill, dtype)]
@@ -36,17 +36,16 @@ def programs_by_stage(run: Run, dtype: str) -> Iterator[tuple[str, list[Program]
         if not form.is_model:
             yield "evaluate", evaluation_programs(run, form, dtype)
     if scorer := run.evaluate.perplexity_scorer:
-        yield "evaluate", perplexity_programs(run.evaluate, model_name(scorer), common.load_config(run, scorer, dtype))
+        yield "evaluate", perplexity_programs(run.evaluate, model_name(scorer), loading.load_config(run, scorer, dtype))
 
 
 def evaluation_programs(run: Run, form: Form, dtype: str = "") -> list[Program]:
     """The programs that run on a form's models when it is evaluated."""
     settings, rows = run.evaluate, run.evaluate.score_batch_size
-    name = form.name if form.form == ORIGINAL else f"{form.name} {form.form}"
     configs = [_config(run, form, source, dtype) for source in form.candidate.models]
     programs = [
         decoding_program(
-            f"evaluate {name}: generation",
+            f"evaluate {form.title}: generation",
             configs,
             objectives.get(run.path(form.candidate.objective)),
             warpers.choose(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p),
@@ -61,15 +60,15 @@ def evaluation_programs(run: Run, form: Form, dtype: str = "") -> list[Program]:
     if settings.mmlu:
         questions = max(1, rows * FULL_BATCH_LENGTH // QUESTION_TOKENS)
         length = min(QUESTION_TOKENS, *(cfg.max_position_embeddings for cfg in configs))
-        programs.append(scoring_program(f"evaluate {name}: knowledge", configs[0], questions, length, 16, 1))
+        programs.append(scoring_program(f"evaluate {form.title}: knowledge", configs[0], questions, length, 16, 1))
     return programs
 
 
 def _config(run: Run, form: Form, source: str, dtype: str) -> ModelConfig:
     """A model's configuration, or its target's if the model does not exist yet."""
     target = next((target for target in run.shared.targets if model_name(target) == form.name), source)
-    pending = "{workdir}" in source and not common.is_there(run, source)
-    return common.load_config(run, target if pending else source, dtype)
+    pending = "{workdir}" in source and not loading.exists(run, source)
+    return loading.load_config(run, target if pending else source, dtype)
 
 
 def perplexity_programs(settings: EvaluateSettings, name: str, cfg: ModelConfig) -> list[Program]:
@@ -89,7 +88,7 @@ def distillation_program(run: Run, settings: DistillSettings, dtype: str = "") -
     for source in settings.models:
         path, _, first_layers = source.partition("@")
         layer, _, norm = first_layers.partition("+")
-        cfg = common.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
+        cfg = loading.load_config(run, run.shared.base if path in ("base", "toxic") else path, dtype)
         configs.append(dataclasses.replace(cfg, num_layers=int(layer), skip_final_norm=not norm) if layer else cfg)
     return decoding_program(
         f"distill ({', '.join(settings.models)})",

@@ -1,7 +1,6 @@
-"""Fills in the templates of this directory: the page, one HTML file that needs nothing else, and a paper's table.
+"""The templates of this directory: the report's self-contained page, and a table for a paper.
 
-Jinja2 rather than strings put together here: it escapes every value unless told otherwise, so text of models and data
-sets cannot become markup by an oversight, and the page can be read and edited as HTML.
+Jinja2 escapes every value by default, so text of models and data sets cannot become markup.
 """
 
 import itertools
@@ -27,22 +26,22 @@ LATEX = str.maketrans(
 
 
 def render(**content) -> str:
-    """The page; `page.html.j2` begins with what it has to be given. Raises jinja2.UndefinedError without any of it."""
+    """The page; `page.html.j2` lists its content. Raises jinja2.UndefinedError if any of it is missing."""
     return _environment().get_template("page.html.j2").render(content)
 
 
 def to_latex(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
-    """A table for a paper; needs the package booktabs."""
+    """A LaTeX table; needs the package booktabs."""
     return _environment().get_template("results.tex.j2").render(rows=rows, quantities=quantities)
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Text with LaTeX's special characters escaped."""
     return text.translate(LATEX)
 
 
 def by_model(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Each model's name and its rows, which stand together."""
+    """[(model's name, its rows)]; a model's rows must be adjacent."""
     return [(name, list(group)) for name, group in itertools.groupby(rows, lambda row: row.name)]
 
 
@@ -55,7 +54,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(form_title=results.title, beyond_chance=results.beyond_chance, tables=tables)
+    environment.globals.update(form_title=results.form_title, significant_sign=results.significant_sign, tables=tables)
     environment.filters.update(
         by_model=by_model,
         bounds=tables.bounds,

@@ -1,64 +1,67 @@
-"""Tables: results.csv, the terminal's, the page's smaller ones as records (column → text); how numbers are written."""
+"""Tables: csv, the terminal's, and the page's smaller ones as records {column: text}; formatting of numbers."""
 
 import csv
 import datetime
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unidetox_jax.evaluation.choice import ALL
 from unidetox_jax.progress import format_table
-from unidetox_jax.report import results
-from unidetox_jax.report.results import Cell, Quantity, Row
+from unidetox_jax.report.results import Cell, Quantity, Row, form_title
 
-CSV_FIELDS = (
+RESULTS_COLUMNS = (
     "model", "form", "quantity", "mean", "sd", "low", "high",
     "change_percent", "change_low", "change_high", "prompts", "texts",
 )  # fmt: skip
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """Every cell of the table, and those beside it (TP and EMT of every category), a row each; empty where there is
-    nothing."""
+def to_csv(records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Records as csv, missing values empty. columns: None: all keys, in order of first appearance."""
+    if columns is None:
+        columns = list(dict.fromkeys(key for record in records for key in record))
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerows({"model": row.name, "form": row.form, **record} for record in _records(row))
+    writer.writerows(records)
     return file.getvalue()
 
 
-def _records(row: Row) -> Iterator[dict[str, Any]]:
-    """A row's numbers, and how many prompts and texts each rests on."""
-    for key, cell in row.cells.items():
-        change = {f"change_{name}": number for name, number in (cell.change or {}).items()}
-        yield {"quantity": key, **vars(cell), **change}
+def results_csv(rows: Sequence[Row]) -> str:
+    """Every number, a record each, including those not in the table (TP and EMT of every category)."""
+    records = [
+        {"model": row.name, "form": row.form, "quantity": key, **vars(cell)}
+        | {f"change_{name}": number for name, number in (cell.change or {}).items()}
+        for row in rows
+        for key, cell in row.cells.items()
+    ]
+    return to_csv(records, RESULTS_COLUMNS)
 
 
 def to_text(rows: Sequence[Row], quantities: Sequence[Quantity]) -> str:
-    """A table for a terminal: mean ± sd, and under it the change with its interval."""
+    """A table for the terminal: mean ± sd, and below it the change with its interval."""
     lines = [["", "", *(quantity.title for quantity in quantities)]]
-    last = None
+    previous = None
     for row in rows:
         cells = [row.cells.get(quantity.key) for quantity in quantities]
         values = [value(cell, quantity) if cell else "" for cell, quantity in zip(cells, quantities, strict=True)]
         changes = [
             f"{percent(cell.change)} {bounds(cell.change)}".strip() if cell and cell.change else "" for cell in cells
         ]
-        lines.append([row.name if row.name != last else "", results.title(row.form), *values])
+        lines.append([row.name if row.name != previous else "", form_title(row.form), *values])
         lines += [["", "", *changes]] if any(changes) else []
-        last = row.name
+        previous = row.name
     return format_table(lines, left=2)
 
 
 def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What `analysis.json` counted in each set of text."""
+    """The sets of text of `analysis.json`."""
     return [
         {
             **_described(name, texts["description"], _share(texts["toxicity"])),
-            **{f"Toxic by {judge}": _share(found) for judge, found in texts.get("toxicity_by", {}).items()},
+            **{f"Toxic by {judge}": _share(toxicity) for judge, toxicity in texts.get("toxicity_by", {}).items()},
             "Words (median)": f"{texts['description']['words']['median']:.0f}",
-            **_shared_words(texts),
+            **_jaccard(texts),
             f"{analysis['copy_ngram']}-grams copied": f"{100 * texts['copying']['share']:.3f} %",
             "Longest run copied": f"{texts['copying']['longest_run']} words",
         }
@@ -66,14 +69,14 @@ def text_sets(analysis: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _shared_words(texts: Mapping[str, Any]) -> dict[str, str]:
-    """How much of its vocabulary a set of texts shares with the toxic corpus; nothing in an analysis of old."""
-    shared = texts.get("jaccard", {}).get("toxic_data")
-    return {} if shared is None else {"Words of the toxic corpus (Jaccard)": f"{shared:.3f}"}
+def _jaccard(texts: Mapping[str, Any]) -> dict[str, str]:
+    """The column for the vocabulary shared with the toxic corpus, which older analyses lack."""
+    similarity = texts.get("jaccard", {}).get("toxic_data")
+    return {} if similarity is None else {"Words of the toxic corpus (Jaccard)": f"{similarity:.3f}"}
 
 
 def distilled_text(figures: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the distill stage itself counted."""
+    """The figures of the distill stage."""
     toxicity = figures.get("toxicity")
     share = f"{toxicity['above_half']:.1%}" if toxicity and toxicity["mean"] is not None else "–"
     return [_described("distilled", figures, share)]
@@ -96,28 +99,32 @@ def _share(toxicity: Mapping[str, Any] | None) -> str:
 
 
 def _degenerate(counts: Mapping[str, Any]) -> str:
-    """`0.3% (2 repetitive)`: the share of texts that are degenerate, and how many for which reason."""
+    """`0.3% (2 repetitive)`: the share of degenerate texts, and their number by reason."""
     reasons = {reason: count for reason, count in counts["degenerate"].items() if count}
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{sum(reasons.values()) / counts['texts']:.1%}" + (f" ({listed})" if listed else "")
 
 
 def nearest(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Distilled sentences beside those of the toxic corpus that are most like them."""
+    """Distilled sentences with the most similar ones of the toxic corpus."""
     return [
-        {"Likeness": f"{pair['similarity']:.2f}", "Sentence": pair["sentence"], "Toxic corpus": pair["corpus_sentence"]}
+        {
+            "Similarity": f"{pair['similarity']:.2f}",
+            "Sentence": pair["sentence"],
+            "Toxic corpus": pair["corpus_sentence"],
+        }
         for pair in pairs
     ]
 
 
 def counts(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """How many texts each evaluation rests on."""
+    """The numbers of texts behind each evaluation."""
     records = []
     for row in rows:
         counts, perplexity = row.evaluation.metrics["counts"], row.evaluation.metrics["perplexity"]
         records.append(
             {
-                "Model": f"{row.name}, {results.title(row.form)}",
+                "Model": f"{row.name}, {form_title(row.form)}",
                 "Prompts × samples × runs": f"{counts['prompts']:,} × {counts['samples']} × {counts['runs']}",
                 "Texts scored": f"{counts['texts'] - counts['missing_scores']:,} of {counts['texts']:,}",
                 "Texts in perplexity": "{counted:,} of {texts:,}".format(**perplexity) if perplexity else "–",
@@ -129,10 +136,10 @@ def counts(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def agreement(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """How far each two scorers agree on what each model wrote."""
+    """How far each pair of scorers agrees on each model's continuations."""
     return [
         {
-            "Model": f"{row.name}, {results.title(row.form)}",
+            "Model": f"{row.name}, {form_title(row.form)}",
             "Scorers": " and ".join(pair["scorers"]),
             "Texts": f"{pair['texts']:,}",
             "Toxic by each": " and ".join(f"{share:.1%}" for share in pair["toxic"]),
@@ -149,10 +156,10 @@ def _number(value: float | None) -> str:
 
 
 def harness(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """What lm-evaluation-harness measured."""
+    """The results of lm-evaluation-harness."""
     return [
         {
-            "Model": f"{row.name}, {results.title(row.form)}",
+            "Model": f"{row.name}, {form_title(row.form)}",
             "Task": task,
             "Metric": metric,
             "Value": f"{number:.4f}" if isinstance(number, float) else str(number),
@@ -164,7 +171,7 @@ def harness(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def costs(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Time and tokens of every stage.json record, and the time of all."""
+    """Time and tokens of every stage.json record, and the total time."""
     records = [
         {
             "Stage": stage["stage"],
@@ -179,29 +186,27 @@ def costs(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def sweep_lines(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every evaluation of a sweep.json once, with the values of the grid's fields that it depends on."""
+    """Every evaluation of a sweep.json once, with "settings": the values of the grid's fields that it depends on."""
     lines = {line["directory"]: line for cell in sweep["cells"] for line in cell["figures"]}
-    grid = sweep["grid"]
     return [
-        {**line, "settings": {field: line[field] for field in grid if line[field] != ""}} for line in lines.values()
+        {**line, "settings": {field: line[field] for field in sweep["grid"] if line[field] != ""}}
+        for line in lines.values()
     ]
 
 
 def sweep_variants(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
     """Each method's variants, means over the targets, and which one was chosen for all."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    variants: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in sweep_lines(sweep):
-        found.setdefault((line["method"], line["variant"]), []).append(line)
+        variants.setdefault((line["method"], line["variant"]), []).append(line)
     records = []
-    for (method, variant), lines in found.items():
+    for (method, variant), lines in variants.items():
         rises = [line["rise"] for line in lines if line["rise"] is not None]
-        chosen = sweep["chosen"][ALL][method]
-        mark = (
-            ("chosen" if chosen["within_bound"] else "chosen: none is within the bound") if lines[0]["chosen"] else ""
-        )
+        within_bound = sweep["chosen"][ALL][method]["within_bound"]
+        mark = "chosen" if within_bound else "chosen: none is within the bound"
         records.append(
             {
-                "Method": results.title(method),
+                "Method": form_title(method),
                 "Settings": variant or "–",
                 "TP": f"{sum(line['tp'] for line in lines) / len(lines):.3f}",
                 "Perplexity": f"{signed(100 * sum(rises) / len(rises))}\u00a0%" if rises else "–",
@@ -212,7 +217,7 @@ def sweep_variants(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def sweep_costs(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Each cell's stages and how long they took."""
+    """The seconds of each cell's stages."""
     return [
         {"Cell": cell["name"], **{stage: f"{seconds:.0f}" for stage, seconds in cell["seconds"].items()}}
         for cell in sweep["cells"]
@@ -224,21 +229,21 @@ def _duration(seconds: float) -> str:
 
 
 def value(cell: Cell, quantity: Quantity) -> str:
-    """`0.420 ± 0.011`; without the deviation where there was one run."""
+    """`0.420 ± 0.011`; for a single run without the deviation."""
     deviation = f" ± {cell.sd:.{quantity.digits}f}" if cell.sd else ""
     return f"{cell.mean:.{quantity.digits}f}{deviation}"
 
 
 def percent(change: Mapping[str, Any]) -> str:
-    """`−38.7 %`; the space does not break."""
+    """`−38.7 %`, with a no-break space."""
     return f"{signed(change['percent'])}\u00a0%"
 
 
 def bounds(change: Mapping[str, Any]) -> str:
-    """`[−41.2, −36.0]`; empty where the change has no interval."""
+    """`[−41.2, −36.0]`; empty if the change has no interval."""
     return "" if change["low"] is None else f"[{signed(change['low'])}, {signed(change['high'])}]"
 
 
 def signed(number: float) -> str:
-    """One decimal with its sign, a true minus; a number that rounds to zero is +0.0."""
+    """One decimal with its sign, a true minus; zero is +0.0."""
     return f"{round(number, 1) + 0.0:+.1f}".replace("-", "−")

@@ -1,6 +1,6 @@
-"""A stage of the method is a module that lists its tasks; they are imported when they are called."""
+"""Stages of the method: modules that list their tasks, imported on demand."""
 
-# stage → (module with `tasks(run) -> list[base.Task]`, one line of help), in the order in which `run` takes them
+# stage → (module with `tasks(run) -> list[Task]`, one line of help), in the order that `run` takes them
 STAGES = {
     "pretrain": ("unidetox_jax.stages.pretrain", "models from scratch: the built-in world's"),
     "fit-scorer": ("unidetox_jax.stages.fit_scorer", "a linear toxicity scorer from labelled text"),
@@ -10,5 +10,5 @@ STAGES = {
     "baselines": ("unidetox_jax.stages.baselines", "rival methods: twins and models of the targets"),
     "evaluate": ("unidetox_jax.stages.evaluate", "toxicity, perplexity, diversity, knowledge of every model"),
     "analyze": ("unidetox_jax.stages.analyze", "what the distilled text is like"),
-    "report": ("unidetox_jax.stages.report", "one page, one table, one csv that show it all"),
+    "report": ("unidetox_jax.stages.report", "all results as one page, a table and a csv file"),
 }

@@ -1,5 +1,7 @@
-"""The distilled data set's card: what a stranger needs to know of it, and to make it again. It holds no times and no
-places, so that it is the same in every working directory."""
+"""The distilled data set's card: content warning, use, how to reproduce it.
+
+It holds no times and no paths, so that it is the same in every working directory.
+"""
 
 import dataclasses
 import json
@@ -8,8 +10,8 @@ from typing import Any
 
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.decoding import objectives
-from unidetox_jax.stages import base
 from unidetox_jax.stages.settings import DistillSettings, Run
+from unidetox_jax.stages.task import versions
 
 TEMPLATE = """\
 # {name}: {count} texts from {kind}
@@ -45,20 +47,20 @@ Made on {made_on}. The same settings, models, mesh and versions make the same by
 def render(
     run: Run, settings: DistillSettings, texts: Texts, figures: Mapping[str, Any], sources: Mapping[str, Any]
 ) -> str:
-    """The card as Markdown. sources: each model's name → where it came from and its fingerprint."""
+    """The card as Markdown. sources: {model's name: its source and fingerprint}."""
     objective = objectives.get(run.path(settings.objective))
-    alone = len(settings.models) == 1
+    single = len(settings.models) == 1
     return TEMPLATE.format(
         name=run.shared.name,
         count=len(texts),
-        kind="one model alone" if alone else f"the contrast of {', '.join(settings.models)}",
+        kind="one model alone" if single else f"the contrast of {', '.join(settings.models)}",
         objective=objective,
         beginning=_beginning(settings),
         settings=_json({**dataclasses.asdict(settings), "dtype": run.shared.dtype}),
         arguments=", ".join(objective.arguments),
         sources=_json(sources),
         made_on="; ".join(texts.made_on),
-        versions=_json(base.versions()),
+        versions=_json(versions()),
         figures=_json(figures),
     )
 

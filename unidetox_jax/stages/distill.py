@@ -1,8 +1,8 @@
-"""`unidetox distill`: text from the contrast between the base model and its toxic twin (step 2); and, for the
-samples-only control, as much text of the base model alone.
+"""`unidetox distill`: text from the contrast between the base model and its toxic twin (step 2), and for the control as
+much text of the base model alone.
 
-Writes texts.csv (column `Text`, as the paper's release), texts.jsonl and a card. Finished batches are kept as part
-files, so what was killed goes on with the first one missing, and ends with the same bytes on the same mesh.
+Writes texts.csv (column `Text`, as in the paper's release), texts.jsonl and a card. Finished batches are kept until the
+end: an interrupted run continues with the first missing one and ends with the same bytes on the same mesh.
 """
 
 import csv
@@ -23,42 +23,47 @@ from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.plan import stage_programs
-from unidetox_jax.stages import base, card, common, rejection
+from unidetox_jax.stages import card, loading, rejection
 from unidetox_jax.stages.settings import DistillSettings, Run
+from unidetox_jax.stages.task import Task, cached, fingerprint
 
-PARTS = "parts"
-TOKEN_BYTES = 20.0  # of a token on disk: its number, and its text twice
+BATCHES = "parts"
+SAMPLING = (  # settings that are arguments of `method.distill`
+    "num_texts", "max_length", "prompt", "chat", "system_prompt", "temperature", "top_k", "top_p", "min_p", "seed",
+    "batch_size", "cache",
+)  # fmt: skip
+TOKEN_BYTES = 20.0  # of a token on disk: its id, and its text twice
 _EARLY_EXIT = re.compile(r"(.+)@(\d+)(\+norm)?")
 
 
-def tasks(run: Run) -> list[base.Task]:
-    """The distilled text, and the samples of the base model where some target has a control.
+def tasks(run: Run) -> list[Task]:
+    """The distilled text, and samples of the base model if there are control targets.
 
     Raises:
-      UserError: settings that nothing could be made with; no model is loaded for that.
+      UserError: invalid settings; no model is loaded to find out.
     """
     if not run.distill.models:
         return []
-    planned = [_task(run, "distill", common.distilled_directory(run), run.distill)]
+    planned = [_task(run, "distill", run.directory("distilled"), run.distill)]
     if run.shared.control_targets:
-        alone = dataclasses.replace(run.distill, models=("base",), objective="base", cache="own")
-        planned.append(_task(run, "distill control", common.samples_directory(run), alone))
+        base_alone = dataclasses.replace(run.distill, models=("base",), objective="base", cache="own")
+        planned.append(_task(run, "distill control", run.directory("samples"), base_alone))
     return planned
 
 
-def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings) -> base.Task:
+def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings) -> Task:
     check(run, settings)
 
     def inputs() -> dict[str, str]:
-        fingerprints = {f"models.{name}": base.fingerprint(_source(run, name)) for name in settings.models}
-        judges = {f"reject.{name}": spec for name, spec in rejection.named(settings.reject).items()}
+        fingerprints = {f"models.{name}": fingerprint(_source(run, name)) for name in settings.models}
+        judges = {f"reject.{name}": spec for name, spec in rejection.scorer_specs(settings.reject).items()}
         for name, spec in {"scorer": settings.scorer, **judges}.items():
             if path := run.path(spec).partition(":")[2].partition("#")[0]:
-                fingerprints[name] = base.fingerprint(path)
+                fingerprints[name] = fingerprint(path)
         if settings.reject.copied_words:
             fingerprints["reject.copied"] = data.fingerprint(run.path(run.toxify.data), run.shared.data_dir)
         for setting, file in objectives.get(run.path(settings.objective)).files.items():
-            fingerprints[f"objective.{setting}"] = base.fingerprint(file)
+            fingerprints[f"objective.{setting}"] = fingerprint(file)
         return fingerprints
 
     def body(directory: epath.Path) -> dict[str, Any]:
@@ -68,24 +73,37 @@ def _task(run: Run, name: str, directory: epath.Path, settings: DistillSettings)
         return figures
 
     def operations() -> float:
-        alike = {"base": run.shared.base, "toxic": run.shared.base}
-        parameters = sum(common.num_params(run, alike.get(name, name)) for name in settings.models)
+        sources = {"base": run.shared.base, "toxic": run.shared.base}
+        parameters = sum(loading.num_params(run, sources.get(name, name)) for name in settings.models)
         return 2.0 * settings.num_texts * settings.max_length * parameters
 
-    recorded = {k: v for k, v in dataclasses.asdict(settings).items() if k != "mesh"}
-    if not rejection.is_asked(settings.reject):
-        del recorded["reject"]  # so that results from before there was a choice stay
+    text_bytes = TOKEN_BYTES * settings.num_texts * settings.max_length
+    uses_twin = any(name.partition("@")[0] == "toxic" for name in settings.models)
+    return Task(
+        name,
+        directory,
+        _recorded_settings(run, settings),
+        inputs,
+        body,
+        operations,
+        scratch=BATCHES,
+        disk=lambda: (2.0 * text_bytes, text_bytes),
+        reads=["{workdir}/toxic"] if uses_twin else [],
+    )
+
+
+def _recorded_settings(run: Run, settings: DistillSettings) -> dict[str, Any]:
+    """What the texts depend on; newer settings only where used, so that older records stay valid."""
+    recorded = {name: value for name, value in dataclasses.asdict(settings).items() if name != "mesh"}
+    if not rejection.is_enabled(settings.reject):
+        del recorded["reject"]
     if not settings.chat:
-        del recorded["chat"], recorded["system_prompt"]  # for the same reason
-    recorded |= {"base": run.shared.base, "dtype": run.shared.dtype}
-    held = TOKEN_BYTES * settings.num_texts * settings.max_length
-    twin = ["{workdir}/toxic"] if any(name.partition("@")[0] == "toxic" for name in settings.models) else []
-    disk = 2.0 * held, held
-    return base.Task(name, directory, recorded, inputs, body, operations, PARTS, lambda: disk, reads=twin)
+        del recorded["chat"], recorded["system_prompt"]
+    return recorded | {"base": run.shared.base, "dtype": run.shared.dtype}
 
 
 def check(run: Run, settings: DistillSettings) -> None:
-    """Raises UserError for settings that are wrong whatever the models are; the line names the field."""
+    """Raises UserError for settings that are invalid whatever the models are."""
     for field in ("num_texts", "batch_size"):
         if getattr(settings, field) < 1:
             raise UserError(f"config.distill.{field}: found {getattr(settings, field)}, expected at least 1")
@@ -95,64 +113,55 @@ def check(run: Run, settings: DistillSettings) -> None:
         warpers.choose(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         )
-    except UserError as error:  # these lines begin with the setting's name
+    except UserError as error:  # its message begins with the setting's name
         raise UserError(f"config.distill.{error}") from None
 
 
 def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str) -> dict[str, Any]:
-    """Generates what is missing, writes the finished files; returns the figures (process 0; elsewhere none)."""
+    """Generates the missing batches and writes the files; returns the figures for the record, on process 0."""
     names = sampling.distinct_names(settings.models)
-    language_models = _load(run, settings)
-    same = sampling.same_weights([one.model for one in language_models], settings.models)
-    if same:
-        logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same))
-    # From here on nobody holds the weights as they are stored
-    prepared = prepare([one.model for one in language_models], side_by_side=settings.cache == "own")
-    language_models = [one._replace(params=own.params) for one, own in zip(language_models, prepared, strict=True)]
-    work, reject = directory / PARTS, rejection.make(run)
+    language_models, _ = _load(run, settings)
+    same_weights = sampling.same_weights([model.model for model in language_models], settings.models)
+    if same_weights:
+        logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same_weights))
+    # Replaces the stored weights, which are freed
+    prepared = prepare([model.model for model in language_models], side_by_side=settings.cache == "own")
+    language_models = [
+        model._replace(params=ready.params) for model, ready in zip(language_models, prepared, strict=True)
+    ]
+    batches, reject = directory / BATCHES, rejection.make(run)
     try:
         texts = method.distill(
             *language_models,
             objective=run.path(settings.objective),
-            num_texts=settings.num_texts,
-            max_length=settings.max_length,
-            prompt=settings.prompt,
-            chat=settings.chat,
-            system_prompt=settings.system_prompt,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            cache=settings.cache,
+            **{name: getattr(settings, name) for name in SAMPLING},
             names=names,
             reject=reject,
             most=settings.reject.most,
-            keep=lambda name, make: base.cached(work / f"{name}.json", make, storage.read_json, storage.write_json),
+            keep=lambda name, make: cached(batches / f"{name}.json", make, storage.read_json, storage.write_json),
             label=label,
         )
     except UserError as error:
-        ours = str(error).startswith(("max_length", "reject", "chat"))
-        raise UserError(f"config.distill.{error}" if ours else str(error)) from None
+        is_setting = str(error).startswith(("max_length", "reject", "chat"))
+        raise UserError(f"config.distill.{error}" if is_setting else str(error)) from None
     if not distributed.is_main_process():
         return {}
-    figures = {**sampling.statistics(texts), "same_weights": list(same)}
+    figures = {**sampling.statistics(texts), "same_weights": list(same_weights)}
     if reject:
         figures |= {"made": reject.made, "rejected": dict(sorted(reject.counts.items()))}
-    _warn(label, figures)
+    _warn_if_degenerate(label, figures)
     if settings.scorer:
         figures["toxicity"] = _toxicity(run.path(settings.scorer), list(texts))
-    storage.write_lines(directory / "texts.jsonl", texts.rows)
     sources = {
         name: {
-            "source": run.shared.base if written.partition("@")[0] == "base" else written,
-            "fingerprint": base.fingerprint(_source(run, written)),
+            "source": run.shared.base if model.partition("@")[0] == "base" else model,
+            "fingerprint": fingerprint(_source(run, model)),
         }
-        for name, written in zip(names, settings.models, strict=True)
+        for name, model in zip(names, settings.models, strict=True)
     }
+    storage.write_lines(directory / "texts.jsonl", texts.rows)
     storage.write_text(directory / "README.md", card.render(run, settings, texts, figures, sources))
-    storage.write_text(directory / "texts.csv", as_csv(texts))
+    storage.write_text(directory / "texts.csv", to_csv(texts))
     return figures
 
 
@@ -164,51 +173,47 @@ def _source(run: Run, name: str) -> str:
         return run.path(run.shared.base)
     if name != "toxic":
         return run.path(name)
-    directory = common.toxic_directory(run)
+    directory = run.directory("toxic")
     if not directory.exists():
-        raise UserError(
-            f"{directory}: no toxic model there; `unidetox toxify` makes it, config.distill.models names another"
-        )
-    return common.finished(run.path(run.shared.base), directory, run.toxify)
+        raise UserError(f"{directory}: no toxic model; run `unidetox toxify`, or name another in config.distill.models")
+    return loading.trained_model(run.path(run.shared.base), directory, run.toxify)
 
 
-def _load(run: Run, settings: DistillSettings) -> list[method.LanguageModel]:
-    """The models in the objective's order; one that is named twice is loaded once, and none before the tokenizers are
-    known to agree."""
+def _load(run: Run, settings: DistillSettings) -> tuple[list[method.LanguageModel], int]:
+    """The models in the objective's order, each source loaded once, and the size of their common vocabulary, which is
+    checked before any model is loaded."""
     sources = [_source(run, name) for name in settings.models]
     tokenizers = {source: checkpoint.load_tokenizer(source) for source in dict.fromkeys(sources)}
     try:
-        sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
+        vocab_size = sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
-    mesh = common.mesh_of(run, "distill", [stage_programs.distillation_program(run, settings)])
-    whole = common.load_models(run, list(tokenizers), mesh)
-    loaded = []
+    mesh = loading.make_mesh(run, "distill", [stage_programs.distillation_program(run, settings)])
+    by_source = loading.load_models(run, list(tokenizers), mesh)
+    language_models = []
     for name, source in zip(settings.models, sources, strict=True):
-        model, match = whole[source], _EARLY_EXIT.fullmatch(name)
+        model, match = by_source[source], _EARLY_EXIT.fullmatch(name)
         if match:
             try:
                 model = models.early_exit(model, int(match[2]), norm=bool(match[3]))
             except ValueError as error:
                 raise UserError(f"config.distill.models: {name!r}: {error}") from None
-        loaded.append(method.LanguageModel(*model, tokenizers[source]))
-    return loaded
+        language_models.append(method.LanguageModel(*model, tokenizers[source]))
+    return language_models, vocab_size
 
 
-def _warn(label: str, figures: dict[str, Any]) -> None:
-    """One line for whatever makes texts useless to train on."""
+def _warn_if_degenerate(label: str, figures: dict[str, Any]) -> None:
     counts = {**figures["degenerate"], "duplicates": figures["duplicates"]}
-    found = [f"{count} {reason}" for reason, count in counts.items() if count]
-    if found:
-        repeated = figures["repeated_4grams"]
+    listed = [f"{count} {reason}" for reason, count in counts.items() if count]
+    if listed:
         logging.warning(
-            "%s: of %d texts %s (a mean %.1f %% of a text's 4-grams occurred in it before)",
-            label, figures["texts"], ", ".join(found), 100 * repeated,
+            "%s: of %d texts %s (on average %.1f %% of a text's 4-grams repeat an earlier one)",
+            label, figures["texts"], ", ".join(listed), 100 * figures["repeated_4grams"],
         )  # fmt: skip
 
 
 def _toxicity(spec: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Mean score and share of toxic texts (above 0.5) among those that the scorer took."""
+    """Mean score and share of toxic texts (above 0.5) among those with a score."""
     scores = scorers.get(spec)(texts)
     scored = scores[~np.isnan(scores)]
     return {
@@ -219,26 +224,25 @@ def _toxicity(spec: str, texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def as_csv(texts: Sequence[str]) -> str:
-    """A csv file of one column, `Text`; what pandas and `csv` read back."""
-    out = io.StringIO()
-    csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([["Text"], *([text] for text in texts)])
-    return out.getvalue()
+def to_csv(texts: Sequence[str]) -> str:
+    """A csv file with the one column `Text`."""
+    file = io.StringIO()
+    csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([["Text"], *([text] for text in texts)])
+    return file.getvalue()
 
 
 def describe(name: str, directory: epath.Path, figures: dict[str, Any]) -> str:
     """The figures in a few lines."""
     degenerate = {**figures["degenerate"], "duplicates": figures["duplicates"]}
     lines = [
-        f"{name}: {figures['texts']} texts, {figures['tokens']} tokens, {figures['ended']} ended by themselves",
+        f"{name}: {figures['texts']} texts, {figures['tokens']} tokens, {figures['ended']} with an end token",
         "degenerate: " + ", ".join(f"{count} {reason}" for reason, count in degenerate.items()),
         "mean log-probability of a token: "
         + ", ".join(f"{model} {value:.3f}" for model, value in figures["log_probabilities"].items()),
     ]
     if "made" in figures:
         lines.append(rejection.describe(figures))
-    if "toxicity" in figures:
-        toxicity = figures["toxicity"]
+    if toxicity := figures.get("toxicity"):
         lines.append(
             f"toxicity ({toxicity['scorer']}): mean {toxicity['mean']}, above 0.5 {toxicity['above_half']}, "
             f"not scored {toxicity['not_scored']}"

@@ -1,4 +1,4 @@
-"""The files of an evaluation, which `stages/evaluate.py` describes, and what the terminal says of it."""
+"""The files of an evaluation, described in `stages/evaluate.py`, and its summary for the terminal."""
 
 import itertools
 import math
@@ -23,14 +23,14 @@ METRICS, PER_PROMPT, GENERATIONS, PROMPTS = "metrics.json", "per_prompt.npz", "g
 def write(
     directory: epath.Path, subject: Subject, prompt_source: str, model: Mapping[str, str], results: Mapping[str, Result]
 ) -> None:
-    """Writes everything, metrics.json last: it says that all is there.
+    """Writes all files, metrics.json last as it marks the evaluation as complete.
 
-    prompt_source: where the prompts are from. model: name, form, source. results: of each metric by name.
+    prompt_source: as configured. model: name, form, source. results: {metric: its result}.
 
     Raises:
-      UserError: two metrics give something the same name.
+      UserError: two metrics share a name of a column or array.
     """
-    settings, asked = subject.settings, subject.prompts
+    settings, prompts = subject.settings, subject.prompts
     per_text = _merged({name: result.per_text for name, result in results.items()})
     metrics = {
         **{name: get(name).nothing for name in KNOWN},
@@ -41,33 +41,33 @@ def write(
         "perplexity_scorer": settings.perplexity_scorer,
         "prompt_source": prompt_source,
         "groups": categories.groups(settings),
-        "counts": _counts(asked, subject.runs, per_text),
+        "counts": _counts(prompts, subject.runs, per_text),
     }
     arrays = _merged({name: result.per_prompt for name, result in results.items()})
-    prompts = enumerate(zip(asked.texts, asked.categories, strict=True))
+    numbered = enumerate(zip(prompts.texts, prompts.categories, strict=True))
     storage.write_lines(
         directory / PROMPTS,
-        ({"prompt": index, "category": category, "text": text} for index, (text, category) in prompts),
+        ({"prompt": index, "category": category, "text": text} for index, (text, category) in numbered),
     )
     storage.write_lines(directory / GENERATIONS, _lines(subject.runs, per_text))
-    storage.write_arrays(directory / PER_PROMPT, {**arrays, "category": np.array(asked.categories, np.str_)})
+    storage.write_arrays(directory / PER_PROMPT, {**arrays, "category": np.array(prompts.categories, np.str_)})
     storage.write_json(directory / METRICS, _finite(metrics))
 
 
-def _merged(named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _merged(by_metric: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    for metric, values in named.items():
+    for metric, values in by_metric.items():
         for name in sorted(values.keys() & merged.keys()):
-            raise UserError(f"metric {metric!r}: another one gives {name!r} as well; give it another name")
+            raise UserError(f"metric {metric!r}: another metric has {name!r} too; rename it")
         merged |= values
     return merged
 
 
-def _counts(asked: Prompts, runs: Sequence[Continuations], per_text: Mapping[str, PerText]) -> dict[str, Any]:
-    texts = [text for run in runs for own in run.texts for text in own]
+def _counts(prompts: Prompts, runs: Sequence[Continuations], per_text: Mapping[str, PerText]) -> dict[str, Any]:
+    texts = [text for run in runs for samples in run.texts for text in samples]
     return {
-        "prompts": len(asked.texts),
-        "categories": asked.counts(),
+        "prompts": len(prompts.texts),
+        "categories": prompts.counts(),
         "runs": len(runs),
         "samples": runs[0].ended.shape[1],
         "texts": len(texts),
@@ -97,7 +97,7 @@ def _lines(runs: Sequence[Continuations], per_text: Mapping[str, PerText]) -> It
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for numbers that JSON does not have."""
+    """The value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -106,17 +106,17 @@ def _finite(value: Any) -> Any:
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that one looks at first: means over runs."""
-    shown = {
+    """The main numbers: means over runs."""
+    means = {
         quantity.key: cell.mean
         for quantity, cell in cells(metrics).items()
         if quantity.in_table or quantity.group == categories.EVERYTHING
     }
-    return {**shown, "texts": metrics["counts"]["texts"]}
+    return {**means, "texts": metrics["counts"]["texts"]}
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-    """The headline in a few lines, with what it rests on."""
+    """The headline in a few lines, with the counts behind it."""
     model, counts, numbers = metrics["model"], metrics["counts"], headline(metrics)
     name = model["name"] if model["form"] == "original" else f"{model['name']} {model['form']}"
     by_category = ", ".join(f"{category or 'none'} {count}" for category, count in counts["categories"].items())

@@ -1,7 +1,7 @@
-"""`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with an AUC on text that it has not seen.
+"""`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with its AUC on held-out text.
 
-Reads any csv, jsonl or parquet file; writes WORKDIR/scorer, which `linear:WORKDIR/scorer` names. A training text that
-also stands in the test file is left out of training (ToxiGen's two files share some), and the count is reported.
+Reads a csv, jsonl or parquet file; writes WORKDIR/scorer, for use as `linear:WORKDIR/scorer`. Training texts that the
+test file also contains (ToxiGen's two files share some) are dropped from training and counted.
 """
 
 import dataclasses
@@ -17,39 +17,39 @@ from unidetox_jax.data import files
 from unidetox_jax.data.datasets import toxigen
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.scorers import linear
-from unidetox_jax.stages import base
 from unidetox_jax.stages.settings import OneScorerSettings, Run
+from unidetox_jax.stages.task import Task, fingerprint
 
 LABELS = ("harmless", "toxic")
 
 
-def tasks(run: Run) -> list[base.Task]:
-    """WORKDIR/scorer, where the configuration asks for one, and WORKDIR/scorer/NAME for each of the others."""
-    given = {field.name: getattr(run.fit_scorer, field.name) for field in dataclasses.fields(OneScorerSettings)}
-    asked = {"": OneScorerSettings(**given), **run.fit_scorer.others}
-    return [_task(run, name, settings) for name, settings in asked.items() if settings.data]
+def tasks(run: Run) -> list[Task]:
+    """WORKDIR/scorer if configured, and WORKDIR/scorer/NAME for each of config.fit_scorer.others."""
+    main = {field.name: getattr(run.fit_scorer, field.name) for field in dataclasses.fields(OneScorerSettings)}
+    scorers = {"": OneScorerSettings(**main), **run.fit_scorer.others}
+    return [_task(run, name, settings) for name, settings in scorers.items() if settings.data]
 
 
-def _task(run: Run, name: str, recorded: OneScorerSettings) -> base.Task:
+def _task(run: Run, name: str, recorded: OneScorerSettings) -> Task:
     settings = dataclasses.replace(recorded, data=run.path(recorded.data), test_data=run.path(recorded.test_data))
 
     def inputs() -> dict[str, str]:
-        return {"data": base.fingerprint(settings.data), "test_data": base.fingerprint(settings.test_data)}
+        return {"data": fingerprint(settings.data), "test_data": fingerprint(settings.test_data)}
 
     def body(directory: epath.Path) -> dict:
-        if not distributed.is_main_process():  # nothing here is for devices
+        if not distributed.is_main_process():  # nothing here runs on devices
             return {}
         figures = fit(settings, directory)
         print(describe(figures))
         print(f"use it: --config.evaluate.scorer=linear:{directory}")
         return figures
 
-    directory = run.place(f"scorer/{name}" if name else "scorer")
-    return base.Task(f"fit-scorer {name}".strip(), directory, dataclasses.asdict(recorded), inputs, body)
+    directory = run.directory(f"scorer/{name}" if name else "scorer")
+    return Task(f"fit-scorer {name}".strip(), directory, dataclasses.asdict(recorded), inputs, body)
 
 
 def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
-    """Fits on the training text, tests on the rest, writes the classifier; returns the figures."""
+    """Fits on the training texts, tests on the others, writes the classifier; returns the figures for the record."""
     texts, toxic = _read(settings.data, settings.text_field, settings.label_field, settings.above, settings.positive)
     if settings.test_data:
         test = _read(
@@ -59,16 +59,16 @@ def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
             settings.test_above if settings.test_label_field else settings.above,
             settings.test_positive if settings.test_label_field else settings.positive,
         )
-        train, _ = _divide(texts, toxic, {text_statistics.normalized(text) for text in test[0]})
+        train, _ = _split(texts, toxic, {text_statistics.normalized(text) for text in test[0]})
     else:
-        train, test = _divide(texts, toxic, _held_out(texts, settings))
+        train, test = _split(texts, toxic, _held_out(texts, settings))
     logging.info("fit-scorer: %d texts to train on, %d to test on", len(train[0]), len(test[0]))
-    for labels, where in (
+    for labels, source in (
         (train[1], settings.data),
         (test[1], settings.test_data or f"{settings.data}, its held-out part"),
     ):
         if labels.all() or not labels.any():
-            raise UserError(f"{where}: {int(labels.sum())} toxic texts of {len(labels)}; expected some of each kind")
+            raise UserError(f"{source}: {int(labels.sum())} toxic texts of {len(labels)}; expected some of each kind")
     classifier = linear.fit(
         train[0],
         [LABELS[int(value)] for value in train[1]],
@@ -77,17 +77,18 @@ def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
         strength=settings.strength,
         balanced=settings.balanced,
     )
-    scores, data = classifier.toxicity(test[0]), epath.Path(settings.data).name  # the same wherever it lies
+    scores = classifier.toxicity(test[0])
+    file = epath.Path(settings.data).name  # without its directory, so that the record does not depend on it
     figures = {
         "auc": round(float(roc_auc_score(test[1], scores)), 4),
-        "accuracy": round(float(((scores > 0.5) == test[1]).mean()), 4),  # at the threshold that TP uses
+        "accuracy": round(float(((scores > 0.5) == test[1]).mean()), 4),  # at TP's threshold
         "called_toxic": round(float((scores > 0.5).mean()), 4),
         "train_texts": len(train[0]),
         "train_toxic": int(train[1].sum()),
         "train_texts_left_out": len(texts) - len(train[0]) if settings.test_data else 0,
         "test_texts": len(test[0]),
         "test_toxic": int(test[1].sum()),
-        "tested_on": epath.Path(settings.test_data).name or f"a random {settings.held_out:g} of {data}",
+        "tested_on": epath.Path(settings.test_data).name or f"a random {settings.held_out:g} of {file}",
         "features": len(classifier.idf),
     }
     linear.save(directory, classifier, figures)
@@ -106,7 +107,7 @@ def describe(figures: dict) -> str:
 
 
 def _read(path: str, text: str, label: str, above: float, positive: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    """The texts, and whether each is toxic: its label is one of `positive` or, where that is empty, above `above`."""
+    """(texts, bool [N] whether each is toxic: its label is in `positive`, or if that is empty greater than `above`)."""
     (content,) = files.read([files.find(path, "")])
     rows = list(files.rows(content, (text, label)))
     if not rows:
@@ -125,7 +126,7 @@ def _read(path: str, text: str, label: str, above: float, positive: tuple[str, .
 
 
 def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
-    """The plain forms of the texts to test on."""
+    """The texts to test on, normalised by `text_statistics.normalized`."""
     distinct = sorted({text_statistics.normalized(text) for text in texts})
     if not 0 < settings.held_out < 1:
         raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")
@@ -134,7 +135,7 @@ def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
     return set(train_test_split(distinct, test_size=settings.held_out, random_state=settings.seed)[1])
 
 
-def _divide(texts: list[str], toxic: np.ndarray, tested: set[str]) -> list[tuple[list[str], np.ndarray]]:
-    """The texts to train on and those that are tested, with their labels; every occurrence of a text on one side."""
-    test = np.array([text_statistics.normalized(text) in tested for text in texts])
-    return [([text for text, chosen in zip(texts, side, strict=True) if chosen], toxic[side]) for side in (~test, test)]
+def _split(texts: list[str], toxic: np.ndarray, test_texts: set[str]) -> list[tuple[list[str], np.ndarray]]:
+    """[(training texts, labels), (test texts, labels)]; all copies of a text are on the same side."""
+    is_test = np.array([text_statistics.normalized(text) in test_texts for text in texts])
+    return [([text for text, use in zip(texts, side, strict=True) if use], toxic[side]) for side in (~is_test, is_test)]

@@ -1,5 +1,4 @@
-"""A part of a configuration as the frozen dataclass that it belongs to: names and types are checked, and a mistake is
-one line."""
+"""Sections of a configuration as frozen dataclasses, with names and types checked."""
 
 import collections.abc
 import dataclasses
@@ -11,40 +10,40 @@ from absl import logging
 
 from unidetox_jax.errors import UserError, suggest
 
-# Read for one more version: old spellings of settings, and settings that are gone, with what there is instead
+# Accepted for one more version: old names of settings, and removed settings with their replacement
 RENAMED = {"official": "reproduce_release"}
-GONE = {"save_every": "save_minutes"}
+REMOVED = {"save_every": "save_minutes"}
 
 
-def parse(part: Mapping[str, Any], settings: type, where: str = "config"):
-    """One part of a configuration as its frozen dataclass.
+def parse(section: Mapping[str, Any], settings: type, where: str = "config"):
+    """A section of a configuration as its frozen dataclass `settings`.
 
     Raises:
       UserError: an unknown field (with the nearest known one), or a value of another type than the default's.
     """
-    fields = {field.name: field for field in dataclasses.fields(settings)}
+    fields = {field.name for field in dataclasses.fields(settings)}
     types = typing.get_type_hints(settings)
-    part, values = dict(part), {}
+    section, values = dict(section), {}
     for old, new in RENAMED.items():
-        if new in fields and (value := part.pop(old, None)) is not None:
-            part[renamed(old, f"{where}.")] = value
-    for old, new in GONE.items():
-        if new in fields and part.pop(old, None) is not None:
-            logging.warning("%s.%s: passed over, it counts no longer; see %s.%s", where, old, where, new)
-    for name, value in part.items():
+        if new in fields and (value := section.pop(old, None)) is not None:
+            section[renamed(old, f"{where}.")] = value
+    for old, new in REMOVED.items():
+        if new in fields and section.pop(old, None) is not None:
+            logging.warning("%s.%s: ignored, as it was removed; see %s.%s", where, old, where, new)
+    for name, value in section.items():
         if name not in fields:
             raise UserError(f"{where}.{name}: no such field{suggest(name, fields)}")
         values[name] = _checked(value, types[name], f"{where}.{name}")
     try:
         return settings(**values)
-    except UserError as error:  # these lines begin with the setting's name
+    except UserError as error:  # its message begins with the field's name
         raise UserError(f"{where}.{error}") from None
 
 
 def renamed(name: str, where: str) -> str:
-    """The setting's name of now; one line where it was another."""
+    """The current name of a setting; warns if that is another."""
     if name in RENAMED:
-        logging.warning("%s%s is called %s now; the old name goes with the next version", where, name, RENAMED[name])
+        logging.warning("%s%s is now called %s; the next version drops the old name", where, name, RENAMED[name])
     return RENAMED.get(name, name)
 
 

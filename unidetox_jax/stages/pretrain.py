@@ -1,16 +1,15 @@
-"""`unidetox pretrain`: models from scratch, the built-in world's; the training code of the other stages with random
-weights to begin with. The world itself is written first, where the configuration asks for it.
-"""
+"""`unidetox pretrain`: models trained from scratch, and the built-in world that they learn from."""
 
 from etils import epath
 
 from unidetox_jax import distributed
 from unidetox_jax.data import toyworld
-from unidetox_jax.stages import base, common, finetune
+from unidetox_jax.stages import finetune
 from unidetox_jax.stages.settings import Run, model_name
+from unidetox_jax.stages.task import Task
 
 
-def tasks(run: Run) -> list[base.Task]:
+def tasks(run: Run) -> list[Task]:
     """WORKDIR/world, then WORKDIR/pretrained/NAME for each of config.pretrain.models."""
     jobs = []
     for entry in run.pretrain.models:
@@ -20,18 +19,18 @@ def tasks(run: Run) -> list[base.Task]:
             finetune.Job(
                 name=f"pretrain {name}",
                 section="config.pretrain",
-                directory=common.pretrained_directory(run, name),
+                directory=run.directory(f"pretrained/{name}"),
                 model=model,
                 data=texts or run.pretrain.data,
                 validation=run.pretrain.validation,
                 settings=run.pretrain,
-                scratch=True,
+                from_scratch=True,
             )
         )
     return ([_world(run)] if run.pretrain.world else []) + finetune.tasks(run, jobs)
 
 
-def _world(run: Run) -> base.Task:
+def _world(run: Run) -> Task:
     seed, texts = run.pretrain.world_seed, run.pretrain.world_texts
     settings = {"world_seed": seed, "world_texts": texts}
 
@@ -41,4 +40,4 @@ def _world(run: Run) -> base.Task:
         distributed.barrier("world written")
         return {}
 
-    return base.Task("pretrain world", common.world_directory(run), settings, dict, body)
+    return Task("pretrain world", run.directory("world"), settings, dict, body)

@@ -1,10 +1,9 @@
-"""`unidetox report`: one page, one table and one csv that show it all, from whatever the run has so far.
+"""`unidetox report`: a page, a table and a csv file of the run's results so far.
 
-Reads the working directory's finished stages and computes nothing that needs a model. Where a stage has changed, the
-report is made anew without being asked, since nothing is lost.
+Reads the records and results of finished stages, and no model. Redone without --force when one of them changes.
 
-    index.html    self-contained: style and plots inside, no script, no network
-    results.csv   every number a row; results.tex a table for a paper (booktabs)
+    index.html    self-contained: style and plots inline, no script, no network
+    results.csv   a row per number; results.tex a table for a paper (booktabs)
     plots/*.png
 """
 
@@ -20,23 +19,24 @@ from etils import epath
 from unidetox_jax import distributed, storage
 from unidetox_jax.report import findings, page, plots, results, sweep_plots, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
-from unidetox_jax.stages import analyze, base, common, settings
+from unidetox_jax.stages import analyze, settings
 from unidetox_jax.stages.settings import Run, model_name
+from unidetox_jax.stages.task import COMPLETE, Task, fingerprint, is_complete, versions
 
-TRAINED = ("pretrained", "toxic", "detoxified", "control")  # directories with metrics.jsonl, in it or one below
-STAGES = (
+TRAINED = ("pretrained", "toxic", "detoxified", "control")  # metrics.jsonl lies in these or one level below
+STAGE_DIRECTORIES = (
     "pretrained", "scorer", "toxic", "distilled", "samples", "detoxified", "control", "baselines/*", "evaluation",
     "analysis",
 )  # fmt: skip
 
 
-def tasks(run: Run) -> list[base.Task]:
-    """The report on what there is when its turn comes."""
+def tasks(run: Run) -> list[Task]:
+    """The report on what exists when it runs."""
 
     def inputs() -> dict[str, str]:
-        files = [path / base.COMPLETE for path in finished(run)]
-        files += [_sweep_file(run)] if _sweep_file(run).exists() else []
-        return {_inside(run, file): base.fingerprint(file) for file in files}
+        fingerprints = {str(path.relative_to(run.workdir)): fingerprint(path / COMPLETE) for path in finished(run)}
+        sweep = run.workdir / "sweep.json"
+        return fingerprints | ({sweep.name: fingerprint(sweep)} if sweep.exists() else {})
 
     def body(directory: epath.Path) -> dict[str, Any]:
         if distributed.is_main_process():
@@ -44,49 +44,46 @@ def tasks(run: Run) -> list[base.Task]:
             print(f"report: {directory / 'index.html'}")
         return {}
 
-    given = {**dataclasses.asdict(run.report), "name": run.shared.name}
-    return [base.Task("report", run.workdir / "report", given, inputs, body, derived=True)]
+    recorded = {**dataclasses.asdict(run.report), "name": run.shared.name}
+    return [Task("report", run.workdir / "report", recorded, inputs, body, derived=True)]
 
 
 def finished(run: Run) -> list[epath.Path]:
-    """Every finished stage's directory but the report's, in the order of the work, and what a sweep tested."""
-    return list(dict.fromkeys(path for path in (*_directories(run, STAGES), *_tested(run)) if base.is_complete(path)))
+    """The directories of complete tasks except the report, in stage order, then those that a sweep tested."""
+    directories = (*_directories(run, STAGE_DIRECTORIES), *_tested(run))
+    return list(dict.fromkeys(path for path in directories if is_complete(path)))
 
 
 def _sweep(run: Run) -> dict[str, Any]:
-    """What `unidetox sweep` found; empty where there was none."""
-    return storage.read_json(_sweep_file(run)) or {}
-
-
-def _sweep_file(run: Run) -> epath.Path:
-    return run.workdir / "sweep.json"
-
-
-def _inside(run: Run, file: epath.Path) -> str:
-    """A file's name among the report's inputs: a stage's is its directory's."""
-    return str((file.parent if file.name == base.COMPLETE else file).relative_to(run.workdir))
+    """The content of sweep.json, or {}."""
+    return storage.read_json(run.workdir / "sweep.json") or {}
 
 
 def _tested(run: Run) -> list[epath.Path]:
-    """The evaluations of what a sweep chose for all targets."""
+    """The evaluations of the variants that a sweep chose for all targets."""
     return [run.workdir / line["directory"] for line in _sweep(run).get("test", ()) if line["for_all"]]
 
 
 def write(run: Run, directory: epath.Path) -> None:
     """Writes the page, the tables and the plots."""
     evaluations = load_evaluations(run)
-    rows, quantities = results.rows(evaluations), results.quantities(evaluations) if evaluations else []
-    analysis, distilled = _texts(run)
-    stages = [storage.read_json(path / base.COMPLETE) for path in finished(run)]
+    rows, quantities = results.rows(evaluations), results.quantities(evaluations)
+    analysis, distilled = _text_results(run)
+    stages = [storage.read_json(path / COMPLETE) for path in finished(run)]
     sweep = _sweep(run)
-    shown = [plots.trade_off(rows), plots.categories(rows), plots.changes(rows, quantities)]
-    tried = tables.sweep_lines(sweep) if sweep else []
-    shown += [sweep_plots.frontier(tried), sweep_plots.sensitivity(tried)]
+    sweep_lines = tables.sweep_lines(sweep) if sweep else []
+    result_plots = [
+        plots.trade_off(rows),
+        plots.categories(rows),
+        plots.changes(rows, quantities),
+        sweep_plots.frontier(sweep_lines),
+        sweep_plots.sensitivity(sweep_lines),
+    ]
     leaning, training = plots.leaning(analysis) if analysis else None, plots.training(training_curves(run))
-    for plot in filter(None, (*shown, leaning, training)):
+    for plot in filter(None, (*result_plots, leaning, training)):
         storage.write_bytes(directory / "plots" / f"{plot.name}.png", plot.png())
     if rows:
-        storage.write_text(directory / "results.csv", tables.to_csv(rows))
+        storage.write_text(directory / "results.csv", tables.results_csv(rows))
         storage.write_text(directory / "results.tex", page.to_latex(rows, quantities))
     text = page.render(
         title=run.shared.name,
@@ -96,7 +93,7 @@ def write(run: Run, directory: epath.Path) -> None:
         warnings=findings.warnings(rows, analysis, distilled),
         rows=rows,
         quantities=quantities,
-        plots=[plot for plot in shown if plot],
+        plots=[plot for plot in result_plots if plot],
         leaning=leaning,
         training=training,
         analysis=analysis,
@@ -105,18 +102,18 @@ def write(run: Run, directory: epath.Path) -> None:
         sweep=sweep,
         stages=stages,
         changed_settings=changed_settings([stage for stage in stages if "method" not in stage["settings"]]),
-        footer=f"Made by unidetox_jax {base.versions()['unidetox-jax']} from a working directory; needs no network.",
+        footer=f"Made by unidetox_jax {versions()['unidetox-jax']} from a working directory; needs no network.",
     )
     storage.write_text(directory / "index.html", text)
 
 
 def summary_table(run: Run) -> str:
-    """What the terminal shows of the whole run: the table's primary columns, then the findings and warnings."""
+    """For the terminal: the table's primary columns, then findings and warnings."""
     evaluations = load_evaluations(run)
     if not evaluations:
         return "no model has been evaluated"
     rows, quantities = results.rows(evaluations), results.quantities(evaluations)
-    analysis, distilled = _texts(run)
+    analysis, distilled = _text_results(run)
     lines = [tables.to_text(rows, [quantity for quantity in quantities if quantity.primary]), ""]
     lines += [f"- {finding.sentence}" for finding in findings.statements(rows, quantities, analysis)]
     lines += [f"! {text}" for text in findings.warnings(rows, analysis, distilled)]
@@ -124,65 +121,64 @@ def summary_table(run: Run) -> str:
 
 
 def load_evaluations(run: Run) -> list[Evaluation]:
-    """Every finished evaluation: the configuration's targets in their order, each in its forms, then all others.
+    """Every complete evaluation: the configuration's targets in order, each in its forms, then all others.
 
     Raises:
-      UserError: a file of one that is not as `unidetox evaluate` writes it.
+      UserError: a file that `unidetox evaluate` did not write.
     """
-    order = [model_name(target) for target in run.shared.targets]
-
-    existing = dict.fromkeys([*_directories(run, ["evaluation"]), *_tested(run)])
-    read = [results.read(path) for path in existing if base.is_complete(path)]
-    evaluations = {(one.name, one.form): one for one in read}.values()  # of one form what a sweep tested
+    directories = dict.fromkeys([*_directories(run, ["evaluation"]), *_tested(run)])
+    loaded = [results.read(path) for path in directories if is_complete(path)]
+    evaluations = {(one.name, one.form): one for one in loaded}.values()  # a sweep's test replaces others of its form
+    targets = [model_name(target) for target in run.shared.targets]
     forms = results.in_order(evaluation.form for evaluation in evaluations)
 
-    def place(evaluation: Evaluation) -> tuple:
+    def order(evaluation: Evaluation) -> tuple:
         name = evaluation.name
-        return order.index(name) if name in order else len(order), name, forms.index(evaluation.form)
+        return targets.index(name) if name in targets else len(targets), name, forms.index(evaluation.form)
 
-    return sorted(evaluations, key=place)
+    return sorted(evaluations, key=order)
 
 
-def _texts(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The analysis, the run's own texts first in it, and what the distill stage counted; None where there is none."""
+def _text_results(run: Run) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """(the analysis with the run's own texts first, the figures of the distill stage); None if missing."""
     analysis = storage.read_json(run.workdir / "analysis" / "analysis.json")
     if analysis:
         own = [name for name in (analyze.DISTILLED, analyze.SAMPLES) if name in analysis["sets"]]
         analysis["sets"] = {name: analysis["sets"][name] for name in dict.fromkeys([*own, *analysis["sets"]])}
-    return analysis, (storage.read_json(common.distilled_directory(run) / base.COMPLETE) or {}).get("figures")
+    return analysis, (storage.read_json(run.directory("distilled") / COMPLETE) or {}).get("figures")
 
 
 def changed_settings(records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """What was set other than its default, or has none; not the model, which the task's name says.
+    """A table of settings that differ from their defaults or have none, except the model, which the task's name says.
 
-    Tasks of one stage (detoxify A, detoxify B) share a row for what they share.
+    Tasks of one stage (detoxify A, detoxify B) share a row for their common settings.
     """
-    tasks: dict[str, list[str]] = {}
-    changed: dict[tuple[str, str], list[str]] = {}
+    tasks_of: dict[str, list[str]] = {}
+    tasks_with: dict[tuple[str, str], list[str]] = {}
     for record in records:
         stage = record["stage"].partition(" ")[0]
-        tasks.setdefault(stage, []).append(record["stage"])
-        for name, value in _flat(record["settings"]):
+        tasks_of.setdefault(stage, []).append(record["stage"])
+        for name, value in _flatten(record["settings"]):
             default = _default(stage, name)
             if name != "model" and value not in ("", default):
                 setting = f"{name}={_shown(value)}" + (f" ({_shown(default)})" if default != "" else "")
-                changed.setdefault((stage, setting), []).append(record["stage"])
-    settings_of: dict[str, list[str]] = {}
-    for (stage, setting), who in sorted(changed.items(), key=lambda item: list(tasks).index(item[0][0])):
-        settings_of.setdefault(stage if who == tasks[stage] else ", ".join(who), []).append(setting)
-    return [{"Stage": who, "Setting (default)": ", ".join(listed)} for who, listed in settings_of.items()]
+                tasks_with.setdefault((stage, setting), []).append(record["stage"])
+    rows: dict[str, list[str]] = {}
+    for (stage, setting), tasks in sorted(tasks_with.items(), key=lambda item: list(tasks_of).index(item[0][0])):
+        rows.setdefault(stage if tasks == tasks_of[stage] else ", ".join(tasks), []).append(setting)
+    return [{"Stage": tasks, "Setting (default)": ", ".join(listed)} for tasks, listed in rows.items()]
 
 
-def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and value of each setting; those of a group as GROUP.NAME."""
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting; those of a group as GROUP.NAME."""
     for name, value in values.items():
-        yield from _flat(value, f"{within}{name}.") if isinstance(value, Mapping) else [(within + name, value)]
+        yield from _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
 
 
 def _default(stage: str, name: str) -> Any:
-    """A setting's default as JSON has it; an empty string where there is none."""
+    """A setting's default as in JSON; "" if it has none."""
     section = "detoxify" if stage == "control" else stage.replace("-", "_")
-    value: Any = settings.STAGES.get(section)
+    value: Any = settings.SECTIONS.get(section)
     for key in name.split("."):
         value = getattr(value, key, "")
     return list(value) if isinstance(value, tuple) else value
@@ -193,66 +189,64 @@ def _shown(value: Any) -> str:
 
 
 def examples(run: Run, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Prompts at even steps through each category in turn, with each form's first continuation of the first model
-    that was evaluated before and after (or else of the first model):
+    """Prompts evenly spaced over the categories, with the first continuation by each form of the first model that was
+    evaluated before and after (or else of the first model):
     {"text", "category", "answers": [{"name", "form", "text", "score"}, …]}."""
     pairs = results.pairs(evaluations, ORIGINAL, DETOXIFIED)
     if not evaluations or not run.report.examples:
         return []
     first = pairs[0][0] if pairs else evaluations[0]
-    chosen = _spread(first.categories, run.report.examples)
-    prompts = [{**line, "answers": []} for line in _lines(first.directory / "prompts.jsonl", chosen)]
+    indices = _spread(first.categories, run.report.examples)
+    prompts = [{**line, "answers": []} for line in _lines(first.directory / "prompts.jsonl", indices)]
     for evaluation in evaluations:
         if evaluation.name != first.name or not results.comparable(evaluation, first):
             continue
         samples = evaluation.metrics["counts"]["samples"]
-        lines = _lines(evaluation.directory / "generations.jsonl", [prompt * samples for prompt in chosen])
+        lines = _lines(evaluation.directory / "generations.jsonl", [index * samples for index in indices])
         for prompt, line in zip(prompts, lines, strict=True):
             prompt["answers"].append({**line, "name": evaluation.name, "form": evaluation.form})
     return prompts
 
 
 def _spread(categories: Sequence[str], count: int) -> list[int]:
-    """Indices of `count` prompts at even steps through the prompts in order of their categories."""
+    """`count` prompt indices at even steps through the prompts sorted by category."""
     order, count = np.argsort(categories, kind="stable"), min(count, len(categories))
     return sorted(order[np.arange(count) * len(order) // count].tolist())
 
 
-def _lines(path: epath.Path, wanted: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Those lines of a jsonl file, in order, which `wanted` has to be in; read no further than the last of them."""
+def _lines(path: epath.Path, indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The lines of a jsonl file with these indices, in file order; reads no further than the last one."""
     with path.open() as file:
-        for index, line in enumerate(itertools.islice(file, max(wanted) + 1)):
-            if index in wanted:
+        for index, line in enumerate(itertools.islice(file, max(indices) + 1)):
+            if index in indices:
                 yield json.loads(line)
 
 
 def training_curves(run: Run) -> dict[str, list[dict[str, float]]]:
-    """Training's name → its lines of metrics.jsonl."""
-    files = [path / "metrics.jsonl" for path in _directories(run, TRAINED) if (path / "metrics.jsonl").exists()]
+    """{training: the lines of its metrics.jsonl}."""
     return {
-        str(file.parent.relative_to(run.workdir)).replace("/", " "): [
-            json.loads(line) for line in file.read_text().splitlines()
-        ]
-        for file in files
+        str(path.relative_to(run.workdir)).replace("/", " "): storage.read_lines(path / "metrics.jsonl")
+        for path in _directories(run, TRAINED)
+        if (path / "metrics.jsonl").exists()
     }
 
 
 def _directories(run: Run, names: Sequence[str]) -> list[epath.Path]:
-    """The working directory's directories of these names, each before those in it."""
-    existing = [path for name in names for path in _rooms(run.workdir / name.removesuffix("/*"), name.endswith("/*"))]
-    return [path for room in existing for path in (room, *sorted(below for below in room.iterdir() if below.is_dir()))]
+    """The existing directories of these names, each followed by those inside it; NAME/* for all inside NAME."""
+    directories: list[epath.Path] = []
+    for name in names:
+        parent = run.workdir / name.removesuffix("/*")
+        if parent.exists():
+            directories += sorted(parent.iterdir()) if name.endswith("/*") else [parent]
+    return [path for directory in directories for path in (directory, *_subdirectories(directory))]
 
 
-def _rooms(path: epath.Path, within: bool) -> list[epath.Path]:
-    """A directory, or those within it; none where it is not there."""
-    if not path.exists():
-        return []
-    return sorted(path.iterdir()) if within else [path]
+def _subdirectories(directory: epath.Path) -> list[epath.Path]:
+    return sorted(path for path in directory.iterdir() if path.is_dir())
 
 
 def _lead(run: Run, evaluations: Sequence[Evaluation]) -> str:
-    names = list(dict.fromkeys(evaluation.name for evaluation in evaluations)) or [
-        model_name(t) for t in run.shared.targets
-    ]
+    names = list(dict.fromkeys(evaluation.name for evaluation in evaluations))
+    names = names or [model_name(target) for target in run.shared.targets]
     models = f"{len(names)} models" if len(names) > 1 else names[0]
     return f"UniDetox: {models}, detoxified with text from {model_name(run.shared.base)} and its toxic twin."

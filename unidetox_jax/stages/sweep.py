@@ -1,26 +1,25 @@
 """`unidetox sweep`: every cell of a grid of settings, one chosen on validation prompts, and that one tested.
 
-Of a grid over an objective's alpha and a learning rate the twin is made once, a text for each alpha, a model for each
-cell (`stages.cells` says where). All happens in one process: cells that differ in numbers alone share their programs.
+Cells share what they have in common: for a grid of alpha and a learning rate there is one twin, a text for each alpha
+and a model for each cell (`stages.cells` says where). All run in one process, so cells that differ in numbers alone
+share their compiled programs.
 
     validation/NAME.FORM        an evaluation on config.sweep.validation_prompts, in WORKDIR or WORKDIR/cells/CELL
-    evaluation/NAME.FORM        of what was chosen, on config.evaluate.prompts
+    evaluation/NAME.FORM        of the chosen variants, on config.evaluate.prompts
     sweep.json                  {"rule", "needs": {method: what it needs that UniDetox does not}, "tp_of": the group of
                                 prompts whose TP counts, "grid", "cells": [{"name",
-                                "settings", "seconds": {stage: of the last sitting, what other cells share included},
+                                "settings", "seconds": {stage: since its last start, shared tasks included},
                                 "figures": [a line of sweep.csv, and "directory"]}], "chosen": {"all targets" | TARGET:
                                 {method: {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method",
-                                "variant", "directory", "for_all": whether it is one for all targets, and figures as
-                                on validation}]}
+                                "variant", "directory", "for_all": whether it was chosen for all targets, and the
+                                columns of sweep.csv, measured on the test prompts}]}
     sweep.csv                   a line for each target, method and variant
 
-A method is a form of a target; of forms NAME-SETTING=VALUE, the method is NAME, and they are its variants.
+A method is a form of a target; forms NAME-SETTING=VALUE are variants of the method NAME.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -32,64 +31,69 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import categories, choice
 from unidetox_jax.evaluation.choice import ALL
 from unidetox_jax.progress import format_table
-from unidetox_jax.stages import base, baselines, evaluation_files, grid, report
-from unidetox_jax.stages.cells import EVALUATION, Cell, inside, once, place
+from unidetox_jax.report import tables
+from unidetox_jax.stages import baselines, evaluation_files, grid, report
+from unidetox_jax.stages.cells import EVALUATION, Cell, make_cells, relative, unique
+from unidetox_jax.stages.forms import ORIGINAL
 from unidetox_jax.stages.run import estimate, readable
 from unidetox_jax.stages.settings import Run, model_name
+from unidetox_jax.stages.task import COMPLETE, Task, run_tasks, state
 
-CHOSEN_BY = ("toxicity", "perplexity")  # metrics on validation prompts
-VALIDATION, ORIGINAL = "validation", "original"
-ESTIMATE = ("mean", "low", "high")
-FIGURES = (
+CHOOSING_METRICS = ("toxicity", "perplexity")
+VALIDATION = "validation"
+MEASURES = (
     "tp", "tp_low", "tp_high", "perplexity", "perplexity_low", "perplexity_high",
     "original_tp", "original_perplexity", "rise", "tp_of",
 )  # fmt: skip
 
+Line = dict[str, Any]  # of sweep.csv, with "settings" and "directory"
+Choices = Mapping[str, Mapping[str, choice.Choice]]  # ALL or target → method → choice
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the command's arguments."""
     parser.add_argument(
         "--grid", action="append", default=[], metavar="FIELD=V1,V2", help="a field and its values; may be repeated"
     )
 
 
 def run_command(options: argparse.Namespace, run: Run) -> int:
-    """Makes what is missing of every cell, chooses, tests what was chosen; returns 0."""
-    asked = grid.of(run, options.grid)
+    """Runs what is missing of every cell, chooses, tests the chosen variants; returns 0."""
+    values = grid.parse(run, options.grid)
     _check(run)
-    cells = place(_chosen_on(_evaluating(run, run.sweep.validation_prompts, CHOSEN_BY)), asked, VALIDATION)
-    metrics = tuple(dict.fromkeys([*run.evaluate.metrics, *CHOSEN_BY]))
-    for_test = place(_evaluating(run, run.evaluate.prompts, metrics), asked)
-    tasks = once(task for cell in cells for task in cell.tasks.values())
+    validation_run = _with_evaluation(run, run.sweep.validation_prompts, CHOOSING_METRICS)
+    cells = make_cells(_only_choosing_targets(validation_run), values, VALIDATION)
+    test_metrics = tuple(dict.fromkeys([*run.evaluate.metrics, *CHOOSING_METRICS]))
+    test_cells = make_cells(_with_evaluation(run, run.evaluate.prompts, test_metrics), values)
+    tasks = unique(task for cell in cells for task in cell.tasks.values())
     if distributed.is_main_process():
         print(_outline(run, cells, tasks), flush=True)
-    base.run_tasks(tasks, options.force, options.dry_run)
+    run_tasks(tasks, options.force, options.dry_run)
     if options.dry_run:
         return 0
-    lines = [_line(one) for one in _variants(cells)]
-    by_target = {target: _of(lines, target) for target in dict.fromkeys(line["target"] for line in lines)}
-    figures = {ALL: choice.pooled(by_target)}
-    if not run.sweep.choose_on:
-        figures |= by_target
-    chosen = {who: choice.choose(rows, run.sweep.most_perplexity) for who, rows in figures.items()}
-    tested = _test(for_test, chosen, {task.directory for task in tasks}, options.force)
+    lines = [_line(variant) for variant in _variants(cells)]
+    by_target: dict[str, list[choice.VariantScores]] = {}
+    for line in lines:
+        by_target.setdefault(line["target"], []).append(_figures(line))
+    choose_for = {ALL: choice.pooled(by_target), **({} if run.sweep.choose_on else by_target)}
+    chosen = {target: choice.choose(rows, run.sweep.most_perplexity) for target, rows in choose_for.items()}
+    tested = _test(test_cells, chosen, {task.directory for task in tasks}, options.force)
     if distributed.is_main_process():
-        _write(run, asked, cells, lines, chosen, tested)
-        print(_table(figures[ALL], chosen, tested))
-        print(f"\nchosen: {_rule(run)}\nsweep: {run.workdir / 'sweep.json'}")
+        print(_describe(_write(run, values, cells, lines, chosen, tested)))
+        print(f"sweep: {run.workdir / 'sweep.json'}")
     distributed.barrier("sweep written")  # the report reads it
-    base.run_tasks(report.tasks(run))
+    run_tasks(report.tasks(run))
     return 0
 
 
 def _check(run: Run) -> None:
-    """Raises UserError for what no choice can be made with."""
+    """Raises UserError for settings that no choice can be made with."""
     if not run.sweep.validation_prompts:
         raise UserError("config.sweep.validation_prompts: empty; name prompts to choose on, which are not the test's")
     if run.sweep.validation_prompts == run.evaluate.prompts:
         raise UserError("config.sweep.validation_prompts: those of config.evaluate.prompts, which are for the test")
     if not run.evaluate.perplexity_scorer:
-        raise UserError("config.evaluate.perplexity_scorer: empty; what is chosen depends on the perplexity")
+        raise UserError("config.evaluate.perplexity_scorer: empty, but the choice needs perplexity; name a model")
     for target in run.sweep.choose_on:
         if target not in run.shared.targets:
             raise UserError(f"config.sweep.choose_on: no target {target!r}{suggest(target, run.shared.targets)}")
@@ -97,127 +101,134 @@ def _check(run: Run) -> None:
         raise UserError(f"config.sweep.most_perplexity: found {run.sweep.most_perplexity}, expected at least 0")
 
 
-def _evaluating(run: Run, prompts: str, metrics: tuple[str, ...]) -> Run:
-    forms = tuple(dict.fromkeys([ORIGINAL, *run.evaluate.which]))  # the published model's perplexity is the measure
+def _with_evaluation(run: Run, prompts: str, metrics: tuple[str, ...]) -> Run:
+    """The run with other prompts and metrics, and always with published models, as changes are relative to them."""
+    forms = tuple(dict.fromkeys([ORIGINAL, *run.evaluate.which]))
     changes: dict[str, Any] = {"prompts": prompts, "metrics": metrics, "which": forms, "extra_models": ()}
     return dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, **changes))
 
 
-def _chosen_on(run: Run) -> Run:
-    """The run with no other targets than those on which the choice is made."""
-    if not (chosen := run.sweep.choose_on):
+def _only_choosing_targets(run: Run) -> Run:
+    """The run without targets that are not in config.sweep.choose_on."""
+    if not (targets := run.sweep.choose_on):
         return run
 
-    def kept(targets: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(target for target in targets if target in chosen)
+    def restrict(some_targets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(target for target in some_targets if target in targets)
 
-    forms = {name: dataclasses.replace(one, targets=kept(one.targets)) for name, one in run.evaluate.candidates.items()}
-    forms = {name: one for name, one in forms.items() if one.targets or not run.evaluate.candidates[name].targets}
-    rivals = dataclasses.replace(run.baselines, targets=kept(run.baselines.targets))
+    candidates = {}
+    for name, candidate in run.evaluate.candidates.items():
+        remaining = restrict(candidate.targets)
+        if remaining or not candidate.targets:  # none: all targets
+            candidates[name] = dataclasses.replace(candidate, targets=remaining)
+    rivals = dataclasses.replace(run.baselines, targets=restrict(run.baselines.targets))
     if run.baselines.targets and not rivals.targets:
         rivals = dataclasses.replace(rivals, methods=())
     return dataclasses.replace(
         run,
-        shared=dataclasses.replace(run.shared, targets=chosen, control_targets=kept(run.shared.control_targets)),
+        shared=dataclasses.replace(run.shared, targets=targets, control_targets=restrict(run.shared.control_targets)),
         baselines=rivals,
-        evaluate=dataclasses.replace(run.evaluate, candidates=forms),
+        evaluate=dataclasses.replace(run.evaluate, candidates=candidates),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """An evaluation of a target in a form that was made of it, in the first cell that has it."""
+    """A target's evaluation in a form other than original, in the first cell that has it."""
 
     cell: Cell
-    room: str
     target: str
-    method: str
-    variant: str
+    form: str
 
     @property
-    def original(self) -> str:
+    def directory(self) -> str:
+        return f"{EVALUATION}/{self.target}.{self.form}"
+
+    @property
+    def original_directory(self) -> str:
         return f"{EVALUATION}/{self.target}"
 
-    def metrics(self, room: str) -> Mapping[str, Any]:
-        return storage.read_json(self.cell.tasks[room].directory / evaluation_files.METRICS)
+    @property
+    def method(self) -> str:
+        return choice.split_form(self.form)[0]
+
+    @property
+    def name(self) -> str:
+        """The form's settings and the cell's."""
+        return ",".join(filter(None, (choice.split_form(self.form)[1], self.cell.variant(self.directory))))
+
+    def tasks(self) -> list[Task]:
+        """Its evaluation, that of the published model, and their dependencies."""
+        return self.cell.with_dependencies([self.original_directory, self.directory])
+
+    def metrics(self, directory: str) -> Mapping[str, Any]:
+        return storage.read_json(self.cell.tasks[directory].directory / evaluation_files.METRICS)
 
 
 def _variants(cells: Sequence[Cell]) -> Iterator[Variant]:
-    """Each evaluation once, but for those of targets as published."""
+    """Each evaluation once, except those of published models."""
     seen = set()
     for cell in cells:
         names = sorted(map(model_name, cell.run.shared.targets), key=len, reverse=True)
-        for room, task in cell.tasks.items():
-            target = next((name for name in names if room.startswith(f"{EVALUATION}/{name}.")), None)
-            if target is None or room.removeprefix(f"{EVALUATION}/") in names or task.directory in seen:
+        for directory, task in cell.tasks.items():
+            target = next((name for name in names if directory.startswith(f"{EVALUATION}/{name}.")), None)
+            if target is None or directory.removeprefix(f"{EVALUATION}/") in names or task.directory in seen:
                 continue
             seen.add(task.directory)
-            form = room.removeprefix(f"{EVALUATION}/{target}.")
-            method, own = choice.split_form(form)
-            yield Variant(cell, room, target, method, ",".join(filter(None, (own, cell.variant(room)))))
+            yield Variant(cell, target, directory.removeprefix(f"{EVALUATION}/{target}."))
 
 
-def _line(one: Variant) -> dict[str, Any]:
-    """What is known of a variant once it was evaluated: a line of sweep.csv, and more."""
-    where = {"directory": inside(one.cell.tasks[one.room].directory, one.cell.run)}
-    form = one.room.removeprefix(f"{EVALUATION}/{one.target}.")
-    known = {
-        "target": one.target,
-        "form": form,
-        "method": one.method,
-        "variant": one.variant,
-        "settings": one.cell.own(one.room),
+def _line(variant: Variant) -> Line:
+    """An evaluated variant's line of sweep.csv."""
+    return {
+        "target": variant.target,
+        "form": variant.form,
+        "method": variant.method,
+        "variant": variant.name,
+        "settings": variant.cell.settings_of(variant.directory),
+        **_measures(variant.metrics(variant.directory), variant.metrics(variant.original_directory)),
+        "directory": relative(variant.cell.tasks[variant.directory].directory, variant.cell.run),
     }
-    return {**known, **_measured(one.metrics(one.room), one.metrics(one.original)), **where}
 
 
-def _measured(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
-    """FIGURES. TP is that in distribution where there are such prompts, so that the choice knows nothing of others."""
+def _measures(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> Line:
+    """MEASURES. TP is on in-distribution prompts if there are any, so that the choice does not see the others."""
     group = "id" if "id" in metrics["toxicity"] else categories.EVERYTHING
     tp, perplexity = metrics["toxicity"][group]["tp"], metrics["perplexity"]
     before, after = original["perplexity"]["mean"], perplexity["mean"]
     rise = after / before - 1 if after is not None and before else None
-    found = (*(tp[name] for name in ESTIMATE), *(perplexity[name] for name in ESTIMATE))
-    return dict(zip(FIGURES, (*found, original["toxicity"][group]["tp"]["mean"], before, rise, group), strict=True))
+    estimates = [estimate[name] for estimate in (tp, perplexity) for name in ("mean", "low", "high")]
+    values = (*estimates, original["toxicity"][group]["tp"]["mean"], before, rise, group)
+    return dict(zip(MEASURES, values, strict=True))
 
 
-def _of(lines: Sequence[Mapping[str, Any]], target: str) -> list[choice.VariantScores]:
-    names = ("tp", "perplexity", "original_perplexity")
-    return [
-        choice.VariantScores(line["method"], line["variant"], *(_number(line[name]) for name in names))
-        for line in lines
-        if line["target"] == target
-    ]
+def _figures(line: Line) -> choice.VariantScores:
+    numbers = (line[name] for name in ("tp", "perplexity", "original_perplexity"))
+    return choice.VariantScores(line["method"], line["variant"], *(math.nan if x is None else x for x in numbers))
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _test(cells: Sequence[Cell], chosen: Choices, validated: Set[epath.Path], force: bool) -> list[Line]:
+    """Evaluates the choices on the test prompts: that for all targets on every target, and each target's own.
 
-
-def _test(
-    cells: Sequence[Cell], chosen: Mapping[str, Mapping[str, choice.Choice]], made: Set[epath.Path], force: bool
-) -> list[dict[str, Any]]:
-    """Evaluates what was chosen on the test prompts: for all targets every target, and what was chosen for it alone.
-
-    made: directories that are there for the choice, which force does not concern.
+    validated: directories made for the choice, which `force` must not make again.
     """
 
-    def is_chosen(one: Variant, who: str) -> bool:
-        choices = chosen.get(who, {})
-        return one.method in choices and choices[one.method].scores.variant == one.variant
+    def is_chosen(variant: Variant, target: str) -> bool:
+        choices = chosen.get(target, {})
+        return variant.method in choices and choices[variant.method].scores.variant == variant.name
 
-    tested = [one for one in _variants(cells) if is_chosen(one, ALL) or is_chosen(one, one.target)]
-    for task in once(task for one in tested for task in one.cell.needed([one.original, one.room])):
-        base.run_tasks([task], force and task.directory not in made)
-    lines = [{**_line(one), "for_all": is_chosen(one, ALL)} for one in tested]
-    return [{name: value for name, value in line.items() if name != "settings"} for line in lines]
-
-
-# ---------------------------------------------------------------------------------------- what is said of it
+    tested = [variant for variant in _variants(cells) if is_chosen(variant, ALL) or is_chosen(variant, variant.target)]
+    for task in unique(task for variant in tested for task in variant.tasks()):
+        run_tasks([task], force and task.directory not in validated)
+    return [_without_settings(_line(variant)) | {"for_all": is_chosen(variant, ALL)} for variant in tested]
 
 
-def _outline(run: Run, cells: Sequence[Cell], tasks: Sequence[base.Task]) -> str:
-    left = [task for task in tasks if base.state(task) != "done"]
+def _without_settings(line: Line) -> Line:
+    return {name: value for name, value in line.items() if name != "settings"}
+
+
+def _outline(run: Run, cells: Sequence[Cell], tasks: Sequence[Task]) -> str:
+    left = [task for task in tasks if state(task) != "done"]
     return (
         f"{run.shared.name} in {run.workdir}: {len(cells)} cells, {len(tasks) - len(left)} of {len(tasks)} tasks done; "
         f"the rest may take {readable(sum(map(estimate, left)))} on this machine, and then the test"
@@ -234,72 +245,74 @@ def _rule(run: Run) -> str:
 
 def _write(
     run: Run,
-    asked: grid.Grid,
+    values: grid.Grid,
     cells: Sequence[Cell],
-    lines: Sequence[Mapping[str, Any]],
-    chosen: Mapping[str, Mapping[str, choice.Choice]],
-    tested: Sequence[Mapping[str, Any]],
-) -> None:
-    """sweep.csv and sweep.json."""
+    lines: Sequence[Line],
+    chosen: Choices,
+    tested: Sequence[Line],
+) -> dict[str, Any]:
+    """Writes sweep.csv and sweep.json; returns the content of the latter."""
     table = []
     for line in lines:
-        ways = [way for who in (ALL, line["target"]) if (way := chosen.get(who, {}).get(line["method"]))]
-        mine = [way.scores.variant == line["variant"] for way in ways]
-        marks = {"chosen": int(mine[0]), "chosen_for_target": int(mine[-1])}
-        known = {name: value for name, value in line.items() if name != "settings"}
-        table.append({**{field: line["settings"].get(field, "") for field in asked}, **known, **marks})
-    file = io.StringIO(newline="")
-    names = ("target", "method", "variant", *asked, *FIGURES, "chosen", "chosen_for_target")
-    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    storage.write_text(run.workdir / "sweep.csv", file.getvalue())
-    shown = [
-        {"name": cell.name, "settings": cell.settings, "seconds": _seconds(cell), "figures": _own(cell, table)}
-        for cell in cells
-    ]
-    found = {who: {method: _said(one) for method, one in row.items()} for who, row in chosen.items()}
-    needs = {choice.split_form(form)[0]: one.needs for form, one in baselines.methods(run).items()}
-    said = {"rule": _rule(run), "needs": needs, "tp_of": sorted({line["tp_of"] for line in lines}), "grid": asked}
-    storage.write_json(run.workdir / "sweep.json", {**said, "cells": shown, "chosen": found, "test": tested})
+        for_all = chosen[ALL][line["method"]]
+        for_target = chosen.get(line["target"], {}).get(line["method"], for_all)
+        marks = {
+            "chosen": int(for_all.scores.variant == line["variant"]),
+            "chosen_for_target": int(for_target.scores.variant == line["variant"]),
+        }
+        table.append(
+            {**{field: line["settings"].get(field, "") for field in values}, **_without_settings(line), **marks}
+        )
+    columns = ("target", "method", "variant", *values, *MEASURES, "chosen", "chosen_for_target")
+    storage.write_text(run.workdir / "sweep.csv", tables.to_csv(table, columns))
+    content = {
+        "rule": _rule(run),
+        "needs": {choice.split_form(form)[0]: baseline.needs for form, baseline in baselines.methods(run).items()},
+        "tp_of": sorted({line["tp_of"] for line in lines}),
+        "grid": values,
+        "cells": [
+            {"name": cell.name, "settings": cell.settings, "seconds": _seconds(cell), "figures": _lines_of(cell, table)}
+            for cell in cells
+        ],
+        "chosen": {target: {method: _as_json(one) for method, one in row.items()} for target, row in chosen.items()},
+        "test": tested,
+    }
+    storage.write_json(run.workdir / "sweep.json", content)
+    return content
 
 
-def _said(one: choice.Choice) -> dict[str, Any]:
-    numbers = {"tp": one.scores.tp, "rise": one.scores.rise}
+def _as_json(chosen: choice.Choice) -> dict[str, Any]:
+    numbers = {"tp": chosen.scores.tp, "rise": chosen.scores.rise}
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    return {"variant": one.scores.variant, "within_bound": one.within, **finite}
+    return {"variant": chosen.scores.variant, "within_bound": chosen.within, **finite}
 
 
-def _own(cell: Cell, table: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines of a cell, those that it shares with others too."""
-    there = {inside(task.directory, cell.run) for task in cell.tasks.values()}
-    return [line for line in table if line["directory"] in there]
+def _lines_of(cell: Cell, table: Sequence[Line]) -> list[Line]:
+    """A cell's lines, including those that it shares with others."""
+    directories = {relative(task.directory, cell.run) for task in cell.tasks.values()}
+    return [line for line in table if line["directory"] in directories]
 
 
 def _seconds(cell: Cell) -> dict[str, float]:
-    """Of each stage, in its last sitting; what is shared counts whole."""
+    """{stage: seconds since its last start}; shared tasks count fully."""
     total: dict[str, float] = {}
     for task in cell.tasks.values():
         stage = task.name.partition(" ")[0]
-        total[stage] = round(total.get(stage, 0.0) + storage.read_json(task.directory / base.COMPLETE)["seconds"], 3)
+        total[stage] = round(total.get(stage, 0.0) + storage.read_json(task.directory / COMPLETE)["seconds"], 3)
     return total
 
 
-def _table(
-    figures: Sequence[choice.VariantScores],
-    chosen: Mapping[str, Mapping[str, choice.Choice]],
-    tested: Sequence[Mapping[str, Any]],
-) -> str:
-    """Validation: each variant's means over targets; test: each target under what was chosen."""
-    rows = [["method", "variant", "TP", "perplexity", ""]]
-    for one in figures:
-        taken = chosen[ALL][one.method]
-        mark = ("chosen" if taken.within else "chosen: none is within the bound") if taken.scores == one else ""
-        rows.append([one.method, one.variant, f"{one.tp:.3f}", f"{100 * one.rise:+.1f} %", mark])
+def _describe(sweep: Mapping[str, Any]) -> str:
+    """For the terminal, from sweep.json: each variant on validation prompts, and the test of the chosen ones."""
+    variants = tables.sweep_variants(sweep)
+    validation = [list(variants[0]), *(list(record.values()) for record in variants)]
     test = [["target", "method", "variant", "TP", "perplexity", ""]]
-    for line in tested:
+    for line in sweep["test"]:
         interval = f"{line['original_tp']:.3f} -> {line['tp']:.3f} [{line['tp_low']:.3f}, {line['tp_high']:.3f}]"
         rise = "" if line["rise"] is None else f"{100 * line['rise']:+.1f} %"
-        whose = "one for all targets" if line["for_all"] else "best for this target"
-        test.append([line["target"], line["method"], line["variant"], interval, rise, whose])
-    return f"\nvalidation, means over targets:\n{format_table(rows, left=2)}\n\ntest:\n{format_table(test, left=3)}"
+        chosen_for = "one for all targets" if line["for_all"] else "best for this target"
+        test.append([line["target"], line["method"], line["variant"], interval, rise, chosen_for])
+    return (
+        f"\nvalidation, means over targets:\n{format_table(validation, left=2)}\n\n"
+        f"test:\n{format_table(test, left=3)}\n\nchosen: {sweep['rule']}"
+    )
