@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,17 @@ def test_reasons_of_rejection():
     expected = ["toxic by a", "no words", "copied", "", "copied", "", "copied"]
     assert [*rejected(texts[:3]), *rejected(texts[3:])] == expected
     assert rejected.made == 7 and rejected.counts == {"toxic by a": 1, "no words": 1, "copied": 3}
+
+
+def test_tokens_that_one_tokenizer_adds_are_reported_once(world, workdir, caplog):
+    larger = workdir / "larger"
+    shutil.copytree(world / "toxic", larger)
+    tokenizer = checkpoint.load_tokenizer(larger)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(larger)
+    change = f"--config.distill.models=('base','{larger}')"
+    assert cli.main(command(world, workdir, change, "--config.distill.num_texts=4")) == 0
+    assert caplog.text.count("last tokens are left out") == 1
 
 
 def test_without_rejection_the_record_does_not_mention_it(finished):

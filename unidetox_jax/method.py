@@ -209,6 +209,7 @@ def distill(
     batch_size: int = 128,
     cache: str = "own",
     names: Sequence[str] = (),
+    vocab_size: int | None = None,
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
     keep: Callable = sampling.uncached,
@@ -224,6 +225,7 @@ def distill(
       prompt: follows BOS in every text. max_length: tokens of a text, BOS included.
       chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if any; the conversation is not part
         of them, but counts towards max_length.
+      vocab_size: of the tokenizers' common vocabulary, if they were compared already.
       reject: texts → the reason why each is rejected, or an empty string.
       others: as of `decoding.text_sampling.sample_texts`.
 
@@ -233,7 +235,8 @@ def distill(
     objective_function = objectives.get(objective, **settings)
     objective_function.check_models(len(language_models))
     names = sampling.distinct_names(names or objective_function.arguments)
-    vocab_size = sampling.common_vocabulary([model.tokenizer for model in language_models], names)
+    if vocab_size is None:
+        vocab_size = sampling.common_vocabulary([model.tokenizer for model in language_models], names)
     for model, name in zip(language_models, names, strict=True):
         context = model.cfg.max_position_embeddings
         if max_length > context:

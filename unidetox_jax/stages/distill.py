@@ -120,7 +120,7 @@ def check(run: Run, settings: DistillSettings) -> None:
 def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str) -> dict[str, Any]:
     """Generates the missing batches and writes the files; returns the figures for the record, on process 0."""
     names = sampling.distinct_names(settings.models)
-    language_models, _ = _load(run, settings)
+    language_models, vocab_size = _load(run, settings)
     same_weights = sampling.same_weights([model.model for model in language_models], settings.models)
     if same_weights:
         logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same_weights))
@@ -136,6 +136,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
             objective=run.path(settings.objective),
             **{name: getattr(settings, name) for name in SAMPLING},
             names=names,
+            vocab_size=vocab_size,
             reject=reject,
             most=settings.reject.most,
             keep=lambda name, make: cached(batches / f"{name}.json", make, storage.read_json, storage.write_json),
