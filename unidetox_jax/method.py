@@ -235,8 +235,7 @@ def distill(
     objective_function = objectives.get(objective, **settings)
     objective_function.check_models(len(language_models))
     names = sampling.distinct_names(names or objective_function.arguments)
-    if vocab_size is None:
-        vocab_size = sampling.common_vocabulary([model.tokenizer for model in language_models], names)
+    vocab_size = vocab_size or sampling.common_vocabulary([model.tokenizer for model in language_models], names)
     for model, name in zip(language_models, names, strict=True):
         context = model.cfg.max_position_embeddings
         if max_length > context:
