@@ -1,4 +1,4 @@
-"""The paper's comparison with rival methods, and its reviewers' grid_names, as sweeps.
+"""The paper's comparison with rival methods, and the questions of its reviewers, as sweeps.
 
     unidetox sweep --config=configs/paper_tables.py --workdir=runs/main
 

@@ -145,7 +145,7 @@ def test_a_mistake_is_one_line(tokenizer):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"evaluate.chat": True, "evaluate.reproduce_release": True}, "config.evaluate.chat: reproduce_release"),
+        ({"evaluate.chat": True, "evaluate.reproduce_release": True}, "config.evaluate.chat: not available with"),
         ({"detoxify.chat": True, "detoxify.reproduce_release": True}, "config.detoxify.chat: reproduce_release"),
         ({"detoxify.user_prompt": "Write."}, "config.detoxify.user_prompt: plain text has none"),
         ({"detoxify.loss_on": "answers"}, "config.detoxify.loss_on: no 'answers'; did you mean 'answer'"),

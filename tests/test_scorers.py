@@ -2,6 +2,8 @@
 
 import collections
 import json
+import sys
+import types
 
 import jax
 import numpy as np
@@ -103,9 +105,9 @@ def test_invalid_specs_are_rejected(spec, words):
     ],
 )
 def test_invalid_scores_are_rejected(result, words, monkeypatch):
-    monkeypatch.setitem(scorers._KINDS, "broken", (lambda argument: lambda texts: result, None))
+    monkeypatch.setitem(sys.modules, "broken", types.SimpleNamespace(score=lambda texts: result))
     with pytest.raises(UserError, match=words):
-        scorers.get("broken")(["a", "b"])
+        scorers.get("broken:score")(["a", "b"])
 
 
 def test_a_single_string_is_rejected():

@@ -93,11 +93,11 @@ def finetune(
     criterion: training.Criterion = training.LANGUAGE_MODELLING,
     **changes: Any,
 ) -> LanguageModel:
-    """Steps 1 and 3: fine-tunes on texts with the language-modelling loss; the argument stays unchanged.
+    """Steps 1 and 3: a copy of the model, fine-tuned on texts with the language-modelling loss.
 
     Args:
-      model: its `params` may be a function that returns them, called unless `directory` holds a checkpoint. A LoRA
-        adapter is first merged into the weights.
+      model: its `params` may be a function that returns them, called only if they are needed. A LoRA adapter is first
+        merged into the weights.
       texts: strings. Those of `distill` and `data.texts` record whether they ended, and get an end token if so; sampled
         texts are not tokenized again for a model with the same tokenizer.
       recipe, changes: fields of `Recipe`: learning_rate, steps, batch_size, max_length, seed, …. With
@@ -225,9 +225,9 @@ def distill(
       prompt: follows BOS in every text. max_length: tokens of a text, BOS included.
       chat: texts are answers to `prompt` as a user's turn, after `system_prompt` if any; the conversation is not part
         of them, but counts towards max_length.
-      vocab_size: of the tokenizers' common vocabulary, if they were compared already.
+      vocab_size: tokens that all tokenizers share; None: they are compared here.
       reject: texts → the reason why each is rejected, or an empty string.
-      others: as of `decoding.text_sampling.sample_texts`.
+      batch_size, cache, names, most, keep, label: as in `decoding.text_sampling.sample_texts`.
 
     Raises:
       UserError: models of different tokenizers, settings out of range, too short a context.

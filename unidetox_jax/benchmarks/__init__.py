@@ -1,1 +1,5 @@
-"""Speed of this machine and effect of the method: `measure(run)` of a benchmark gives one dictionary a measurement."""
+"""Benchmarks of speed and tables of results.
+
+`unidetox bench` runs decode, train and evaluate, whose `measure(run)` gives a dictionary per measurement; `python -m`
+runs effect, comparison, precision and meshes.
+"""

@@ -1,7 +1,7 @@
 """Data: from a data set's name or file to the batch of a step.
 
     records = data.load("dghs", split="train", data_dir="../shared/data")   # sequence of dictionaries; sources.py
-    texts   = data.texts("text:valid.txt", data_dir=…)                      # the field `text` of each; texts.py
+    texts   = data.texts("text:valid.txt", data_dir=…)                      # the field `text` of each; sources.py
     print(data.fingerprint("dghs", data_dir=…))                             # changes with the source: for stage.json
 
     tokens  = data.tokenize(texts, tokenizer, max_length=256, context=1024) # tokens.py; one ragged int32 array

@@ -35,6 +35,7 @@ OPTIONS = {
     "parallel_attn": "parallel",
     "bias": "bias",
 }
+CLASSES = ("Falcon", "RW")
 READ = (*OPTIONS, "num_ln_in_parallel_attn")
 # Option names of Falcon's own code, which predates the family in transformers
 RENAMED = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers", "n_head_kv": "num_kv_heads",

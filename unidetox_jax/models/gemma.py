@@ -18,6 +18,7 @@ from unidetox_jax.models.weight_map import Key
 
 SHARED = {**llama.SHARED, "head_dim": "head_size", "attention_bias": "attention_bias"}
 OPTIONS = {**SHARED, "hidden_act": "activation"}
+CLASSES = ("Gemma",)
 READ = tuple(OPTIONS)
 OFF = ("use_bidirectional_attention",)
 PREFIX = "model."

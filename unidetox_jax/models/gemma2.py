@@ -15,6 +15,7 @@ OPTIONS = {
     "attn_logit_softcapping": "attention_cap",
     "final_logit_softcapping": "logit_cap",
 }
+CLASSES = ("Gemma2",)
 READ = (*OPTIONS, "sliding_window", "layer_types")
 
 __all__ = ["OFF", "PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

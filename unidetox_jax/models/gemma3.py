@@ -16,6 +16,7 @@ OPTIONS = {
     "query_pre_attn_scalar": "query_size",
     "final_logit_softcapping": "logit_cap",
 }
+CLASSES = ("Gemma3",)
 READ = (*OPTIONS, "sliding_window", "layer_types")
 # transformers reads these into layer_types and rope_parameters
 FORMER = ("sliding_window_pattern", "rope_local_base_freq")

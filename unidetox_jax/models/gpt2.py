@@ -30,6 +30,7 @@ OPTIONS = {
     "scale_attn_by_inverse_layer_idx": "scale_by_layer",
     "scale_attn_weights": "scale_by_head_size",
 }
+CLASSES = ("GPT2",)
 READ = (*OPTIONS, "reorder_and_upcast_attn")
 OFF = ("add_cross_attention",)
 PREFIX = "transformer."

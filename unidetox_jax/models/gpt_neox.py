@@ -27,6 +27,7 @@ OPTIONS = {
     "use_parallel_residual": "parallel",
     "attention_bias": "attention_bias",
 }
+CLASSES = ("GPTNeoX",)
 READ = tuple(OPTIONS)
 FORMER = ("rotary_pct", "rotary_emb_base")  # transformers reads them into rope_parameters
 PREFIX = "gpt_neox."

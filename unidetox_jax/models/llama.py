@@ -33,6 +33,7 @@ OPTIONS = {
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
 }
+CLASSES = ("Llama", "LLaMA")
 READ = tuple(OPTIONS)
 PREFIX = "model."
 

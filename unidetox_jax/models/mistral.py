@@ -9,6 +9,7 @@ from unidetox_jax.models.llama import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
 OPTIONS = {**llama.SHARED, "hidden_act": "activation", "head_dim": "head_size"}
+CLASSES = ("Mistral",)
 READ = (*OPTIONS, "sliding_window")
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -13,6 +13,7 @@ from unidetox_jax.models.rotary import Rotary
 from unidetox_jax.models.weight_map import Key, reshaped
 
 OPTIONS = {**llama.SHARED, "hidden_act": "activation", "attention_bias": "attention_bias"}
+CLASSES = ("Olmo2",)
 READ = tuple(OPTIONS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -9,6 +9,7 @@ from unidetox_jax.models.config import GLOBAL, LOCAL, ROPE, read_hf, windows, wi
 from unidetox_jax.models.olmo2 import PREFIX, Block, Embed, Final, key_table
 from unidetox_jax.models.rotary import Rotary
 
+CLASSES = ("Olmo3",)
 READ = (*olmo2.READ, "sliding_window", "layer_types")
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -27,6 +27,7 @@ OPTIONS = {
     "enable_bias": "bias",
     "layer_norm_elementwise_affine": "norm_affine",
 }
+CLASSES = ("OPT",)
 READ = (*OPTIONS, "_remove_final_layer_norm")
 OFF = ("layerdrop",)
 RENAMED = {"d_model": "hidden_size"}

@@ -17,6 +17,7 @@ from unidetox_jax.models.weight_map import Key, heads_out, linear
 
 FORMER_TYPES = ("su", "yarn")  # earlier names of longrope
 OPTIONS = {**llama.SHARED, "hidden_act": "activation", "resid_pdrop": "residual_dropout"}
+CLASSES = ("Phi3",)
 READ = (*OPTIONS, "sliding_window", "original_max_position_embeddings")
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -10,6 +10,7 @@ from unidetox_jax.models.rotary import Rotary
 
 WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 OPTIONS = {**llama.SHARED, "hidden_act": "activation"}
+CLASSES = ("Qwen2",)
 READ = (*OPTIONS, *WINDOWS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -15,6 +15,7 @@ OPTIONS = {
     "head_dim": "head_size",
     "attention_bias": "attention_bias",
 }
+CLASSES = ("Qwen3",)
 READ = (*OPTIONS, *WINDOWS)
 
 __all__ = ["PREFIX", "READ", "Block", "Embed", "Final", "from_hf", "key_table", "to_hf"]

@@ -1,6 +1,8 @@
 """The model families by name.
 
-A new family is one file with the six names that `family` lists, a PREFIX and its READ options, and a line in FAMILIES.
+A new family is one file and one line in FAMILIES. Beside the names that `family` lists, the file has PREFIX (of
+tensors), READ (options of a config) and CLASSES: how the names of transformers' classes with its modelling code begin
+(LlamaMoeForCausalLM, for example, has its own code).
 """
 
 import dataclasses
@@ -51,12 +53,7 @@ FAMILIES: dict[str, ModuleType] = {
 }
 
 FORMER_TYPES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
-# Prefixes of the classes that share a family's modelling code; LlamaMoeForCausalLM, for example, has its own.
-CLASS_PREFIXES = {
-    "GPT2": "gpt2", "OPT": "opt", "Falcon": "falcon", "RW": "falcon", "Llama": "llama", "LLaMA": "llama",
-    "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Gemma2": "gemma2",
-    "Gemma3": "gemma3_text", "Olmo2": "olmo2", "Olmo3": "olmo3", "Phi3": "phi3", "GPTNeoX": "gpt_neox",
-}  # fmt: skip
+CLASS_PREFIXES = {prefix: name for name, module in FAMILIES.items() for prefix in module.CLASSES}
 CLASSES = re.compile(
     rf"(?:TF|Flax)?({'|'.join(CLASS_PREFIXES)})(?:Model|LMHeadModel|DoubleHeadsModel|ForCausalLM|"
     r"ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)"

@@ -1,18 +1,28 @@
 """Toxicity scorers: texts → float64 [N] in [0, 1].
 
-A scorer's module is imported on first use. Every scorer's output is checked here: one number per text, between 0 and 1;
+A scorer is a module of this package, imported on first use, with
+
+    ARGUMENT         the form of what follows the colon in its name; None: nothing does
+    make(argument)   the scorer
+    files(argument)  what it is made of, for `content_hash`
+
+Every scorer's output is checked here: one number per text, between 0 and 1;
 anything else, including NaN, is an error.
 """
 
 import hashlib
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 from etils import epath
 
 from unidetox_jax import extensions
 from unidetox_jax.errors import UserError, suggest
+
+KINDS = ("lexicon", "linear", "classifier")
 
 Scorer = Callable[[Sequence[str]], np.ndarray]
 
@@ -29,16 +39,20 @@ def get(spec: str) -> Scorer:
       UserError: no such scorer, path or label.
     """
     kind, _, argument = spec.partition(":")
-    if kind not in _KINDS and all(name.isidentifier() for name in [*kind.split("."), argument]):
-        return _checked(extensions.load(spec, "scorer", known=_KINDS), spec)
-    if kind not in _KINDS:
-        raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, _KINDS)}")
-    make, expected = _KINDS[kind]
-    if expected and not argument:
-        raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{expected}")
-    if expected is None and argument:
+    if kind not in KINDS and all(name.isidentifier() for name in [*kind.split("."), argument]):
+        return _checked(extensions.load(spec, "scorer", known=KINDS), spec)
+    if kind not in KINDS:
+        raise UserError(f"scorer {spec!r}: no such kind{suggest(kind, KINDS)}")
+    module = _module(kind)
+    if module.ARGUMENT and not argument:
+        raise UserError(f"scorer {spec!r}: nothing after the colon; expected {kind}:{module.ARGUMENT}")
+    if module.ARGUMENT is None and argument:
         raise UserError(f"scorer {spec!r}: {kind} takes no argument, found {argument!r}")
-    return _checked(make(argument), spec)
+    return _checked(module.make(argument), spec)
+
+
+def _module(kind: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{kind}")
 
 
 def _checked(scorer: Scorer, spec: str) -> Scorer:
@@ -63,41 +77,14 @@ def _checked(scorer: Scorer, spec: str) -> Scorer:
     return score
 
 
-def _lexicon(argument: str) -> Scorer:
-    from unidetox_jax.data import toyworld
-
-    return toyworld.score
-
-
-def _linear(directory: str) -> Scorer:
-    from unidetox_jax.evaluation.scorers import linear
-
-    return linear.load(directory).toxicity
-
-
-def _classifier(source: str) -> Scorer:
-    from unidetox_jax.evaluation.scorers import classifier
-
-    path, _, label = source.partition("#")
-    return classifier.scorer(path, label)
-
-
 def content_hash(spec: str) -> str:
     """A short hash of a scorer's files (names and content, not location), or of a function's module. Raises UserError
     as `get`."""
     kind, _, argument = spec.partition(":")
-    if kind == "lexicon":
-        from unidetox_jax.data import toyworld
-
-        paths = [epath.Path(toyworld.__file__)]
-    elif kind == "linear":
-        paths = sorted(epath.Path(argument).glob("linear.*"))
-    elif kind == "classifier":
-        from unidetox_jax.evaluation.scorers import classifier
-
-        paths = classifier.files(argument.partition("#")[0])
+    if kind in KINDS:
+        paths = _module(kind).files(argument)
     else:
-        function = extensions.load(spec, "scorer", known=_KINDS)
+        function = extensions.load(spec, "scorer", known=KINDS)
         paths = [epath.Path(inspect.getsourcefile(inspect.unwrap(function)) or "")]
     digest = hashlib.sha256()
     for path in paths:
@@ -106,11 +93,3 @@ def content_hash(spec: str) -> str:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
-
-
-# kind → (factory, form of its argument after the colon; None: no argument)
-_KINDS: dict[str, tuple[Callable[[str], Scorer], str | None]] = {
-    "lexicon": (_lexicon, None),
-    "linear": (_linear, "DIRECTORY"),
-    "classifier": (_classifier, "PATH_OR_HUB_ID[#LABEL]"),
-}

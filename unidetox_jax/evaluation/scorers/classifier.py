@@ -30,6 +30,7 @@ from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models import encoder
 from unidetox_jax.progress import Progress
 
+ARGUMENT = "PATH_OR_HUB_ID[#LABEL]"
 DEFAULT_LABELS = ("toxicity", "toxic")  # the first one that the classifier has is used
 # The implemented ones of Detoxify's model classes, and the labels that it renames for its oldest model
 DETOXIFY = {
@@ -106,8 +107,15 @@ def scorer(source: str, label: str = ""):
     return lambda texts: classifier.probabilities(texts)[:, column]
 
 
-def files(source: str) -> list[epath.Path]:
+def make(argument: str):
+    """`scorer` of SOURCE#LABEL."""
+    source, _, label = argument.partition("#")
+    return scorer(source, label)
+
+
+def files(argument: str) -> list[epath.Path]:
     """The files that a classifier is read from: configuration, tokenizer and weights."""
+    source = argument.partition("#")[0]
     if source.endswith(".ckpt"):
         return [epath.Path(source)]
     directory = resolve(source).directory

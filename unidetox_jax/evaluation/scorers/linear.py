@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 
+ARGUMENT = "DIRECTORY"
 FORMAT = 1
 SETTINGS, ARRAYS = "linear.json", "linear.npz"
 # Character n-grams stay within words, to be robust to spelling.
@@ -138,6 +139,15 @@ def save(directory: epath.PathLike, classifier: LinearClassifier, figures: dict)
         "vocabularies": classifier.vocabularies,
     }
     storage.write_text(directory / SETTINGS, json.dumps(content, ensure_ascii=False))
+
+
+def make(directory: str):
+    """`texts → P(toxic)` of a classifier that was fitted to tell toxic texts."""
+    return load(directory).toxicity
+
+
+def files(directory: str) -> list[epath.Path]:
+    return sorted(epath.Path(directory).glob("linear.*"))
 
 
 def load(directory: epath.PathLike) -> LinearClassifier:
