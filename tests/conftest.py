@@ -24,9 +24,6 @@ import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 from jax._src import compilation_cache, compiler  # noqa: E402
 
-from unidetox_jax import devices  # noqa: E402
-
-devices.keep_freed_memory()  # as commands do
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
     compile_or_get_cached = compiler.compile_or_get_cached
