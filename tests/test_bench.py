@@ -10,7 +10,7 @@ import pytest
 from test_distill import SENTENCES
 
 from unidetox_jax import cli, devices, models
-from unidetox_jax.benchmarks import bench, decode, side_by_side
+from unidetox_jax.benchmarks import bench, decode, timing
 from unidetox_jax.data import toymodels
 
 CONFIG = """
@@ -63,7 +63,7 @@ def test_contenders_do_the_same_work(config):
     pytest.importorskip("torch")
     cfg = models.config_from_hf(str(config.parent / "gpt2"))
     pair = [models.Model(models.init(cfg, jax.random.key(i)), cfg) for i in range(2)]
-    torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)]
+    torch_pair = [timing.torch_model(cfg, cfg.dtype).eval() for _ in range(2)]
     assert decode._generate(pair, 3, 5, 0).lengths.tolist() == [5] * 3
     assert decode._generate_torch(torch_pair, cfg, 3, 5, 0).shape == (3, 6)
 

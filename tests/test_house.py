@@ -20,7 +20,7 @@ LOWER = {
     "rendezvous",
     "storage",
     "text_statistics",
-    "buckets",
+    "padded_sizes",
     "extensions",
     "devices",
     "recipe",

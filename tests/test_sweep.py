@@ -17,7 +17,7 @@ from finetune_helpers import ROOT, make_world, start, training, write_config
 
 from unidetox_jax import cli
 from unidetox_jax.benchmarks import comparison
-from unidetox_jax.evaluation.choice import Choice, VariantScores, choose, pooled
+from unidetox_jax.evaluation.variant_selection import Choice, VariantScores, choose, pooled
 from unidetox_jax.stages import cells, grid, settings, sweep, task
 
 PLAIN = f"{string.ascii_letters}{string.digits}_.=()-"

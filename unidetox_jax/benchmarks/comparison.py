@@ -15,7 +15,7 @@ from etils import epath
 from unidetox_jax import storage
 from unidetox_jax.benchmarks import effect
 from unidetox_jax.errors import UserError
-from unidetox_jax.evaluation.choice import ALL
+from unidetox_jax.evaluation.variant_selection import ALL
 from unidetox_jax.report import results
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from unidetox_jax import devices, distributed, models, sharding
-from unidetox_jax.benchmarks import side_by_side
+from unidetox_jax.benchmarks import timing
 from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.decoding.preparation import LAYER_LOOP, prepare
@@ -43,7 +43,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     # On GPUs only the default: there a scan copies the weights of every layer in every step
     layer_loops = ("unroll", "scan") if sharding.device_of(mesh).platform == "cpu" else (LAYER_LOOP,)
     prepared = {name: prepare(pair, layer_loop=name) for name in layer_loops}
-    torch_pair = [side_by_side.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
+    torch_pair = [timing.torch_model(cfg, cfg.dtype).eval() for _ in range(2)] if settings.against_torch else None
     rounds = settings.repeats * len(settings.batch_sizes)
     rows = []
     with Progress(rounds, "rounds", "decode", disable=not distributed.is_main_process()) as bar:
@@ -53,7 +53,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
             contenders = {name: functools.partial(_generate, prepared[name], *size) for name in layer_loops}
             if torch_pair:
                 contenders["torch"] = functools.partial(_generate_torch, torch_pair, cfg, *size)
-            times = side_by_side.race(contenders, settings.repeats, bar)
+            times = timing.race(contenders, settings.repeats, bar)
             best = {name: min(seconds) for name, seconds in times.items()}
             for name, seconds in best.items():
                 row = {
@@ -102,7 +102,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, mesh) -> dict[s
         lower = functools.partial(
             loop.program_for(platform, batch).lower, prepared.trees, inputs, **SETTINGS, plan=plan
         )
-        return side_by_side.compile_programs({"": lower})[1]
+        return timing.compile_programs({"": lower})[1]
 
 
 def _generate(pair: Sequence[Model], batch: int, new_tokens: int, seed: int) -> Any:

@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import devices, distributed, storage
-from unidetox_jax.benchmarks import side_by_side
+from unidetox_jax.benchmarks import timing
 from unidetox_jax.evaluation import prompts, scorers
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import evaluate, fit_scorer
@@ -97,7 +97,7 @@ def _torch_timer(run: Run, score: scorers.Scorer) -> Callable[[str], list[float]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings, device = run.evaluate, side_by_side.torch_device()
+    settings, device = run.evaluate, timing.torch_device()
 
     def load(source: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(run.path(source)).eval().to(device)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unidetox_jax import checkpoint, data, devices, distributed, models, sharding, training
-from unidetox_jax.benchmarks import side_by_side
+from unidetox_jax.benchmarks import timing
 from unidetox_jax.data.packing import Shape
 from unidetox_jax.models import ModelConfig, costs
 from unidetox_jax.plan.programs import training_program
@@ -66,7 +66,7 @@ def _measure(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches, torc
     if torch_step is not None:
         contenders["torch"] = lambda step: torch_step(batches.indices(step))
         shapes["torch"] = [(size, int(batches.tokens.lengths.max()))] * count
-    times = side_by_side.race(contenders, count, bar)
+    times = timing.race(contenders, count, bar)
     for name, seconds in times.items():
         row = {
             "benchmark": "train",
@@ -117,16 +117,14 @@ def _rates(cfg: ModelConfig, batches: data.Batches, times: list[float], shapes: 
     }
 
 
-def _jax_step(
-    run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches
-) -> tuple[side_by_side.Round, dict[str, float]]:
+def _jax_step(run: Run, cfg: ModelConfig, mesh: Mesh, batches: data.Batches) -> tuple[timing.Round, dict[str, float]]:
     """(training step by number, compiled for every shape of batch; the cost of compiling)."""
     optimizer = training.Optimizer(LEARNING_RATE, STEPS, precision=run.bench.precision)
     placed = [sharding.put(batches[step], sharding.batch_sharding(mesh)) for step in range(run.bench.steps)]
     state = training.init_state(models.init(cfg, jax.random.key(SEED), mesh, optimizer.param_dtype), optimizer)
     train_step = training.make_train_step(cfg, optimizer, mesh, remat=run.bench.remat, dropout_seed=SEED)
     lower = {batch["tokens"].shape: functools.partial(train_step.lower, state, batch) for batch in placed}
-    programs, compiled = side_by_side.compile_programs(lower)
+    programs, compiled = timing.compile_programs(lower)
 
     def run_step(step: int) -> Any:
         nonlocal state
@@ -142,7 +140,7 @@ def _torch_step(cfg: ModelConfig, tokens: data.Tokens) -> Callable[[np.ndarray],
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    model, device = side_by_side.torch_model(cfg, "float32").train(), side_by_side.torch_device()
+    model, device = timing.torch_model(cfg, "float32").train(), timing.torch_device()
     autocast = torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, STEPS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unidetox_jax import buckets
+from unidetox_jax import padded_sizes
 
 PAD, PACK = "pad", "pack"
 LAYOUTS = (PAD, PACK)
@@ -42,7 +42,7 @@ def make_grid(layout: str, batch_size: int, longest: int, row_multiple: int, len
 
     Packed rows may be longer than the longest text, up to `limit` tokens.
     """
-    max_rows = buckets.round_up(batch_size, row_multiple)
+    max_rows = padded_sizes.round_up(batch_size, row_multiple)
     max_length = limit if layout == PACK else longest
     lengths = {min(length, limit) for length in range(length_multiple, max_length + length_multiple, length_multiple)}
     return Grid(layout, row_multiple, max_rows, tuple(sorted(lengths)))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unidetox_jax import buckets, sharding
+from unidetox_jax import padded_sizes, sharding
 from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.objective import Objective
@@ -163,7 +163,7 @@ def make_request(
         prompt_slots=prompt_slots,
         vocab_size=0 if all(model.cfg.vocab_size == vocab_size for model in models) else vocab_size or 0,
     )
-    prompt_rows = buckets.round_up(len(prompts[0]), sharding.batch_shards(mesh))
+    prompt_rows = padded_sizes.round_up(len(prompts[0]), sharding.batch_shards(mesh))
     rows = prompt_rows * samples
     inputs = loop.Inputs(
         prompts=tuple(_pad_to(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
@@ -190,7 +190,7 @@ def make_plan(
 ) -> loop.Plan:
     """The static part of a generation. configs: those of a `WeightLayout`; prompt_lengths: T for each model."""
     slots = tuple(
-        max(length - 1, min(max(buckets.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
+        max(length - 1, min(max(padded_sizes.prompt_slots(length - 1), prompt_slots), cfg.max_position_embeddings))
         for length, cfg in zip(prompt_lengths, configs, strict=True)
     )
     single_segment = samples == 1 and cache == "own" and all(cfg.decode_kernel for cfg in configs)

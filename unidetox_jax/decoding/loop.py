@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unidetox_jax import buckets, models, sharding
+from unidetox_jax import models, padded_sizes, sharding
 from unidetox_jax.decoding import sampling
 from unidetox_jax.decoding.context import Context, Prompt
 from unidetox_jax.decoding.objective import Objective
@@ -99,7 +99,7 @@ def plan_segments(prompt_slots: int, new_tokens: int, single: bool = False) -> t
     one segment, for attention kernels that skip dead slots.
     """
     if single:
-        return (buckets.round_up(prompt_slots + new_tokens, SEGMENT) - prompt_slots,)
+        return (padded_sizes.round_up(prompt_slots + new_tokens, SEGMENT) - prompt_slots,)
     slots = -(-(prompt_slots + new_tokens) // ROOM) * ROOM
     inner = [end - prompt_slots for end in range(prompt_slots // SEGMENT * SEGMENT + SEGMENT, slots, SEGMENT)]
     return (*(end for end in inner if ROOM <= end <= new_tokens - ROOM), slots - prompt_slots)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unidetox_jax import buckets, decoding
+from unidetox_jax import decoding, padded_sizes
 from unidetox_jax.data import chat as conversations
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding.preparation import prepare
@@ -185,7 +185,7 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int):
     `MIN_BATCHES` batches joins one up to four times as long, as compiling costs as much as several batches."""
     by_length: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        slots = max(buckets.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET)
+        slots = max(padded_sizes.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET)
         by_length.setdefault(slots, []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unidetox_jax import buckets, models, sharding
+from unidetox_jax import models, padded_sizes, sharding
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.generator import Generator, as_generator
@@ -127,15 +127,15 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     rows = [row for family in batch.families for row in family.rows]
     shared = bool(len(batch.families[0].prefix))
     longest = max(len(row.tokens) for row in rows)
-    length = buckets.tail_length(longest) if shared else buckets.text_length(longest, limit)
+    length = padded_sizes.tail_length(longest) if shared else padded_sizes.text_length(longest, limit)
     most = max(len(row.scored) for row in rows)
-    scored_length = buckets.tail_length(most)
+    scored_length = padded_sizes.tail_length(most)
     widest = max(len(row.last) for row in rows)
-    width = 1 if widest == 1 else max(4, buckets.next_power_of_two(widest))
+    width = 1 if widest == 1 else max(4, padded_sizes.next_power_of_two(widest))
     size = batch.size * batch.group
     configs = tuple(model.cfg for model in generator.models)
     chunk = chunk_length(configs, mesh, size, scored_length)
-    scored_length = buckets.round_up(scored_length, chunk) if chunk else 0
+    scored_length = padded_sizes.round_up(scored_length, chunk) if chunk else 0
 
     scored = np.zeros((size, scored_length), np.int32)
     last = np.zeros((size, width), np.int32)
@@ -157,7 +157,7 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     contexts: list[tuple[np.ndarray, np.ndarray]] = []
     if shared:
         families = batch.families
-        extent = buckets.text_length(max(len(family.prefix) for family in families), limit)
+        extent = padded_sizes.text_length(max(len(family.prefix) for family in families), limit)
         starts = [[(i, to_input(family.prefix)) for i, family in enumerate(families)] for to_input in to_inputs]
         contexts = [_right_padded(*pair, batch.size, extent) for pair in zip(starts, prefixes, strict=True)]
         to_inputs, prefixes = [list], [0]
@@ -186,7 +186,7 @@ def _right_padded(
 def chunk_length(configs: Sequence[ModelConfig], mesh: Mesh, rows: int, scored_length: int) -> int:
     """Scored positions that go through the head at a time, all or a power of two, such that LOGITS_BYTES suffice."""
     per_device = max(1, rows // sharding.batch_shards(mesh)) * sum(cfg.vocab_size for cfg in configs) * 4
-    return min(scored_length, buckets.next_power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
+    return min(scored_length, padded_sizes.next_power_of_two(max(1, LOGITS_BYTES // per_device) + 1) // 2)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unidetox_jax import buckets
+from unidetox_jax import padded_sizes
 from unidetox_jax.errors import UserError
 
 FULL_BATCH_LENGTH = 128  # rows of up to this many tokens use the full batch size, longer ones a smaller one
@@ -94,16 +94,17 @@ def make_batches(families: list[Family], batch_size: int, limit: int, shards: in
     for family in families:
         for first in range(0, len(family.rows), batch_size):
             chunk = family._replace(rows=family.rows[first : first + batch_size])
-            by_size.setdefault(buckets.next_power_of_two(len(chunk.rows)) if len(chunk.prefix) else 0, []).append(chunk)
+            size = padded_sizes.next_power_of_two(len(chunk.rows)) if len(chunk.prefix) else 0
+            by_size.setdefault(size, []).append(chunk)
     for _, bucket in sorted(by_size.items()):
         group = max(len(family.rows) for family in bucket)
         bucket = sorted(bucket, key=lambda family: (-_longest(family), -len(family.rows[0].scored), -_widest(family)))
         start = 0
         while start < len(bucket):
-            full = max(1, _batch_rows(buckets.text_length(_longest(bucket[start]), limit), batch_size) // group)
+            full = max(1, _batch_rows(padded_sizes.text_length(_longest(bucket[start]), limit), batch_size) // group)
             chosen = bucket[start : start + full]
-            size = min(buckets.next_power_of_two(len(chosen)), full)
-            yield Batch(chosen, group, buckets.round_up(size, shards))
+            size = min(padded_sizes.next_power_of_two(len(chosen)), full)
+            yield Batch(chosen, group, padded_sizes.round_up(size, shards))
             start += full
 
 
@@ -118,4 +119,4 @@ def _widest(family: Family) -> int:
 def _batch_rows(length: int, batch_size: int) -> int:
     if length <= FULL_BATCH_LENGTH:
         return batch_size
-    return buckets.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))
+    return padded_sizes.next_power_of_two(max(1, batch_size * FULL_BATCH_LENGTH // length))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from unidetox_jax import buckets, method
+from unidetox_jax import method, padded_sizes
 from unidetox_jax.decoding import loop, preparation
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig, costs, lora, wide_heads
@@ -38,7 +38,7 @@ class StepCost(NamedTuple):
 
 def padded_rows(rows: int, sizes: AxisSizes, accumulation: int = 1) -> int:
     """Rows of a batch, rounded up so that the mesh and the accumulation divide them."""
-    return buckets.round_up(rows, sizes["data"] * sizes["fsdp"] * accumulation)
+    return padded_sizes.round_up(rows, sizes["data"] * sizes["fsdp"] * accumulation)
 
 
 def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: AxisSizes, fused: bool) -> StepCost:
@@ -88,7 +88,7 @@ def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: AxisSizes, lanes: i
         local_params = _local_params(cfg, sizes)
         prepared = costs.param_bytes(cfg, shards) if gather else itemsize * local_params
         together = wide_heads.width(cfg, shards) if lanes > 1 else 1
-        padding = buckets.round_up(together * cfg.head_size, lanes) / (together * cfg.head_size)
+        padding = padded_sizes.round_up(together * cfg.head_size, lanes) / (together * cfg.head_size)
         flops += rows * costs.forward_flops(cfg, prompt + plan.size / 2, shards=shards)
         traffic += weights + padding * rows * costs.cache_bytes(cfg, prompt + plan.size / 2, shards)
         memory += 4 * local_params * stored + prepared + 3 * 4 * rows * costs.split(cfg.vocab_size, shards)

@@ -16,7 +16,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unidetox_jax.evaluation import choice
+from unidetox_jax.evaluation.variant_selection import split_form
 from unidetox_jax.report import results
 from unidetox_jax.report.results import CONTROL, DETOXIFIED, FORMS, ORIGINAL, Quantity, Row
 
@@ -138,7 +138,7 @@ def _variant_curves(points: Mapping[tuple[str, str], tuple[float, float]]) -> li
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (name, form), point in points.items():
         if form not in FORMS:
-            curves.setdefault((name, choice.split_form(form)[0]), []).append(point)
+            curves.setdefault((name, split_form(form)[0]), []).append(point)
     return [sorted(curve) for curve in curves.values() if len(curve) > 1]
 
 
@@ -266,11 +266,11 @@ def subplots(count: int, height: float, columns: int = 1, **shared) -> tuple[Fig
 def form_styles(forms: Iterable[str]) -> dict[str, dict[str, Any]]:
     """{form: its marker and colour}, in order; variants of one method share them."""
     forms = results.in_order(forms)
-    others = list(dict.fromkeys(choice.split_form(form)[0] for form in forms if form not in FORMS))
+    others = list(dict.fromkeys(split_form(form)[0] for form in forms if form not in FORMS))
     markers = {name: OTHER_MARKERS[index % len(OTHER_MARKERS)] for index, name in enumerate(others)}
     return {
         form: {
-            "marker": FORM_MARKERS.get(form) or markers[choice.split_form(form)[0]],
+            "marker": FORM_MARKERS.get(form) or markers[split_form(form)[0]],
             "color": FORM_COLORS.get(form, COLORS["ink"]),
         }
         for form in forms
@@ -290,6 +290,6 @@ def _error(number) -> list[list[float]] | None:
 
 def form_legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     """The legend above the plot; variants of one method share an entry."""
-    shown = {form if form in FORMS else choice.split_form(form)[0]: point_style for form, point_style in styles.items()}
+    shown = {form if form in FORMS else split_form(form)[0]: point_style for form, point_style in styles.items()}
     handles = [Line2D([], [], **one, ls="", label=results.form_title(form)) for form, one in shown.items()]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unidetox_jax.evaluation.choice import ALL
+from unidetox_jax.evaluation.variant_selection import ALL
 from unidetox_jax.progress import format_table
 from unidetox_jax.report.results import Cell, Quantity, Row, form_title
 

@@ -28,8 +28,8 @@ from etils import epath
 
 from unidetox_jax import distributed, storage
 from unidetox_jax.errors import UserError, suggest
-from unidetox_jax.evaluation import categories, choice
-from unidetox_jax.evaluation.choice import ALL
+from unidetox_jax.evaluation import categories
+from unidetox_jax.evaluation.variant_selection import ALL, Choice, VariantScores, choose, pooled, split_form
 from unidetox_jax.progress import format_table
 from unidetox_jax.report import tables
 from unidetox_jax.stages import baselines, evaluation_files, grid, report
@@ -47,7 +47,7 @@ MEASURES = (
 )  # fmt: skip
 
 Line = dict[str, Any]  # of sweep.csv, with "settings" and "directory"
-Choices = Mapping[str, Mapping[str, choice.Choice]]  # ALL or target → method → choice
+Choices = Mapping[str, Mapping[str, Choice]]  # ALL or target → method → choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +72,11 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     if options.dry_run:
         return 0
     lines = [_line(variant) for variant in _variants(cells)]
-    by_target: dict[str, list[choice.VariantScores]] = {}
+    by_target: dict[str, list[VariantScores]] = {}
     for line in lines:
         by_target.setdefault(line["target"], []).append(_figures(line))
-    choose_for = {ALL: choice.pooled(by_target), **({} if run.sweep.choose_on else by_target)}
-    chosen = {target: choice.choose(rows, run.sweep.most_perplexity) for target, rows in choose_for.items()}
+    choose_for = {ALL: pooled(by_target), **({} if run.sweep.choose_on else by_target)}
+    chosen = {target: choose(rows, run.sweep.most_perplexity) for target, rows in choose_for.items()}
     tested = _test(test_cells, chosen, {task.directory for task in tasks}, options.force)
     if distributed.is_main_process():
         print(_describe(_write(run, values, cells, lines, chosen, tested)))
@@ -150,12 +150,12 @@ class Variant:
 
     @property
     def method(self) -> str:
-        return choice.split_form(self.form)[0]
+        return split_form(self.form)[0]
 
     @property
     def name(self) -> str:
         """The form's settings and the cell's."""
-        return ",".join(filter(None, (choice.split_form(self.form)[1], self.cell.variant(self.directory))))
+        return ",".join(filter(None, (split_form(self.form)[1], self.cell.variant(self.directory))))
 
     def tasks(self) -> list[Task]:
         """Its evaluation, that of the published model, and their dependencies."""
@@ -202,9 +202,9 @@ def _measures(metrics: Mapping[str, Any], original: Mapping[str, Any]) -> Line:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def _figures(line: Line) -> choice.VariantScores:
+def _figures(line: Line) -> VariantScores:
     numbers = (line[name] for name in ("tp", "perplexity", "original_perplexity"))
-    return choice.VariantScores(line["method"], line["variant"], *(math.nan if x is None else x for x in numbers))
+    return VariantScores(line["method"], line["variant"], *(math.nan if x is None else x for x in numbers))
 
 
 def _test(cells: Sequence[Cell], chosen: Choices, validated: Set[epath.Path], force: bool) -> list[Line]:
@@ -267,7 +267,7 @@ def _write(
     storage.write_text(run.workdir / "sweep.csv", tables.to_csv(table, columns))
     content = {
         "rule": _rule(run),
-        "needs": {choice.split_form(form)[0]: baseline.needs for form, baseline in baselines.methods(run).items()},
+        "needs": {split_form(form)[0]: baseline.needs for form, baseline in baselines.methods(run).items()},
         "tp_of": sorted({line["tp_of"] for line in lines}),
         "grid": values,
         "cells": [
@@ -281,7 +281,7 @@ def _write(
     return content
 
 
-def _as_json(chosen: choice.Choice) -> dict[str, Any]:
+def _as_json(chosen: Choice) -> dict[str, Any]:
     numbers = {"tp": chosen.scores.tp, "rise": chosen.scores.rise}
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return {"variant": chosen.scores.variant, "within_bound": chosen.within, **finite}

@@ -19,7 +19,6 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import sharding
-from unidetox_jax.buckets import next_power_of_two, round_up
 from unidetox_jax.checkpoint import hf, load_tokenizer
 from unidetox_jax.checkpoint.safetensors_file import MappedTensor, Spec
 from unidetox_jax.checkpoint.source import CONFIG, TOKENIZER_FILES, TORCH_FILES, WEIGHT_FILES, resolve
@@ -28,6 +27,7 @@ from unidetox_jax.checkpoint.weights import Weights
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models import encoder
+from unidetox_jax.padded_sizes import next_power_of_two, round_up
 from unidetox_jax.progress import Progress
 
 ARGUMENT = "PATH_OR_HUB_ID[#LABEL]"
