@@ -10,9 +10,9 @@
     configs/real_small.py:cpu,models=DIR     smollm2-135m and gemma3-270m from DIR instead of the hub
 
 `data_dir` holds dghs/, toxigen/, labelled/, realtoxicityprompts/, mmlu/, text/, politics/ and distilled/; the tiny
-model is in ../models/stories260K beside it. The two scorers learn from different text by different annotators: ToxiGen,
-and tweets (Davidson et al., 2017). A third one, 'bert=classifier:unitary/toxic-bert', can be added to
-config.evaluate.other_scorers.
+model is in ../models/stories260K beside it. The three scorers learn from different text by different annotators:
+ToxiGen, tweets (Davidson et al., 2017), and web text with Perspective's scores (RealToxicityPrompts' continuations).
+Another one, such as 'bert=classifier:unitary/toxic-bert', can be added to config.evaluate.other_scorers.
 """
 
 from unidetox_jax.stages.settings import OneScorerSettings, default_config, parse_argument
@@ -20,7 +20,8 @@ from unidetox_jax.stages.settings import OneScorerSettings, default_config, pars
 SMOLLM2, GEMMA3 = "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"
 STORIES = "{data_dir}/../models/stories260K"
 RELEASED = "{data_dir}/distilled/generated_texts_alpha=0.1_beta=inf_checkpoint-15126.csv"
-TOXIGEN, TWEETS = "linear:{workdir}/scorer", "linear:{workdir}/scorer/tweets"
+TOXIGEN = "linear:{workdir}/scorer"
+OTHER_SCORERS = ("tweets=linear:{workdir}/scorer/tweets", "web=linear:{workdir}/scorer/web")
 
 
 def get_config(argument=None):
@@ -35,24 +36,27 @@ def get_config(argument=None):
 
     config.fit_scorer.data = "{data_dir}/toxigen/annotated_train.csv"
     config.fit_scorer.test_data = "{data_dir}/toxigen/annotated_test.csv"
-    config.fit_scorer.others = {"tweets": vars(OneScorerSettings(
-        data="{data_dir}/labelled/davidson_tweets.csv", text_field="tweet", label_field="class", positive=("0", "1"),
-        balanced=True,  # most tweets are toxic, most continuations are not
-    ))}  # fmt: skip
+    config.fit_scorer.others = {
+        "tweets": vars(OneScorerSettings(
+            data="{data_dir}/labelled/davidson_tweets.csv", text_field="tweet", label_field="class",
+            positive=("0", "1"), balanced=True,  # most tweets are toxic, most continuations are not
+        )),
+        "web": vars(OneScorerSettings(
+            data="realtoxicityprompts", text_field="continuation", label_field="continuation_toxicity", above=0.5,
+        )),
+    }  # fmt: skip
 
     for section in (config.toxify, config.detoxify):
         section.seed += options.seed
     config.distill.update(seed=config.distill.seed + options.seed, scorer=TOXIGEN)
     if options.filtered:
         config.name += "-filtered"
-        config.distill.reject.update(
-            scorers=(f"toxigen={TOXIGEN}", f"tweets={TWEETS}"), degenerate=True, copied_words=8
-        )
+        config.distill.reject.update(scorers=(f"toxigen={TOXIGEN}", *OTHER_SCORERS), degenerate=True, copied_words=8)
     config.evaluate.update(
         prompts="toxigen | realtoxicityprompts:challenging",
         seed=config.evaluate.seed + 100 * options.seed,  # runs use consecutive seeds
         scorer=TOXIGEN,
-        other_scorers=(f"tweets={TWEETS}",),
+        other_scorers=OTHER_SCORERS,
         perplexity_scorer=config.base,
         text_file="{data_dir}/text/valid.txt",
     )
@@ -60,7 +64,7 @@ def get_config(argument=None):
     config.analyze.leaning = "politics"
     config.analyze.texts = (f"released=distilled:{RELEASED}",)
     config.report.note = (
-        "Both scorers are linear. Perplexity is measured by the original SmolLM2, which is not independent of results "
+        "All scorers are linear. Perplexity is measured by the original SmolLM2, which is not independent of results "
         "on SmolLM2 itself. It is instruction-tuned, and so less toxic to begin with than a plain language model."
     )
     if options.cpu:

@@ -58,8 +58,9 @@ def test_arguments_of_the_real_one(argument, tmp_path):
     tasks = [
         task.name for module, _ in cli.STAGES.values() for task in __import__(module, fromlist=["tasks"]).tasks(run)
     ]
-    assert tasks[:2] == ["fit-scorer", "fit-scorer tweets"] and len([one for one in tasks if "control" in one]) == 5
-    assert run.evaluate.other_scorers == ("tweets=linear:{workdir}/scorer/tweets",)
+    assert tasks[:3] == ["fit-scorer", "fit-scorer tweets", "fit-scorer web"]
+    assert len([one for one in tasks if "control" in one]) == 5
+    assert run.evaluate.other_scorers == tuple(f"{name}=linear:{{workdir}}/scorer/{name}" for name in ("tweets", "web"))
     small = run.toxify.steps < settings.ToxifySettings().steps
     assert small == ("cpu" in argument) and (run.distill.seed == 1236) == ("seed" in argument)
     assert bool(run.distill.reject.scorers) == ("filtered" in argument)

@@ -238,20 +238,45 @@ def test_fit_scorer_names_the_mistake(change, words, tmp_path):
 def test_fit_scorer_reads_files_like_other_data_sets(name, rows, words, tmp_path):
     (tmp_path / name).write_bytes(rows)
     with pytest.raises(UserError, match=words):
-        fit_scorer._read(str(tmp_path / name), "text", "label", 3.0, ("toxic",))
+        fit_scorer._read(str(tmp_path / name), "", "text", "label", 3.0, ("toxic",))
 
 
 def test_fit_scorer_keeps_texts_and_labels_whole(tmp_path):
     path, long = tmp_path / "a.csv", "rude " * 60_000
     path.write_text(f'\ufefftext,label\n"b\'caf\\xc3\\xa9 \\\'s\'",5\nb\'broken,1\n{long},3\n"a, ""b""\nc",4\n')
-    texts, toxic = fit_scorer._read(str(path), "text", "label", 3.0, ())
+    texts, toxic = fit_scorer._read(str(path), "", "text", "label", 3.0, ())
     assert texts == ["café 's", "b'broken", long, 'a, "b"\nc'] and toxic.tolist() == [True, False, False, True]
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": true}\n')
-    assert fit_scorer._read(str(path), "text", "label", 0.5, ())[1].tolist() == [False, True]
+    assert fit_scorer._read(str(path), "", "text", "label", 0.5, ())[1].tolist() == [False, True]
     path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": null}\n')
     with pytest.raises(UserError, match="a.jsonl, line 2, label: found nothing, expected a number"):
-        fit_scorer._read(str(path), "text", "label", 0.5, ())
+        fit_scorer._read(str(path), "", "text", "label", 0.5, ())
+
+
+def test_fit_scorer_reads_a_data_set_by_its_name(tmp_path):
+    """RealToxicityPrompts' continuations, of which Perspective gave one no score."""
+    texts, labels = toy_labelled(100)
+    scores = [None, *(float(label == "toxic") for label in labels[1:])]
+    rows = [
+        {"prompt": {"text": "He said"}, "continuation": {"text": text, "toxicity": score}}
+        for text, score in zip(texts, scores, strict=True)
+    ]
+    (tmp_path / "realtoxicityprompts").mkdir()
+    file = tmp_path / "realtoxicityprompts/prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings.default_config()
+    config.data_dir = str(tmp_path)
+    config.fit_scorer.update(
+        data="realtoxicityprompts", text_field="continuation", label_field="continuation_toxicity", above=0.5
+    )
+    [task] = fit_scorer.tasks(settings.parse_run(config, tmp_path))
+    [record] = run_tasks([task])
+    figures = record["figures"]
+    assert figures["train_texts"] + figures["test_texts"] == 99 and figures["auc"] > 0.9
+    assert figures["train_toxic"] + figures["test_toxic"] == sum(label == "toxic" for label in labels[1:])
+    file.write_text(file.read_text() + json.dumps(rows[1]) + "\n")
+    assert task.inputs()["data"] != record["inputs"]["data"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """`unidetox fit-scorer`: a linear toxicity scorer from labelled text, with its AUC on held-out text.
 
-Reads a csv, jsonl or parquet file; writes WORKDIR/scorer, for use as `linear:WORKDIR/scorer`. Training texts that the
-test file also contains (ToxiGen's two files share some) are dropped from training and counted.
+Reads a csv, jsonl or parquet file, or a data set by its name, whose rows without a label are left out; writes
+WORKDIR/scorer, for use as `linear:WORKDIR/scorer`. Training texts that the test also has (ToxiGen's two files share
+some) are dropped from training and counted.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from etils import epath
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from unidetox_jax import distributed, text_statistics
+from unidetox_jax import data, distributed, text_statistics
 from unidetox_jax.data import files
 from unidetox_jax.data.datasets import toxigen
 from unidetox_jax.errors import UserError, suggest
@@ -34,12 +35,13 @@ def _task(run: Run, name: str, recorded: OneScorerSettings) -> Task:
     settings = dataclasses.replace(recorded, data=run.path(recorded.data), test_data=run.path(recorded.test_data))
 
     def inputs() -> dict[str, str]:
-        return {"data": fingerprint(settings.data), "test_data": fingerprint(settings.test_data)}
+        sources = {"data": settings.data, "test_data": settings.test_data}
+        return {name: _fingerprint(source, run.shared.data_dir) for name, source in sources.items()}
 
     def body(directory: epath.Path) -> dict:
         if not distributed.is_main_process():  # nothing here runs on devices
             return {}
-        figures = fit(settings, directory)
+        figures = fit(settings, directory, run.shared.data_dir)
         print(describe(figures))
         print(f"use it: --config.evaluate.scorer=linear:{directory}")
         return figures
@@ -48,12 +50,16 @@ def _task(run: Run, name: str, recorded: OneScorerSettings) -> Task:
     return Task(f"fit-scorer {name}".strip(), directory, dataclasses.asdict(recorded), inputs, body)
 
 
-def fit(settings: OneScorerSettings, directory: epath.Path) -> dict:
-    """Fits on the training texts, tests on the others, writes the classifier; returns the figures for the record."""
-    texts, toxic = _read(settings.data, settings.text_field, settings.label_field, settings.above, settings.positive)
+def fit(settings: OneScorerSettings, directory: epath.Path, data_dir: epath.PathLike = "") -> dict:
+    """Fits on the training texts, tests on the others, writes the classifier; returns the figures for the record.
+    data_dir: where data sets are that are named, as `data.load` looks for them."""
+    texts, toxic = _read(
+        settings.data, data_dir, settings.text_field, settings.label_field, settings.above, settings.positive
+    )
     if settings.test_data:
         test = _read(
             settings.test_data,
+            data_dir,
             settings.test_text_field or settings.text_field,
             settings.test_label_field or settings.label_field,
             settings.test_above if settings.test_label_field else settings.above,
@@ -106,23 +112,39 @@ def describe(figures: dict) -> str:
     )
 
 
-def _read(path: str, text: str, label: str, above: float, positive: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+def _fingerprint(source: str, data_dir: epath.PathLike) -> str:
+    return data.fingerprint(source, data_dir) if data.is_spec(source) else fingerprint(source)
+
+
+def _read(
+    source: str, data_dir: epath.PathLike, text: str, label: str, above: float, positive: tuple[str, ...]
+) -> tuple[list[str], np.ndarray]:
     """(texts, bool [N] whether each is toxic: its label is in `positive`, or if that is empty greater than `above`)."""
-    (content,) = files.read([files.find(path, "")])
-    rows = list(files.rows(content, (text, label)))
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    texts = [toxigen.clean(files.text_of(row[text]), where) for where, row in rows]
+    if is_named := data.is_spec(source):
+        records = data.load(source, data_dir=data_dir)
+        where = [f"{source}, row {number}" for number in range(1, len(records) + 1)]
+        texts, labels = records.column(text), records.column(label)
+    else:
+        (content,) = files.read([files.find(source, "")])
+        rows = list(files.rows(content, (text, label)))
+        if not rows:
+            raise UserError(f"{source}: no rows")
+        where = [place for place, _ in rows]
+        texts, labels = ([row[field] for _, row in rows] for field in (text, label))
+    texts = [toxigen.clean(files.text_of(value), place) for value, place in zip(texts, where, strict=True)]
     if positive:
-        labels = [files.text_of(row[label]) for _, row in rows]
+        labels = [files.text_of(value) for value in labels]
         for value in positive:
             if value not in labels:
-                raise UserError(f"{path}: no row has {label} = {value!r}{suggest(value, set(labels))}")
+                raise UserError(f"{source}: no row has {label} = {value!r}{suggest(value, set(labels))}")
         return texts, np.isin(labels, positive)
-    numbers = np.array([files.number_of(row[label], f"{where}, {label}") for where, row in rows])
-    if np.isnan(numbers).any():
-        raise UserError(f"{rows[np.isnan(numbers).argmax()][0]}, {label}: found nothing, expected a number")
-    return texts, numbers > above
+    numbers = np.array(
+        [files.number_of(value, f"{place}, {label}") for value, place in zip(labels, where, strict=True)]
+    )
+    missing = np.isnan(numbers)
+    if missing.any() and not is_named:
+        raise UserError(f"{where[missing.argmax()]}, {label}: found nothing, expected a number")
+    return [text for text, skip in zip(texts, missing, strict=True) if not skip], numbers[~missing] > above
 
 
 def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:

@@ -174,7 +174,7 @@ class ReportSettings:
 class OneScorerSettings:
     """A linear toxicity scorer from labelled text."""
 
-    data: str = ""  # csv (with a header), jsonl or parquet
+    data: str = ""  # csv (with a header), jsonl or parquet, or the name of a data set
     text_field: str = "text"
     label_field: str = "toxicity_human"
     above: float = 3.0  # toxic: the label is a number greater than this …
