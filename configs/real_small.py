@@ -6,6 +6,7 @@
     configs/real_small.py:cpu                smaller numbers, one run: an evening on two cores
     configs/real_small.py:tiny               a LLaMA of 260 thousand parameters instead of both models: minutes
     configs/real_small.py:filtered           rejects toxic and degenerate texts and copies
+    configs/real_small.py:cpu,texts          for sweeps of distillation, on SmolLM2 alone (launch/proofs.sh texts)
     configs/real_small.py:cpu,seed=1         another seed
     configs/real_small.py:cpu,models=DIR     smollm2-135m and gemma3-270m from DIR instead of the hub
 
@@ -25,7 +26,7 @@ OTHER_SCORERS = ("tweets=linear:{workdir}/scorer/tweets", "web=linear:{workdir}/
 
 
 def get_config(argument=None):
-    options = parse_argument(argument, cpu=False, tiny=False, filtered=False, seed=0, models="")
+    options = parse_argument(argument, cpu=False, tiny=False, filtered=False, texts=False, seed=0, models="")
     config = default_config()
     config.name = "real-small"
     models = (SMOLLM2, GEMMA3)
@@ -71,6 +72,8 @@ def get_config(argument=None):
         _cpu(config)
     if options.tiny:
         _tiny(config)
+    if options.texts:
+        _texts(config)
     return config
 
 
@@ -101,3 +104,11 @@ def _tiny(config):
         "real text and whether the contrast moves this model's scores; they say nothing about models that people use. "
         "Perplexity is measured by the original model itself, which is not independent, and the scorers are linear."
     )
+
+
+def _texts(config):
+    """One target, and only what tells one distilled text from another."""
+    config.name += "-texts"
+    config.targets = config.control_targets = (config.base,)
+    config.evaluate.update(prompts="toxigen", metrics=("toxicity", "perplexity"))
+    config.sweep.validation_prompts = "toxigen?split=validation"

@@ -15,8 +15,8 @@ from conftest import HANGS
 from etils import epath
 from finetune_helpers import ROOT, make_world, start, training, write_config
 
-from unidetox_jax import cli
-from unidetox_jax.benchmarks import comparison
+from unidetox_jax import cli, text_statistics
+from unidetox_jax.benchmarks import comparison, distilled_text
 from unidetox_jax.evaluation.variant_selection import Choice, VariantScores, choose, pooled
 from unidetox_jax.stages import cells, grid, settings, sweep, task
 
@@ -294,6 +294,20 @@ def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
     assert "[" in rows["samples-only control"][2] and "1 targets and 2 runs" in lines[-1]
     assert comparison.main([str(tmp_path)]) == 2
     assert "no sweep.json" in capsys.readouterr().err
+
+
+def test_the_table_of_distilled_texts(alone, tmp_path, capsys):
+    """This sweep varies the learning rate as well, so that no model lies beside a text but the control."""
+    workdir, _ = alone
+    assert distilled_text.main([str(workdir)]) == 0
+    head, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0].strip("| `") for line in lines] == ["samples of the base model", *(f"alpha={a}" for a in ALPHAS)]
+    texts = [json.loads(line)["text"] for line in (workdir / "samples/texts.jsonl").open()]
+    share = sum(text_statistics.repeated_share(text) for text in texts) / len(texts)
+    assert dict(zip(head, lines[0], strict=True))["repeated 4-grams"] == f"{share:.1%}"
+    assert not (workdir / "scorer").exists() and not [title for title in head if "toxic by" in title]
+    assert distilled_text.main([str(tmp_path)]) == 2
+    assert "no distilled text" in capsys.readouterr().err
 
 
 def test_one_target_chooses_for_all(tmp_path, capsys):

@@ -25,6 +25,11 @@ def test_repeated_share_is_one_minus_distinct_over_all():
     assert text_statistics.repeated_share("a b", 4) == 0.0
 
 
+def test_symbol_share():
+    assert text_statistics.symbol_share("x = f(42) # why?") == 5 / 9
+    assert text_statistics.symbol_share("") == 0.0 and text_statistics.symbol_share("Don't, she said") == 1 / 4
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -29,6 +29,12 @@ def repeated_share(text: str, n: int = 4) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def symbol_share(text: str) -> float:
+    """The share of a text's words that are symbols, high in code and mathematics; 0 for a text without words."""
+    tokens = words(text)
+    return sum(not _ALPHANUMERIC.search(token) for token in tokens) / max(1, len(tokens))
+
+
 def degenerate(text: str, n: int = 4, share: float = 0.5) -> str:
     """The reason, one of `REASONS`, why a text is unusable as training text; empty if it is usable.
 
