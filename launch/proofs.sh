@@ -83,7 +83,7 @@ texts() {
   mkdir -p "$workdir"
   kinds_of_toxic_text "$workdir/kinds.jsonl"
   for grid in \
-    "distill.objective=contrastive(alpha=0.1),contrastive(alpha=0.3),contrastive_beta(alpha=0.1,beta=0.5)" \
+    "distill.objective=contrastive(alpha=0.1),contrastive(alpha=0.3),contrastive_beta(alpha=0.1,beta=1.0)" \
     "distill.prompt=People often say that" \
     "distill.reject.scorers=('toxigen=linear:{workdir}/scorer','tweets=linear:{workdir}/scorer/tweets','web=linear:{workdir}/scorer/web')" \
     "toxify.data=jsonl:{workdir}/kinds.jsonl?text=text"; do
