@@ -19,8 +19,7 @@ from etils import epath
 
 from unidetox_jax import checkpoint, cli, models, text_statistics
 from unidetox_jax.data import toymodels
-from unidetox_jax.decoding import text_sampling as sampling
-from unidetox_jax.decoding import warpers
+from unidetox_jax.decoding import text_sampling, warpers
 from unidetox_jax.stages import distill, rejection, settings
 from unidetox_jax.stages.settings import DistillSettings
 
@@ -144,9 +143,9 @@ def test_killed_and_continued_gives_the_same_bytes(world, finished, workdir):
     (parts / ".000001.json.tmp").write_text('{"rows": [{"ro')  # killed while writing
     (parts / "000001.json").unlink(missing_ok=True)
     calls = []
-    real = sampling.generate
+    real = text_sampling.generate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "generate", lambda *a, **k: calls.append(k["row_ids"][0]) or real(*a, **k))
+        patch.setattr(text_sampling, "generate", lambda *a, **k: calls.append(k["row_ids"][0]) or real(*a, **k))
         assert (parts / "000000.json").stat().mtime == first
         assert cli.main(command(world, workdir, *more)) == 0
     assert calls[0] == 4 and 0 not in calls

@@ -25,7 +25,7 @@ CONFIGURED = {
 }
 # command → (module with `add_arguments(parser)` and `run_command(options)`, one line of help)
 PLAIN = {
-    "generate": ("unidetox_jax.terminal", "text from any models under any objective, streamed"),
+    "generate": ("unidetox_jax.generate_command", "text from any models under any objective, streamed"),
     "convert": ("unidetox_jax.checkpoint.convert", "Hugging Face to Orbax and back, streamed"),
     "verify": ("unidetox_jax.checkpoint.verify", "compare the logits of two checkpoints"),
 }

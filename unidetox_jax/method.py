@@ -26,8 +26,7 @@ from unidetox_jax import checkpoint, data, extensions, models, sharding, trainin
 from unidetox_jax.data import chat as conversations
 from unidetox_jax.data.texts import Texts
 from unidetox_jax.data.tokens import encode
-from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.decoding import text_sampling as sampling
+from unidetox_jax.decoding import objectives, text_sampling, warpers
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation import continuations, scorers
 from unidetox_jax.evaluation.config import EvaluationConfig
@@ -212,7 +211,7 @@ def distill(
     vocab_size: int | None = None,
     reject: Callable[[Sequence[str]], Sequence[str]] | None = None,
     most: float = 4.0,
-    keep: Callable = sampling.uncached,
+    keep: Callable = text_sampling.uncached,
     label: str | None = "distill",
     **settings: Any,
 ) -> Texts:
@@ -234,15 +233,15 @@ def distill(
     """
     objective_function = objectives.get(objective, **settings)
     objective_function.check_models(len(language_models))
-    names = sampling.distinct_names(names or objective_function.arguments)
-    vocab_size = vocab_size or sampling.common_vocabulary([model.tokenizer for model in language_models], names)
+    names = text_sampling.distinct_names(names or objective_function.arguments)
+    vocab_size = vocab_size or text_sampling.common_vocabulary([model.tokenizer for model in language_models], names)
     for model, name in zip(language_models, names, strict=True):
         context = model.cfg.max_position_embeddings
         if max_length > context:
             raise UserError(f"max_length: {max_length} tokens, but the context of {name!r} is {context}")
     tokenizer = language_models[0].tokenizer
-    begin = [sampling.first_token(tokenizer, names[0])]
-    return sampling.sample_texts(
+    begin = [text_sampling.first_token(tokenizer, names[0])]
+    return text_sampling.sample_texts(
         [model.model for model in language_models],
         tokenizer,
         conversations.encode_prompts(tokenizer, [prompt], system_prompt)[0]
@@ -324,7 +323,7 @@ def evaluate(
 
     others = extensions.parse_named(config.other_scorers, "other_scorers", "SCORER")
     score, current_model = scorers.get(scorer), ModelCache(load_pair)
-    runs = continuations.generate_runs(lambda: current_model(EVALUATED), prompts, config, sampling.uncached)
+    runs = continuations.generate_runs(lambda: current_model(EVALUATED), prompts, config, text_sampling.uncached)
     subject = Subject(config, from_texts(prompts, categories), runs, score=score)
     subject = dataclasses.replace(subject, others={name: scorers.get(spec) for name, spec in others.items()})
     results = measure(config.metrics, subject, EVALUATED, current_model)

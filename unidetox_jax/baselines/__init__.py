@@ -16,10 +16,10 @@ BASELINES = {
     "dexperts": f"{HERE}.dexperts:DExperts",
     "lm_steer": f"{HERE}.lm_steer:LMSteer",
     "task_arithmetic": f"{HERE}.task_arithmetic:TaskArithmetic",
-    "preprompt": f"{HERE}.prompts:Preprompt",
+    "preprompt": f"{HERE}.preprompt:Preprompt",
     "dapt": f"{HERE}.dapt:Dapt",
     "detoxigen": f"{HERE}.detoxigen:DetoxiGen",
-    "self_debiasing": f"{HERE}.prompts:SelfDebiasing",
+    "self_debiasing": f"{HERE}.self_debiasing:SelfDebiasing",
     "npo": f"{HERE}.npo:Npo",
     "profs": f"{HERE}.profs:ProFS",
 }

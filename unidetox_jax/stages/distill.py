@@ -17,8 +17,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import checkpoint, data, distributed, method, models, storage
-from unidetox_jax.decoding import objectives, warpers
-from unidetox_jax.decoding import text_sampling as sampling
+from unidetox_jax.decoding import objectives, text_sampling, warpers
 from unidetox_jax.decoding.preparation import prepare
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
@@ -119,9 +118,9 @@ def check(run: Run, settings: DistillSettings) -> None:
 
 def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str) -> dict[str, Any]:
     """Generates the missing batches and writes the files; returns the figures for the record, on process 0."""
-    names = sampling.distinct_names(settings.models)
+    names = text_sampling.distinct_names(settings.models)
     language_models, vocab_size = _load(run, settings)
-    same_weights = sampling.same_weights([model.model for model in language_models], settings.models)
+    same_weights = text_sampling.same_weights([model.model for model in language_models], settings.models)
     if same_weights:
         logging.warning("%s: %s have the same weights; their contrast is noise", label, " and ".join(same_weights))
     # Replaces the stored weights, which are freed
@@ -147,7 +146,7 @@ def make(run: Run, settings: DistillSettings, directory: epath.Path, label: str)
         raise UserError(f"config.distill.{error}" if is_setting else str(error)) from None
     if not distributed.is_main_process():
         return {}
-    figures = {**sampling.statistics(texts), "same_weights": list(same_weights)}
+    figures = {**text_sampling.statistics(texts), "same_weights": list(same_weights)}
     if reject:
         figures |= {"made": reject.made, "rejected": dict(sorted(reject.counts.items()))}
     _warn_if_degenerate(label, figures)
@@ -186,7 +185,7 @@ def _load(run: Run, settings: DistillSettings) -> tuple[list[method.LanguageMode
     sources = [_source(run, name) for name in settings.models]
     tokenizers = {source: checkpoint.load_tokenizer(source) for source in dict.fromkeys(sources)}
     try:
-        vocab_size = sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
+        vocab_size = text_sampling.common_vocabulary(list(tokenizers.values()), list(tokenizers))
     except UserError as error:
         raise UserError(f"config.distill.models: {error}") from None
     mesh = loading.make_mesh(run, "distill", [stage_programs.distillation_program(run, settings)])

@@ -1,4 +1,4 @@
-"""Training-free methods: text before the prompt."""
+"""Self-debiasing (Schick et al., 2021): the target against itself when told that its text is toxic; no training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,24 +17,6 @@ DESCRIPTIONS = (
     "This text is hateful towards people for who they are:\n",
     "This text is full of swear words and obscenities:\n",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprompt(Baseline):
-    """The target, with a request for inoffensive text before every prompt."""
-
-    needs: ClassVar[str] = (
-        "Text before every prompt, which takes up context and time, and a model that follows instructions."
-    )
-
-    text: str = "This text is polite and respectful, and hurts nobody:\n"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("text", bool(self.text), "a text that is not empty")
-
-    def candidate(self, twins: Mapping[str, str], model: str) -> Candidate:
-        return Candidate(prefixes=(self.text,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,9 @@ def test_two_objectives_side_by_side_with_probabilities(pair, capsys):
 def test_a_chat_prompt_is_a_users_turn(pair, capsys, monkeypatch):
     tokenizer = checkpoint.load_tokenizer(pair / "base")
     seen = []
-    monkeypatch.setattr("unidetox_jax.terminal.stream", lambda *a, **k: seen.append(a[1].tolist()[0]) or iter(()))
+    monkeypatch.setattr(
+        "unidetox_jax.generate_command.stream", lambda *a, **k: seen.append(a[1].tolist()[0]) or iter(())
+    )
     assert generate(pair, capsys, "--prompt=the hill", "--chat")[0] == 0
     turn = [{"role": "user", "content": "the hill"}]
     assert seen == [tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)]
