@@ -136,6 +136,21 @@ def test_a_row_is_sampled_equally_alone_and_among_others(name):
         np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs take a few rows at a time")
+@pytest.mark.parametrize("layout, rows", [("data:1", 2), ("data:2,fsdp:4", 1)])
+@pytest.mark.parametrize("name", ("none", "top_p"))
+def test_a_few_rows_at_a_time_give_the_same_tokens(name, layout, rows, monkeypatch):
+    """Chunks of the 16 rows of one device, or of the two of each device."""
+    scores, row_ids = scores_with_ties(), jnp.arange(BATCH)
+    expected = np.asarray(sample_rows(scores, CHAINS[name], row_ids))
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", (4 * rows + 2) * VOCABULARY)
+    chunked = jax.jit(sample_rows.__wrapped__)
+    with jax.set_mesh(make_mesh(layout, jax.devices()[:1] if layout == "data:1" else None)):
+        text = chunked.lower(scores, CHAINS[name], row_ids).as_text()
+        np.testing.assert_array_equal(chunked(scores, CHAINS[name], row_ids), expected)
+    assert f"tensor<{rows}x{VOCABULARY}xf32>" in text
+
+
 @pytest.mark.parametrize(
     "name, layout",
     [(name, "data:2,model:4") for name in CHAINS] + [("all", "model:8"), ("top_p", "data:2,fsdp:4")],

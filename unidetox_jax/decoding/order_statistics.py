@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unidetox_jax import sharding
+
 
 def bisect(predicate: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array, steps: int = 32) -> jax.Array:
     """The largest integer in [low, high] for which a monotone predicate (true, then false) is true.
@@ -87,11 +89,19 @@ def outside_tail(probabilities: jax.Array, tail: jax.Array | float) -> jax.Array
     floor = lax.bitcast_convert_type(cut, jnp.float32)
     # Among tokens of the crossing probability, the lowest ids are dropped, as many as still fit into the tail.
     mass, tied = below(floor), probabilities == floor
-    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tied.shape)
-    last = jnp.max(jnp.where(tied, ids, 0), -1, keepdims=True)
 
-    def fits(cut):
-        return mass + floor * jnp.sum(tied & (ids < cut), -1, keepdims=True, dtype=jnp.float32) <= tail
+    def first_kept():
+        ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tied.shape)
+        last = jnp.max(jnp.where(tied, ids, 0), -1, keepdims=True)
 
-    first = bisect(fits, jnp.zeros_like(last), last, steps=size.bit_length())
-    return (probabilities > floor) | (tied & (ids >= first))
+        def fits(cut):
+            return mass + floor * jnp.sum(tied & (ids < cut), -1, keepdims=True, dtype=jnp.float32) <= tail
+
+        return ids >= bisect(fits, jnp.zeros_like(last), last, steps=size.bit_length())
+
+    if sharding.device_of().platform == "cpu":  # a single token does not fit, or the cut would be higher
+        several = jnp.any(jnp.sum(tied, -1) > 1)
+        kept = lax.cond(several, first_kept, lambda: jnp.ones_like(tied))
+    else:  # a branch would wait for the host
+        kept = first_kept()
+    return (probabilities > floor) | (tied & kept)
