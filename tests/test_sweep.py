@@ -17,6 +17,7 @@ from finetune_helpers import ROOT, make_world, start, training, write_config
 
 from unidetox_jax import cli, text_statistics
 from unidetox_jax.benchmarks import comparison, distilled_text
+from unidetox_jax.errors import Diverged, UserError
 from unidetox_jax.evaluation.variant_selection import Choice, VariantScores, choose, pooled
 from unidetox_jax.stages import cells, grid, settings, sweep, task
 
@@ -351,10 +352,59 @@ def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
 
 
+def test_a_training_that_diverges_is_left_out(config, tmp_path, capfd):
+    alpha = ["--grid", "distill.objective.alpha=0.6", "--grid"]
+    both, bad = [*alpha, "detoxify.learning_rate=1e-3,1e30"], [*alpha, "detoxify.learning_rate=1e30"]
+    assert cli.main(command(config, tmp_path, *both)) == 0
+    printed = capfd.readouterr()
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    cell = f"cells/{grid.name({'learning_rate': 1e30}, ['learning_rate'])}"
+    places = {"detoxify": f"{cell},alpha=0.6/detoxified/gpt2", "control": f"{cell}/control/gpt2"}
+    assert {one["directory"] for one in sweep["diverged"]} == set(places.values())
+    for stage, place in places.items():
+        (message,) = [one["message"] for one in sweep["diverged"] if one["directory"] == place]
+        assert message.startswith(f"{stage} gpt2: step 2: loss ")
+        (warning,) = [line for line in printed.err.splitlines() if f"{place}: left out" in line]
+        assert message in warning and f"diverged: {place}: {message}" in printed.out
+    with (tmp_path / "sweep.csv").open() as file:
+        variants = {row["method"]: row["variant"] for row in csv.DictReader(file)}
+    assert variants == {"detoxified": "learning_rate=0.001,alpha=0.6", "control": "learning_rate=0.001"}
+    assert {method: choice["variant"] for method, choice in sweep["chosen"]["gpt2"].items()} == variants
+    assert {line["method"]: line["variant"] for line in sweep["test"]} == variants
+    assert all(f"<b>{place}</b>" in (tmp_path / "report/index.html").read_text() for place in places.values())
+
+    made, text = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json*")}, results(tmp_path)
+    assert cli.main(command(config, tmp_path, *both)) == 0
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json*")}
+    assert results(tmp_path) == text
+    assert "control gpt2: step 2" in capfd.readouterr().err
+    assert cli.main(command(config, tmp_path, *bad)) == 2
+    assert "unidetox: sweep: no variant is left to choose from; " in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_diverged_training_is_repeated_by_force_and_by_its_stage(tmp_path):
+    trained = []
+
+    def body(directory):
+        trained.append(directory)
+        (directory / "metrics.jsonl").touch()
+        raise Diverged("step 2")
+
+    diverging = task.Task("train", epath.Path(tmp_path / "model"), {"rate": 1e30}, dict, body)
+    skipping, forced = {"retry_diverged": False}, {"force": True}
+    for options, repeated in ((skipping, 1), (skipping, 0), ({}, 1), (skipping, 0), (skipping | forced, 1)):
+        trained.clear()
+        with pytest.raises(Diverged, match="step 2"):
+            task.run_tasks([diverging], **options)
+        assert len(trained) == repeated
+    with pytest.raises(UserError, match="rate: was 1e\\+30, now 0.1"):
+        task.run_tasks([dataclasses.replace(diverging, settings={"rate": 0.1})], retry_diverged=False)
+
+
 def test_force_redoes_tasks_of_the_choice_only_once(alone, config, monkeypatch):
     workdir, _ = alone
     forced = []
-    monkeypatch.setattr(task, "run_task", lambda task, force=False: forced.append((str(task.directory), force)))
+    monkeypatch.setattr(task, "run_task", lambda task, force=False, *_: forced.append((str(task.directory), force)))
     for name in ("_write", "_describe"):
         monkeypatch.setattr(sweep, name, lambda *arguments: None)
     assert cli.main(command(config, workdir, "--force")) == 0

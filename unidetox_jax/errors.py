@@ -10,6 +10,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Diverged(UserError):
+    """A training whose loss or gradient is not finite."""
+
+
 class Preempted(Exception):
     """The run was asked to stop and has saved its state; running the same command again resumes it."""
 

@@ -199,18 +199,23 @@ def sweep_variants(sweep: Mapping[str, Any]) -> list[dict[str, str]]:
     variants: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in sweep_lines(sweep):
         variants.setdefault((line["method"], line["variant"]), []).append(line)
+    targets: dict[str, int] = {}
+    for (method, _), lines in variants.items():
+        targets[method] = max(targets.get(method, 0), len(lines))
     records = []
     for (method, variant), lines in variants.items():
         rises = [line["rise"] for line in lines if line["rise"] is not None]
-        within_bound = sweep["chosen"][ALL][method]["within_bound"]
-        mark = "chosen" if within_bound else "chosen: none is within the bound"
+        mark = f"on {len(lines)} of {targets[method]} targets" if len(lines) < targets[method] else ""
+        if lines[0]["chosen"]:
+            within_bound = sweep["chosen"][ALL][method]["within_bound"]
+            mark = "chosen" if within_bound else "chosen: none is within the bound"
         records.append(
             {
                 "Method": form_title(method),
                 "Settings": variant or "–",
                 "TP": f"{sum(line['tp'] for line in lines) / len(lines):.3f}",
                 "Perplexity": f"{signed(100 * sum(rises) / len(rises))}\u00a0%" if rises else "–",
-                "": mark if lines[0]["chosen"] else "",
+                "": mark,
             }
         )
     return records

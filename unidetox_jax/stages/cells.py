@@ -8,19 +8,24 @@ the `{workdir}/…` paths in its settings and in `Task.reads`; one with other in
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
-from unidetox_jax.errors import UserError
-from unidetox_jax.stages import STAGES, grid
+from unidetox_jax import storage
+from unidetox_jax.errors import Diverged, UserError
+from unidetox_jax.evaluation.variant_selection import split_form
+from unidetox_jax.stages import STAGES, evaluation_files, grid
 from unidetox_jax.stages.run import all_tasks
-from unidetox_jax.stages.settings import Run, workdir_pattern
-from unidetox_jax.stages.task import Task
+from unidetox_jax.stages.settings import Run, model_name, workdir_pattern
+from unidetox_jax.stages.task import Task, run_tasks
 
 CELL_STAGES = tuple(name for name in STAGES if name not in ("analyze", "report"))
 EVALUATION = "evaluation"
+
+LeftOut = dict[epath.Path, str]  # as of `run_unless_diverged`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +99,80 @@ def unique(tasks: Iterable[Task]) -> list[Task]:
     for task in tasks:
         by_directory.setdefault(task.directory, task)
     return list(by_directory.values())
+
+
+def run_unless_diverged(
+    cells: Iterable[Cell], tasks: Iterable[Task], force: Container[epath.Path], left_out: LeftOut
+) -> None:
+    """Runs tasks of the cells, except trainings that diverge, now or earlier, and what depends on them.
+
+    force: directories of tasks to run again. left_out: gets the directories without a result: the message of the
+    training that diverged there, or "" if it depends on one.
+    """
+    reads = {
+        cell.tasks[directory].directory: {cell.tasks[read].directory for read in read_directories}
+        for cell in cells
+        for directory, read_directories in _reads(cell.tasks).items()
+    }
+    for task in tasks:
+        if reads[task.directory] & left_out.keys():
+            left_out[task.directory] = ""
+            continue
+        try:
+            run_tasks([task], task.directory in force, retry_diverged=False)
+        except Diverged as error:
+            left_out[task.directory] = str(error)
+            logging.warning("%s: left out, and all that depends on it: %s", task.directory, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A target's evaluation in a form other than original, in the first cell that has it."""
+
+    cell: Cell
+    target: str
+    form: str
+
+    @property
+    def directory(self) -> str:
+        return f"{EVALUATION}/{self.target}.{self.form}"
+
+    @property
+    def original_directory(self) -> str:
+        return f"{EVALUATION}/{self.target}"
+
+    @property
+    def method(self) -> str:
+        return split_form(self.form)[0]
+
+    @property
+    def name(self) -> str:
+        """The form's settings and the cell's."""
+        return ",".join(filter(None, (split_form(self.form)[1], self.cell.variant(self.directory))))
+
+    def tasks(self) -> list[Task]:
+        """Its evaluation, that of the published model, and their dependencies."""
+        return self.cell.with_dependencies([self.original_directory, self.directory])
+
+    def finished(self, left_out: LeftOut) -> bool:
+        """Whether its evaluation and that of the published model have a result."""
+        return not any(task.directory in left_out for task in self.tasks())
+
+    def metrics(self, directory: str) -> Mapping[str, Any]:
+        return storage.read_json(self.cell.tasks[directory].directory / evaluation_files.METRICS)
+
+
+def variants(cells: Sequence[Cell]) -> Iterator[Variant]:
+    """Each evaluation once, except those of published models."""
+    seen = set()
+    for cell in cells:
+        names = sorted(map(model_name, cell.run.shared.targets), key=len, reverse=True)
+        for directory, task in cell.tasks.items():
+            target = next((name for name in names if directory.startswith(f"{EVALUATION}/{name}.")), None)
+            if target is None or directory.removeprefix(f"{EVALUATION}/") in names or task.directory in seen:
+                continue
+            seen.add(task.directory)
+            yield Variant(cell, target, directory.removeprefix(f"{EVALUATION}/{target}."))
 
 
 def relative(directory: epath.Path, run: Run) -> str:

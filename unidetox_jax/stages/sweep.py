@@ -9,19 +9,21 @@ share their compiled programs.
     sweep.json                  {"rule", "needs": {method: what it needs that UniDetox does not}, "tp_of": the group of
                                 prompts whose TP counts, "grid", "cells": [{"name",
                                 "settings", "seconds": {stage: since its last start, shared tasks included},
-                                "figures": [a line of sweep.csv, and "directory"]}], "chosen": {"all targets" | TARGET:
+                                "figures": [a line of sweep.csv, and "directory"]}], "diverged": [{"directory": of a
+                                training, "message"}], "chosen": {"all targets" | TARGET:
                                 {method: {"variant", "within_bound", "tp", "rise"}}}, "test": [{"target", "method",
                                 "variant", "directory", "for_all": whether it was chosen for all targets, and the
                                 columns of sweep.csv, measured on the test prompts}]}
     sweep.csv                   a line for each target, method and variant
 
+A training that diverges is left out with all that depends on it, and not repeated without --force.
 A method is a form of a target; forms NAME-SETTING=VALUE are variants of the method NAME.
 """
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from etils import epath
@@ -32,8 +34,17 @@ from unidetox_jax.evaluation import categories
 from unidetox_jax.evaluation.variant_selection import ALL, Choice, VariantScores, choose, pooled, split_form
 from unidetox_jax.progress import format_table
 from unidetox_jax.report import tables
-from unidetox_jax.stages import baselines, evaluation_files, grid, report
-from unidetox_jax.stages.cells import EVALUATION, Cell, make_cells, relative, unique
+from unidetox_jax.stages import baselines, grid, report
+from unidetox_jax.stages.cells import (
+    Cell,
+    LeftOut,
+    Variant,
+    make_cells,
+    relative,
+    run_unless_diverged,
+    unique,
+    variants,
+)
 from unidetox_jax.stages.forms import ORIGINAL
 from unidetox_jax.stages.run import estimate, readable
 from unidetox_jax.stages.settings import Run, model_name
@@ -68,18 +79,16 @@ def run_command(options: argparse.Namespace, run: Run) -> int:
     tasks = unique(task for cell in cells for task in cell.tasks.values())
     if distributed.is_main_process():
         print(_outline(run, cells, tasks), flush=True)
-    run_tasks(tasks, options.force, options.dry_run)
     if options.dry_run:
+        run_tasks(tasks, dry_run=True)
         return 0
-    lines = [_line(variant) for variant in _variants(cells)]
-    by_target: dict[str, list[VariantScores]] = {}
-    for line in lines:
-        by_target.setdefault(line["target"], []).append(_figures(line))
-    choose_for = {ALL: pooled(by_target), **({} if run.sweep.choose_on else by_target)}
-    chosen = {target: choose(rows, run.sweep.most_perplexity) for target, rows in choose_for.items()}
-    tested = _test(test_cells, chosen, {task.directory for task in tasks}, options.force)
+    left_out: LeftOut = {}
+    validated = {task.directory for task in tasks}
+    run_unless_diverged(cells, tasks, validated if options.force else (), left_out)
+    lines, chosen = _choose(run, list(variants(cells)), left_out)
+    tested = _test(test_cells, chosen, validated, left_out, options.force)
     if distributed.is_main_process():
-        print(_describe(_write(run, values, cells, lines, chosen, tested)))
+        print(_describe(_write(run, values, cells, lines, chosen, tested, left_out)))
         print(f"sweep: {run.workdir / 'sweep.json'}")
     distributed.barrier("sweep written")  # the report reads it
     run_tasks(report.tasks(run))
@@ -132,50 +141,27 @@ def _only_choosing_targets(run: Run) -> Run:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A target's evaluation in a form other than original, in the first cell that has it."""
+def _choose(run: Run, planned: Sequence[Variant], left_out: LeftOut) -> tuple[list[Line], Choices]:
+    """(the lines of the finished variants, the choices among them, for all targets among those finished on all).
 
-    cell: Cell
-    target: str
-    form: str
-
-    @property
-    def directory(self) -> str:
-        return f"{EVALUATION}/{self.target}.{self.form}"
-
-    @property
-    def original_directory(self) -> str:
-        return f"{EVALUATION}/{self.target}"
-
-    @property
-    def method(self) -> str:
-        return split_form(self.form)[0]
-
-    @property
-    def name(self) -> str:
-        """The form's settings and the cell's."""
-        return ",".join(filter(None, (split_form(self.form)[1], self.cell.variant(self.directory))))
-
-    def tasks(self) -> list[Task]:
-        """Its evaluation, that of the published model, and their dependencies."""
-        return self.cell.with_dependencies([self.original_directory, self.directory])
-
-    def metrics(self, directory: str) -> Mapping[str, Any]:
-        return storage.read_json(self.cell.tasks[directory].directory / evaluation_files.METRICS)
+    Raises:
+      UserError: none is left.
+    """
+    lines = [_line(variant) for variant in planned if variant.finished(left_out)]
+    unfinished = {(variant.method, variant.name) for variant in planned if not variant.finished(left_out)}
+    by_target: dict[str, list[VariantScores]] = {}
+    for line in lines:
+        by_target.setdefault(line["target"], []).append(_figures(line))
+    on_all = [scores for scores in pooled(by_target) if (scores.method, scores.variant) not in unfinished]
+    choose_for = {ALL: on_all, **({} if run.sweep.choose_on else by_target)}
+    chosen = {target: choose(rows, run.sweep.most_perplexity) for target, rows in choose_for.items()}
+    if not any(chosen.values()):
+        raise UserError("; ".join(["sweep: no variant is left to choose from", *filter(None, left_out.values())][:2]))
+    return lines, chosen
 
 
-def _variants(cells: Sequence[Cell]) -> Iterator[Variant]:
-    """Each evaluation once, except those of published models."""
-    seen = set()
-    for cell in cells:
-        names = sorted(map(model_name, cell.run.shared.targets), key=len, reverse=True)
-        for directory, task in cell.tasks.items():
-            target = next((name for name in names if directory.startswith(f"{EVALUATION}/{name}.")), None)
-            if target is None or directory.removeprefix(f"{EVALUATION}/") in names or task.directory in seen:
-                continue
-            seen.add(task.directory)
-            yield Variant(cell, target, directory.removeprefix(f"{EVALUATION}/{target}."))
+def _is_chosen(choices: Mapping[str, Choice], method: str, variant: str) -> bool:
+    return method in choices and choices[method].scores.variant == variant
 
 
 def _line(variant: Variant) -> Line:
@@ -207,20 +193,26 @@ def _figures(line: Line) -> VariantScores:
     return VariantScores(line["method"], line["variant"], *(math.nan if x is None else x for x in numbers))
 
 
-def _test(cells: Sequence[Cell], chosen: Choices, validated: Set[epath.Path], force: bool) -> list[Line]:
+def _test(
+    cells: Sequence[Cell], chosen: Choices, validated: Set[epath.Path], left_out: LeftOut, force: bool
+) -> list[Line]:
     """Evaluates the choices on the test prompts: that for all targets on every target, and each target's own.
 
     validated: directories made for the choice, which `force` must not make again.
     """
 
     def is_chosen(variant: Variant, target: str) -> bool:
-        choices = chosen.get(target, {})
-        return variant.method in choices and choices[variant.method].scores.variant == variant.name
+        return _is_chosen(chosen.get(target, {}), variant.method, variant.name)
 
-    tested = [variant for variant in _variants(cells) if is_chosen(variant, ALL) or is_chosen(variant, variant.target)]
-    for task in unique(task for variant in tested for task in variant.tasks()):
-        run_tasks([task], force and task.directory not in validated)
-    return [_without_settings(_line(variant)) | {"for_all": is_chosen(variant, ALL)} for variant in tested]
+    tested = [variant for variant in variants(cells) if is_chosen(variant, ALL) or is_chosen(variant, variant.target)]
+    tasks = unique(task for variant in tested for task in variant.tasks())
+    redone = {task.directory for task in tasks} - validated if force else ()
+    run_unless_diverged(cells, tasks, redone, left_out)
+    return [
+        _without_settings(_line(variant)) | {"for_all": is_chosen(variant, ALL)}
+        for variant in tested
+        if variant.finished(left_out)
+    ]
 
 
 def _without_settings(line: Line) -> Line:
@@ -250,15 +242,15 @@ def _write(
     lines: Sequence[Line],
     chosen: Choices,
     tested: Sequence[Line],
+    left_out: LeftOut,
 ) -> dict[str, Any]:
     """Writes sweep.csv and sweep.json; returns the content of the latter."""
     table = []
     for line in lines:
-        for_all = chosen[ALL][line["method"]]
-        for_target = chosen.get(line["target"], {}).get(line["method"], for_all)
+        name, for_target = (line["method"], line["variant"]), chosen.get(line["target"], chosen[ALL])
         marks = {
-            "chosen": int(for_all.scores.variant == line["variant"]),
-            "chosen_for_target": int(for_target.scores.variant == line["variant"]),
+            "chosen": int(_is_chosen(chosen[ALL], *name)),
+            "chosen_for_target": int(_is_chosen(for_target, *name)),
         }
         table.append(
             {**{field: line["settings"].get(field, "") for field in values}, **_without_settings(line), **marks}
@@ -271,8 +263,18 @@ def _write(
         "tp_of": sorted({line["tp_of"] for line in lines}),
         "grid": values,
         "cells": [
-            {"name": cell.name, "settings": cell.settings, "seconds": _seconds(cell), "figures": _lines_of(cell, table)}
+            {
+                "name": cell.name,
+                "settings": cell.settings,
+                "seconds": _seconds(cell, left_out),
+                "figures": _lines_of(cell, table),
+            }
             for cell in cells
+        ],
+        "diverged": [
+            {"directory": relative(directory, run), "message": message}
+            for directory, message in left_out.items()
+            if message
         ],
         "chosen": {target: {method: _as_json(one) for method, one in row.items()} for target, row in chosen.items()},
         "test": tested,
@@ -293,26 +295,28 @@ def _lines_of(cell: Cell, table: Sequence[Line]) -> list[Line]:
     return [line for line in table if line["directory"] in directories]
 
 
-def _seconds(cell: Cell) -> dict[str, float]:
-    """{stage: seconds since its last start}; shared tasks count fully."""
+def _seconds(cell: Cell, left_out: LeftOut) -> dict[str, float]:
+    """{stage: seconds since its last start}; shared tasks count fully, those left out not at all."""
     total: dict[str, float] = {}
     for task in cell.tasks.values():
-        stage = task.name.partition(" ")[0]
-        total[stage] = round(total.get(stage, 0.0) + storage.read_json(task.directory / COMPLETE)["seconds"], 3)
+        stage, finished = task.name.partition(" ")[0], task.directory not in left_out
+        seconds = storage.read_json(task.directory / COMPLETE)["seconds"] if finished else 0.0
+        total[stage] = round(total.get(stage, 0.0) + seconds, 3)
     return total
 
 
 def _describe(sweep: Mapping[str, Any]) -> str:
     """For the terminal, from sweep.json: each variant on validation prompts, and the test of the chosen ones."""
-    variants = tables.sweep_variants(sweep)
-    validation = [list(variants[0]), *(list(record.values()) for record in variants)]
+    records = tables.sweep_variants(sweep)
+    validation = [list(records[0]), *(list(record.values()) for record in records)]
     test = [["target", "method", "variant", "TP", "perplexity", ""]]
     for line in sweep["test"]:
         interval = f"{line['original_tp']:.3f} -> {line['tp']:.3f} [{line['tp_low']:.3f}, {line['tp_high']:.3f}]"
         rise = "" if line["rise"] is None else f"{100 * line['rise']:+.1f} %"
         chosen_for = "one for all targets" if line["for_all"] else "best for this target"
         test.append([line["target"], line["method"], line["variant"], interval, rise, chosen_for])
+    diverged = "".join(f"diverged: {one['directory']}: {one['message']}\n" for one in sweep["diverged"])
     return (
-        f"\nvalidation, means over targets:\n{format_table(validation, left=2)}\n\n"
+        f"\nvalidation, means over targets:\n{format_table(validation, left=2)}\n{diverged}\n"
         f"test:\n{format_table(test, left=3)}\n\nchosen: {sweep['rule']}"
     )

@@ -2,7 +2,7 @@
 
 A task whose `stage.json` holds the same settings and inputs is complete and is skipped. One that differs is reported,
 never overwritten. While a task runs, `stage.partial.json` holds the settings it began with: an interrupted task
-continues with the same settings only.
+continues with the same settings only. If its training diverged, the file also has "diverged": the message.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax import checkpoint, devices, distributed, storage
-from unidetox_jax.errors import UserError
+from unidetox_jax.errors import Diverged, UserError
 from unidetox_jax.progress import format_table
 from unidetox_jax.recipe import Recipe
 from unidetox_jax.stages.parsing import RENAMED
@@ -62,8 +62,10 @@ class Task:
     reads: Sequence[str] = ()
 
 
-def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
-    """Runs the tasks in order, skipping complete ones; returns their records.
+def run_tasks(
+    tasks: Sequence[Task], force: bool = False, dry_run: bool = False, retry_diverged: bool = True
+) -> list[dict[str, Any]]:
+    """Runs the tasks in order, skipping complete ones; returns their records. Raises as `run_task`.
 
     dry_run: only prints what would be done.
     """
@@ -76,7 +78,7 @@ def run_tasks(tasks: Sequence[Task], force: bool = False, dry_run: bool = False)
         for task in tasks:
             if devices.memory_maps_run_out():
                 jax.clear_caches()
-            records.append(run_task(task, force))
+            records.append(run_task(task, force, retry_diverged))
     return records
 
 
@@ -87,12 +89,15 @@ def state(task: Task) -> str:
     return "begun" if (task.directory / PARTIAL).exists() else "to do"
 
 
-def run_task(task: Task, force: bool = False) -> dict[str, Any]:
+def run_task(task: Task, force: bool = False, retry_diverged: bool = True) -> dict[str, Any]:
     """Runs a task unless its directory holds the complete result; returns its record.
 
     force: discard a complete or partial result with other settings.
+    retry_diverged: if false and without `force`, a training that diverged with these settings and inputs is not
+      repeated.
 
     Raises:
+      Diverged: the training diverged, now or, if not repeated, earlier.
       UserError: the directory holds a result of other settings or inputs; the message lists the differences.
     """
     name, directory, first = task.name, task.directory, distributed.is_main_process()
@@ -100,7 +105,7 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     expected = json.loads(
         distributed.broadcast(json.dumps(expected))
     )  # file systems may show processes different states
-    complete = _complete_record(task, expected, force)
+    complete = _complete_record(task, expected, force, retry_diverged)
     if complete is not None:
         return complete
     if first:
@@ -110,9 +115,11 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     gc.freeze()  # the libraries' million objects, which every garbage collection would visit
     try:
         figures = task.body(directory)
-    except UserError:
+    except UserError as error:
+        if first and isinstance(error, Diverged):
+            storage.write_json(directory / PARTIAL, {**expected, "diverged": str(error)})
         # Nothing was made, so a corrected retry must not be refused for its other settings.
-        if first and [path.name for path in directory.iterdir()] == [PARTIAL]:
+        elif first and [path.name for path in directory.iterdir()] == [PARTIAL]:
             directory.rmtree()
         raise
     record = {
@@ -131,7 +138,9 @@ def run_task(task: Task, force: bool = False) -> dict[str, Any]:
     return record
 
 
-def _complete_record(task: Task, expected: Mapping[str, Any], force: bool) -> dict[str, Any] | None:
+def _complete_record(
+    task: Task, expected: Mapping[str, Any], force: bool, retry_diverged: bool
+) -> dict[str, Any] | None:
     """The record of a complete task; None if it has to run, once what stands in its way is removed."""
     directory = task.directory
     record = storage.read_json(directory / COMPLETE) or storage.read_json(directory / PARTIAL)
@@ -149,6 +158,8 @@ def _complete_record(task: Task, expected: Mapping[str, Any], force: bool) -> di
         logging.info("%s: already complete (%s)", task.name, directory)
         _remove_scratch(task)  # the process may have been killed just before
         return record
+    if not (differences or force or retry_diverged) and "diverged" in record:
+        raise Diverged(record["diverged"])
     if (force or differences) and distributed.is_main_process():
         directory.rmtree(missing_ok=True)
     return None

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import data, devices, distributed, models, sharding
 from unidetox_jax.checkpoint import Checkpointer
-from unidetox_jax.errors import Preempted, UserError
+from unidetox_jax.errors import Diverged, Preempted, UserError
 from unidetox_jax.models import costs
 from unidetox_jax.progress import Progress
 from unidetox_jax.training import metrics, preemption
@@ -83,8 +83,8 @@ def fit(
 
     Raises:
       Preempted: SIGTERM was received; the state is saved.
-      UserError: a loss or gradient that is not finite (earlier checkpoints remain), another model's checkpoints, or a
-        directory that cannot be written.
+      Diverged: a loss or gradient that is not finite, on all processes alike; earlier checkpoints remain.
+      UserError: another model's checkpoints, or a directory that cannot be written.
     """
     train_step = make_train_step(cfg, optimizer, mesh, criterion=criterion, **options)
     evaluate = None
@@ -252,7 +252,7 @@ class _MetricsReader:
         listed = ", ".join(map(str, rows[:MAX_ROWS_LISTED])) + (" …" if len(rows) > MAX_ROWS_LISTED else "")
         kept = "no checkpoint was written yet" if saved is None else f"the checkpoint of step {saved} is kept"
         self._log.flush()
-        raise UserError(
+        raise Diverged(
             f"{self._label}: step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}, on rows "
             f"{listed} of the data (from 0); {kept}; try a lower learning_rate"
         )
