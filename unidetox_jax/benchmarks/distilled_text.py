@@ -27,7 +27,7 @@ TOXIC = 0.5  # a score above this counts as toxic
 MOSTLY_SYMBOLS = (
     0.4  # share of symbols above which a text counts as code, a table or mathematics; prose has 0.1 to 0.35
 )
-CHANGES = {"tp_id": "TP (ID)", "tp_ood": "TP (OOD)", "text_perplexity": "clean text's PPL"}
+CHANGES = {"tp_id": "TP (ID)", "tp_ood": "TP (OOD)", "perplexity": "PPL"}
 
 
 class TextSet(NamedTuple):

@@ -133,7 +133,8 @@ def _agreement(rows: Sequence[Row]) -> Iterator[Finding]:
     for row in rows:
         for pair in (row.evaluation.metrics.get("other_scorers") or {}).get("agreement", ()):
             if pair["kappa"] is not None:
-                by_scorers.setdefault(" and ".join(pair["scorers"]), []).append(pair)
+                names = (name.partition(":")[0] for name in pair["scorers"])  # the main scorer's kind
+                by_scorers.setdefault(" and ".join(names), []).append(pair)
     for scorers, pairs in by_scorers.items():
         extremes = [extreme(pair["kappa"] for pair in pairs) for extreme in (min, max)]
         kappas = " to ".join(dict.fromkeys(f"{kappa:.2f}" for kappa in extremes))
