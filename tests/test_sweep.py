@@ -401,6 +401,16 @@ def test_a_diverged_training_is_repeated_by_force_and_by_its_stage(tmp_path):
         task.run_tasks([dataclasses.replace(diverging, settings={"rate": 0.1})], retry_diverged=False)
 
 
+def test_a_stage_that_diverges_before_it_makes_anything_can_be_corrected(tmp_path):
+    def body(_):
+        raise Diverged("step 1")
+
+    for rate in (1e30, 1e20):
+        with pytest.raises(Diverged):
+            task.run_tasks([task.Task("train", epath.Path(tmp_path / "model"), {"rate": rate}, dict, body)])
+    assert not (tmp_path / "model").exists()
+
+
 def test_force_redoes_tasks_of_the_choice_only_once(alone, config, monkeypatch):
     workdir, _ = alone
     forced = []

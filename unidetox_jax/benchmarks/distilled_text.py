@@ -20,13 +20,11 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import scorers
 from unidetox_jax.report import results
 from unidetox_jax.report.results import CONTROL, DETOXIFIED, Change
+from unidetox_jax.stages.analyze import DISTILLED, SAMPLES
 from unidetox_jax.stages.sweep import VALIDATION
 
-SAMPLES, DISTILLED = "samples", "distilled"
 TOXIC = 0.5  # a score above this counts as toxic
-MOSTLY_SYMBOLS = (
-    0.4  # share of symbols above which a text counts as code, a table or mathematics; prose has 0.1 to 0.35
-)
+MOSTLY_SYMBOLS = 0.4  # a share that code, tables and mathematics exceed; prose has 0.1 to 0.35
 CHANGES = {"tp_id": "TP (ID)", "tp_ood": "TP (OOD)", "perplexity": "PPL"}
 
 

@@ -93,8 +93,8 @@ def run_task(task: Task, force: bool = False, retry_diverged: bool = True) -> di
     """Runs a task unless its directory holds the complete result; returns its record.
 
     force: discard a complete or partial result with other settings.
-    retry_diverged: if false and without `force`, a training that diverged with these settings and inputs is not
-      repeated.
+    retry_diverged: if false, a training that diverges is recorded, and not repeated with these settings and inputs
+      without `force`.
 
     Raises:
       Diverged: the training diverged, now or, if not repeated, earlier.
@@ -116,11 +116,12 @@ def run_task(task: Task, force: bool = False, retry_diverged: bool = True) -> di
     try:
         figures = task.body(directory)
     except UserError as error:
-        if first and isinstance(error, Diverged):
+        diverged = isinstance(error, Diverged)
+        nothing_made = first and [path.name for path in directory.iterdir()] == [PARTIAL]
+        if nothing_made and (retry_diverged or not diverged):
+            directory.rmtree()  # a corrected retry must not be refused for its other settings
+        elif first and diverged:
             storage.write_json(directory / PARTIAL, {**expected, "diverged": str(error)})
-        # Nothing was made, so a corrected retry must not be refused for its other settings.
-        elif first and [path.name for path in directory.iterdir()] == [PARTIAL]:
-            directory.rmtree()
         raise
     record = {
         **expected,
