@@ -252,7 +252,7 @@ def sees_true(base, *others, context):
 
 def as_on_a_gpu(form, configs, mesh, layer_loop=None, side_by_side=True):
     usual = form(configs, mesh, layer_loop, side_by_side)
-    return dataclasses.replace(usual, side_by_side=side_by_side, transpose_head=False, fuse=True)
+    return dataclasses.replace(usual, side_by_side=side_by_side, transpose=False, fuse=True)
 
 
 @pytest.mark.parametrize(

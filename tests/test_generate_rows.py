@@ -209,7 +209,7 @@ def test_the_loop_writes_its_caches_in_place(pair, layer_loop, cache):
     rows = np.arange(batch, dtype=np.int32)
     inputs = loop.Inputs(prompts, tuple(x == 0 for x in prompts), rows, rows >= 0, np.uint32(0), np.int32(new),
                          np.array([2], np.int32), np.int32(0))  # fmt: skip
-    compiled = loop.program_for("cpu", batch).lower(prepared.trees, inputs, CONTRASTIVE, (TOP_K,), plan=plan).compile()
+    compiled = loop.program_for("cpu").lower(prepared.trees, inputs, CONTRASTIVE, (TOP_K,), plan=plan).compile()
     computations = instructions(compiled.as_text())
     shapes = {f"f32[{'2,' if layer_loop == 'scan' else ''}{batch},8,{length},4]"
               for segment in range(2) for length in plan.cache_lengths(segment)}  # fmt: skip

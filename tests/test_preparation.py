@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variants import VARIANTS, chosen
 
 from unidetox_jax import models
 from unidetox_jax.decoding import generate, objectives, preparation, sampling, warpers
@@ -55,7 +56,7 @@ def test_models_side_by_side_write_what_they_write_apart(name, samples, monkeypa
 
     def as_on_a_gpu(configs, mesh, layer_loop=None, side_by_side=True):
         usual = form(configs, mesh, layer_loop, side_by_side)
-        return dataclasses.replace(usual, side_by_side=side_by_side, transpose_head=False, fuse=True)
+        return dataclasses.replace(usual, side_by_side=side_by_side, transpose=False, fuse=True)
 
     monkeypatch.setattr(preparation, "choose_layout", as_on_a_gpu)
     together = preparation.prepare(pair, layer_loop="scan")
@@ -100,3 +101,32 @@ def test_what_models_have_in_common_is_prepared_once(layer_loop):
     assert jax.tree.structure(alone) == jax.tree.structure(second)
     for found, expected in zip(jax.tree.leaves(second), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.mark.parametrize("name", chosen("gpt2", "opt-350m", "falcon-40b", "olmo-2", "llama-biases"))
+@pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
+def test_transposed_and_fused_kernels_are_the_same_model(name, layer_loop):
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS[name]), layer_loop=layer_loop)
+    params = models.init(cfg, jax.random.key(0))
+    prepared = models.prepare(params, cfg, transpose=True, fuse=True)
+    (layer,) = {str(jax.tree.structure(layer)) for layer in jax.tree.leaves(prepared["blocks"], is_leaf=is_layer)}
+    assert "'transposed_kernel'" in layer and "'query_key_value'" in layer and "'kernel'" not in layer
+    tokens = np.arange(2, 32).reshape(3, 10)
+    np.testing.assert_allclose(models.forward(prepared, tokens, cfg), models.forward(params, tokens, cfg), atol=1e-5)
+
+
+def is_layer(tree) -> bool:
+    return isinstance(tree, dict) and "attention" in tree
+
+
+def test_projections_that_are_fused_are_not_shared_in_part():
+    """A merged adapter of the queries leaves keys and values as the base has them."""
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), layer_loop="unroll")
+    adapted = dataclasses.replace(cfg, lora=Lora(rank=2, targets=("q_proj",)))
+    base = models.Model(models.init(cfg, jax.random.key(0)), cfg)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, models.lora.init(adapted, jax.random.key(1)))
+    twin = models.lora.merge(models.Model(models.lora.attach(base.params, adapter, adapted), adapted))
+    assert twin.params["blocks"]["attention"]["key"]["kernel"] is base.params["blocks"]["attention"]["key"]["kernel"]
+    together = preparation.prepare([base, twin])[0].params.trees[1]
+    (alone,) = preparation.prepare([twin])[0].params.trees
+    jax.tree.map(np.testing.assert_array_equal, together, alone)

@@ -27,7 +27,6 @@ Axis = str | tuple[str, ...] | None
 RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"positions/embedding$", (None, "fsdp")),
     (r"(tokens|head)/embedding$", ("model", "fsdp")),
-    (r"\bhead$", ("fsdp", "model")),  # its transposed copy for decoding
     (r"(query|key|value)/kernel$", ("fsdp", "model", None)),
     (r"(query|key|value)/bias$", ("model", None)),
     (r"attention/output/kernel$", ("model", None, "fsdp")),
@@ -35,6 +34,10 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"(up|gate)/bias$", ("model",)),
     (r"down/kernel$", ("model", "fsdp")),
     (r"project_(in|out)/kernel$", (None, "fsdp")),
+    (r"(query|key|value)/transposed_kernel$", ("model", None, "fsdp")),
+    (r"attention/output/transposed_kernel$", ("fsdp", "model", None)),
+    (r"(up|gate)/transposed_kernel$", ("model", "fsdp")),
+    (r"down/transposed_kernel$", ("fsdp", "model")),
     (r"(query|key|value|up|gate)/lora_a$", ("fsdp", None)),  # a low-rank adapter attached to the kernels …
     (r"(query|key|value)/lora_b$", (None, "model", None)),
     (r"(up|gate)/lora_b$", (None, "model")),

@@ -99,9 +99,7 @@ def _compile(pair: Sequence[Model], batch: int, new_tokens: int, mesh) -> dict[s
     plan = make_plan(prepared.configs, [1, 1], new_tokens)
     inputs = decoding_inputs(plan, batch, mesh)
     with jax.set_mesh(mesh):
-        lower = functools.partial(
-            loop.program_for(platform, batch).lower, prepared.trees, inputs, **SETTINGS, plan=plan
-        )
+        lower = functools.partial(loop.program_for(platform).lower, prepared.trees, inputs, **SETTINGS, plan=plan)
         return timing.compile_programs({"": lower})[1]
 
 

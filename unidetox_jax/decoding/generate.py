@@ -96,7 +96,7 @@ def generate(
     )
     platform = sharding.device_of(request.mesh).platform
     with preparation.mesh_context(request.mesh):
-        output = loop.program_for(platform, len(request.inputs.live))(
+        output = loop.program_for(platform)(
             request.params, request.inputs, objective, warpers_.in_order(warpers), plan=request.plan
         )
     output = jax.tree.map(np.asarray, output)

@@ -24,7 +24,6 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import Cache, ModelConfig
 
 SEGMENT = 64  # slots: smaller segments read fewer dead slots, larger ones compile fewer loops
-MANY_ROWS = 128
 ROOM = SEGMENT // 8  # granularity of the last segment's end, and the shortest segment worth a loop
 
 Logits = tuple[jax.Array, ...]  # float32 [B,V] of each model
@@ -149,22 +148,15 @@ def step(
 
 
 @functools.cache
-def program_for(platform: str, rows: int) -> jax.stages.Wrapped:
-    """`program` with the compiler options that decode this many rows fastest on a platform.
+def program_for(platform: str) -> jax.stages.Wrapped:
+    """`program` with the compiler options that decode fastest on a platform.
 
-    On CPU, XLA hands matrix products to YNNPACK, which repacks the weights in every step. The older Eigen kernels take
-    three quarters of the time for 8 to 64 rows, as long as no matrix is read transposed; from 128 rows on YNNPACK is as
-    fast for large models and faster for small ones. On GPUs, XLA merges products that share an input by concatenating
-    their weights in every step; the merges that pay off are done in advance (`preparation`).
+    On GPUs, XLA merges products that share an input by concatenating their weights in every step; the merges that pay
+    off are done in advance (`preparation`).
     """
-    if platform == "gpu":
-        return _with_options(xla_gpu_dot_merger_threshold_mb="0")
-    if platform != "cpu" or rows >= MANY_ROWS:
+    if platform != "gpu":
         return program
-    return _with_options(xla_cpu_experimental_ynn_fusion_type="")
-
-
-def _with_options(**options: str) -> jax.stages.Wrapped:
+    options = {"xla_gpu_dot_merger_threshold_mb": "0"}
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:  # this XLA does not know the option

@@ -27,12 +27,12 @@ LAYER_LOOP = "unroll"  # 1.8 times as fast as scan, measured on CPU; on a GPU a 
 class WeightLayout:
     """How weights are prepared.
 
-    transpose_head, fuse: see `models.prepare`. gather: all-gather weights sharded over `fsdp` once, as otherwise every
+    transpose, fuse: see `models.prepare`. gather: all-gather weights sharded over `fsdp` once, as otherwise every
     step sends all of them over the network, far slower than memory. side_by_side: stack all models in one tree.
     """
 
     configs: tuple[ModelConfig, ...]
-    transpose_head: bool = False
+    transpose: bool = False
     fuse: bool = False
     gather: bool = False
     side_by_side: bool = False
@@ -75,8 +75,8 @@ def choose_layout(
     )
     return WeightLayout(
         configs,
-        transpose_head=platform == "cpu",
-        fuse=platform == "gpu" and model_shards == 1 and not any(cfg.lora.rank for cfg in configs),
+        transpose=platform == "cpu",
+        fuse=platform in ("cpu", "gpu") and model_shards == 1 and not any(cfg.lora.rank for cfg in configs),
         gather=gather_fits(configs, model_shards),
         side_by_side=side_by_side and platform == "gpu" and len(configs) > 1 and len(set(configs)) == 1,
     )
@@ -114,23 +114,29 @@ def _prepare_separately(all_params: Sequence[Any], layout: WeightLayout, mesh: M
         ids = {id(leaf) for leaf in jax.tree.leaves(params)}
         nearest = max(range(index), key=lambda earlier: len(ids & earlier_ids[earlier]), default=None)
         shared = set() if nearest is None else ids & earlier_ids[nearest]
+        if layout.fuse:
+            shared -= _fused_with_others(params, shared)
         unshared = jax.tree.map(lambda leaf, shared=shared: None if id(leaf) in shared else leaf, params)
-        transpose_head = layout.transpose_head and models_.head(unshared, cfg) is not None
-        single = dataclasses.replace(layout, configs=(cfg,), transpose_head=transpose_head)
-        (tree,) = _program(single, mesh)((unshared,))
+        (tree,) = _program(dataclasses.replace(layout, configs=(cfg,)), mesh)((unshared,))
         trees.append(_fill_missing(tree, trees[nearest]) if shared and nearest is not None else tree)
     return tuple(trees)
 
 
+def _fused_with_others(params: Any, shared: set[int]) -> set[int]:
+    """Ids of projections that become one matrix with others that are not shared."""
+    attention = params["blocks"]["attention"]
+    groups = zip(*(jax.tree.leaves(attention[name]) for name in models_.layers.PROJECTIONS), strict=True)
+    return {id(leaf) for group in groups if not shared.issuperset(map(id, group)) for leaf in group}
+
+
 def _fill_missing(tree: Any, earlier: Any) -> Any:
-    """The tree with its missing leaves (None, or no transposed head) taken from an earlier one."""
+    """The tree with its missing leaves (None) taken from an earlier one."""
     if tree is None:
         return earlier
     if isinstance(tree, tuple):
         return tuple(_fill_missing(*pair) for pair in zip(tree, earlier, strict=False))  # an early exit has fewer
     if isinstance(tree, dict):
-        missing = {"head": earlier["head"]} if "head" in earlier and "blocks" in tree and "head" not in tree else {}
-        return {name: _fill_missing(child, earlier.get(name)) for name, child in tree.items()} | missing
+        return {name: _fill_missing(child, earlier.get(name)) for name, child in tree.items()}
     return tree
 
 
@@ -170,7 +176,7 @@ def _program(layout: WeightLayout, mesh: Mesh | None):
 
 def _prepare(params: tuple[Any, ...], layout: WeightLayout) -> tuple[Any, ...]:
     trees = tuple(
-        models_.prepare(tree, cfg, layout.transpose_head, layout.fuse)
+        models_.prepare(tree, cfg, layout.transpose, layout.fuse)
         for tree, cfg in zip(params, layout.configs, strict=True)
     )
     return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),) if layout.side_by_side else trees

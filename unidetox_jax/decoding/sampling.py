@@ -103,7 +103,7 @@ def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     def local(scores):
         size = scores.shape[-1]
-        values, ids = _top_k(scores, min(k, size))
+        values, ids = block_top_k(scores, min(k, size))
         if model:
             ids = ids + lax.axis_index(model) * size
             values, ids = (lax.all_gather(x, model, axis=1, tiled=True) for x in (values, ids))
@@ -120,10 +120,6 @@ def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
             check_vma=False,
         )
     return local(scores)
-
-
-def _top_k(scores, k):
-    return lax.top_k(scores, k) if sharding.device_of().platform == "cpu" else block_top_k(scores, k)
 
 
 def block_top_k(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tuple[jax.Array, jax.Array]:

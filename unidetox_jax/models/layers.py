@@ -4,7 +4,7 @@ A block receives attention as a function `attend(query, key, value, dropout) -> 
 trains, prefills and decodes. `state` belongs to the caller (a cache, say); blocks pass it through.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +36,11 @@ def precision(dtype: str) -> str | None:
     return "highest" if dtype == "float32" else None
 
 
+PROJECTIONS = ("query", "key", "value")
+FUSED = "query_key_value"
+TRANSPOSED = "transposed_kernel"
+
+
 class Dense(nn.DenseGeneral):
     """A linear layer, plus a low-rank adapter if its parameters hold one: x W + scale · (dropout(x) A) B.
 
@@ -46,7 +51,7 @@ class Dense(nn.DenseGeneral):
 
     def __call__(self, inputs):
         """[..., *in] -> [..., *out]."""
-        out = super().__call__(inputs)
+        out = self._transposed(inputs) if self.has_variable("params", TRANSPOSED) else super().__call__(inputs)
         if not self.has_variable("params", "lora_a"):
             return out
         x, a, b = (
@@ -58,6 +63,19 @@ class Dense(nn.DenseGeneral):
             x = jnp.where(keep, x / (1 - self.lora.dropout), 0)
         x = jnp.tensordot(x, a, axes=a.ndim - 1, precision=self.precision)
         return out + jnp.tensordot(x, b, axes=1, precision=self.precision) * self.lora.scale
+
+    def _transposed(self, inputs):
+        """The product as (Wᵀ xᵀ)ᵀ, Wᵀ [*out, *in].
+
+        XLA's CPU library copies the right operand of a product into its own layout: here a few rows of activations, in
+        x W all weights. The barriers keep XLA from turning one into the other.
+        """
+        weights, inputs = jnp.asarray(self.get_variable("params", TRANSPOSED), self.dtype), inputs.astype(self.dtype)
+        axes = len(self.axis) if isinstance(self.axis, Sequence) else 1
+        inputs = jax.lax.optimization_barrier(jnp.moveaxis(inputs, range(-axes, 0), range(axes)))
+        out = jax.lax.optimization_barrier(jnp.tensordot(weights, inputs, axes, precision=self.precision))
+        out = jnp.moveaxis(out, range(weights.ndim - axes), range(axes - weights.ndim, 0))
+        return out + jnp.asarray(self.get_variable("params", "bias"), self.dtype) if self.use_bias else out
 
 
 def dense(cfg: ModelConfig, features, name: str, bias: bool, axis=-1, stddev: float | None = None) -> nn.Module:
@@ -147,7 +165,20 @@ class Final(nn.Module):
         return self.norm(self.cfg, "norm")(x)
 
 
-FUSED = "query_key_value"
+def transpose_kernels(tree: Any, name: str = "") -> Any:
+    """A layer's parameters (or all layers', stacked) with kernels [*in, *out] as [*out, *in]; `Dense` accepts both.
+
+    name: of the module whose parameters these are.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    tree = {child: transpose_kernels(leaf, child) for child, leaf in tree.items()}
+    if "kernel" in tree:
+        inputs = 2 if name == "output" else 1  # an attention's output projection reads heads
+        outputs = 2 if name in (*PROJECTIONS, FUSED) else 1
+        axes = range(-outputs, 0), range(-inputs - outputs, -inputs)
+        tree[TRANSPOSED] = jax.tree.map(lambda kernel: jnp.moveaxis(kernel, *axes), tree.pop("kernel"))
+    return tree
 
 
 def fuse_attention(block: Any) -> Any:
@@ -156,10 +187,8 @@ def fuse_attention(block: Any) -> Any:
     `Attention` accepts both forms.
     """
     attention = dict(block["attention"])
-    projections = [attention.pop(name) for name in ("query", "key", "value")]
-    attention[FUSED] = {
-        name: jnp.concatenate([projection[name] for projection in projections], axis=-2) for name in projections[0]
-    }
+    projections = [attention.pop(name) for name in PROJECTIONS]
+    attention[FUSED] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-2), *projections)
     return {**block, "attention": attention}
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from unidetox_jax import sharding
 from unidetox_jax.models import local_attention
 from unidetox_jax.models.config import ModelConfig
-from unidetox_jax.models.layers import fuse_attention
+from unidetox_jax.models.layers import fuse_attention, transpose_kernels
 from unidetox_jax.models.registry import family
 
 Params = dict[str, Any]
@@ -74,13 +74,13 @@ def _init(cfg: ModelConfig, key: jax.Array, param_dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
 
-def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse: bool = False) -> Params:
+def prepare(params: Params, cfg: ModelConfig, transpose: bool = False, fuse: bool = False) -> Params:
     """Parameters for a decoding loop, so that nothing is cast or sliced within it; all model functions accept them.
 
     Matrices are in the compute dtype; norms keep theirs, as in `forward`. For the unrolled layer loop, blocks are a
     tuple of layers.
 
-    transpose_head: add a copy of the output matrix as `head`, [width, V], which is faster on CPUs.
+    transpose: the layers' kernels (`layers.transpose_kernels`), which is faster on CPUs.
     fuse: fuse attention's projections (`layers.fuse_attention`) unless there is an adapter.
     """
 
@@ -90,9 +90,11 @@ def prepare(params: Params, cfg: ModelConfig, transpose_head: bool = False, fuse
     params = jax.tree_util.tree_map_with_path(cast, params)
     if fuse and not cfg.lora.rank:
         params = {**params, "blocks": fuse_attention(params["blocks"])}
+    if transpose:
+        params = {**params, "blocks": transpose_kernels(params["blocks"])}
     if cfg.layer_loop == "unroll" and not isinstance(params["blocks"], tuple):
         params = {**params, "blocks": tuple(one_layer(params["blocks"], i) for i in range(cfg.num_layers))}
-    return {**params, "head": head(params, cfg).T} if transpose_head else params
+    return params
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:

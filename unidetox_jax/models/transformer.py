@@ -243,9 +243,8 @@ def extend_layers(
 
 def logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Logits float32 [B,T,V] of the head's input [B,T,width]; multiplied in the compute dtype, summed in float32."""
-    matrix, product = (params["head"], "btd,dv->btv") if "head" in params else (head(params, cfg), "btd,vd->btv")
-    matrix = matrix.astype(cfg.dtype)
-    out = jnp.einsum(product, hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32)
+    matrix = head(params, cfg).astype(cfg.dtype)
+    out = jnp.einsum("btd,vd->btv", hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32)
     return soft_cap(sharding.constrain_batch(out, None, "model"), cfg.logit_cap)
 
 

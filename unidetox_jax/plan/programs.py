@@ -125,7 +125,7 @@ def decoding_program(
         inputs = decoding_inputs(plan, max(1, rows // samples), mesh)
         with jax.set_mesh(mesh):
             params = preparation.abstract(form, mesh)
-            program = loop.program_for(sharding.device_of(mesh).platform, rows)
+            program = loop.program_for(sharding.device_of(mesh).platform)
             return program.lower(params, inputs, objective, in_order(warpers), plan=plan)
 
     def shallow(mesh: Mesh, layers: int):
