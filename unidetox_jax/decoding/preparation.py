@@ -1,5 +1,6 @@
 """Prepares weights for decoding, once for many generations: cast to the compute dtype and split into layers.
 
+On a CPU, kernels are transposed (`layers.Dense` says why); there and on a GPU, query, key and value are one matrix.
 On a GPU, models of one configuration (base and toxic twin) are stacked side by side in one tree and run as one batched
 model: half as many kernels of twice the work take four fifths of the time.
 """
