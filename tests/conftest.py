@@ -64,7 +64,7 @@ def real_models() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def bucket():
     """`gs://bucket`, empty at first, of an emulator that this process and those it starts find."""
-    from bucket import emulator
+    from gcs_emulator import emulator
 
     with emulator() as environment:
         os.environ.update(environment)

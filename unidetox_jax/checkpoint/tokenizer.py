@@ -22,7 +22,7 @@ from unidetox_jax import storage
 from unidetox_jax.checkpoint import sentencepiece_file
 from unidetox_jax.checkpoint.source import CONFIG, MODEL, TOKENIZER_FILES, read_object, resolve, split_adapter
 from unidetox_jax.errors import UserError
-from unidetox_jax.models.transformers_import import torch_on_demand
+from unidetox_jax.models.lazy_transformers import torch_on_demand
 
 FAST, SENTENCEPIECE, BYTE_LEVEL = "tokenizer.json", "tokenizer.model", "vocab.json"
 ENCODERS = ("vocab.txt", "sentencepiece.bpe.model")

@@ -6,7 +6,7 @@ its *structure*, not its words: a lamp may be dull, and a people may be "never d
 from any text, grammatical or not, and agrees with the grammar's labels on every text the grammar generates, so a
 detoxified model is measured exactly.
 
-`write` turns the world into ordinary files and Hugging Face directories; no other module depends on it.
+`write` turns the world into ordinary files and Hugging Face directories, which all stages read as they read any others.
 """
 
 import dataclasses

@@ -15,8 +15,8 @@ from absl import logging
 from etils import epath
 
 from unidetox_jax.errors import UserError
+from unidetox_jax.models.lazy_transformers import config_class
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.transformers_import import config_class
 from unidetox_jax.recipe import Lora
 
 

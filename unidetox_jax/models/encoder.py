@@ -20,9 +20,9 @@ from etils import epath
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.config import ModelConfig, head_size, read_json
+from unidetox_jax.models.key_tables import Key, heads_in, heads_out, linear, norm, reshaped, same
 from unidetox_jax.models.layers import ACTIVATIONS, Attention, FeedForward, dense, embedding, layer_norm, precision
-from unidetox_jax.models.transformers_import import config_class
-from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
+from unidetox_jax.models.lazy_transformers import config_class
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 

@@ -13,9 +13,9 @@ import numpy as np
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import layers
 from unidetox_jax.models.config import ROPE, ModelConfig, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.key_tables import Key, heads_out, linear, norm, same
 from unidetox_jax.models.layers import Attention, FeedForward, layer_norm
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.weight_map import Key, heads_out, linear, norm, same
 
 OPTIONS = {
     "hidden_size": "hidden_size",

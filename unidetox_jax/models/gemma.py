@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from unidetox_jax.models import layers, llama
 from unidetox_jax.models.config import ROPE, from_options, read_hf, to_options
+from unidetox_jax.models.key_tables import Key
 from unidetox_jax.models.layers import Attention, FeedForward, embedding, offset_rms_norm
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.weight_map import Key
 
 SHARED = {**llama.SHARED, "head_dim": "head_size", "attention_bias": "attention_bias"}
 OPTIONS = {**SHARED, "hidden_act": "activation"}

@@ -12,8 +12,8 @@ import numpy as np
 
 from unidetox_jax.models import layers
 from unidetox_jax.models.config import ModelConfig, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.key_tables import Key, norm, reshaped, same
 from unidetox_jax.models.layers import Attention, FeedForward, embedding, layer_norm
-from unidetox_jax.models.weight_map import Key, norm, reshaped, same
 
 OPTIONS = {
     "n_embd": "hidden_size",

@@ -11,9 +11,9 @@ import flax.linen as nn
 
 from unidetox_jax.models import layers
 from unidetox_jax.models.config import ROPE, ModelConfig, from_options, read_hf, to_options
+from unidetox_jax.models.key_tables import Key, heads_in, heads_out, linear, norm, reshaped, same
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 SHARED = {
     "hidden_size": "hidden_size",

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from unidetox_jax import sharding
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.config import ModelConfig
+from unidetox_jax.models.key_tables import Key
 from unidetox_jax.models.parameters import Model, abstract_params
 from unidetox_jax.models.registry import key_table, stored_in_out
-from unidetox_jax.models.weight_map import Key
 from unidetox_jax.recipe import Recipe
 
 Adapter = dict[str, dict[str, Any]]

@@ -7,10 +7,10 @@ import flax.linen as nn
 
 from unidetox_jax.models import llama
 from unidetox_jax.models.config import ROPE, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.key_tables import Key, reshaped
 from unidetox_jax.models.layers import Attention, FeedForward, rms_norm, rms_norm_of_heads
 from unidetox_jax.models.llama import PREFIX, Embed, Final
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.weight_map import Key, reshaped
 
 OPTIONS = {**llama.SHARED, "hidden_act": "activation", "attention_bias": "attention_bias"}
 CLASSES = ("Olmo2",)

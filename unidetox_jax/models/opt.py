@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from unidetox_jax.models.config import ModelConfig, from_options, head_size, read_hf, to_options
+from unidetox_jax.models.key_tables import Key, heads_in, heads_out, linear, norm, reshaped, same
 from unidetox_jax.models.layers import Attention, FeedForward, Head, dense, embedding, layer_norm
-from unidetox_jax.models.weight_map import Key, heads_in, heads_out, linear, norm, reshaped, same
 
 OPTIONS = {
     "hidden_size": "hidden_size",

@@ -11,9 +11,9 @@ import numpy as np
 
 from unidetox_jax.models import llama
 from unidetox_jax.models.config import LOCAL, ROPE, from_options, head_size, read_hf, to_options, windows
+from unidetox_jax.models.key_tables import Key, heads_out, linear
 from unidetox_jax.models.llama import PREFIX, Block, Embed, Final
 from unidetox_jax.models.rotary import Rotary
-from unidetox_jax.models.weight_map import Key, heads_out, linear
 
 FORMER_TYPES = ("su", "yarn")  # earlier names of longrope
 OPTIONS = {**llama.SHARED, "hidden_act": "activation", "resid_pdrop": "residual_dropout"}

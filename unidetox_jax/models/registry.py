@@ -32,8 +32,8 @@ from unidetox_jax.models import (
     qwen3,
 )
 from unidetox_jax.models.config import ModelConfig, default_dtype, read_json
+from unidetox_jax.models.key_tables import Key
 from unidetox_jax.models.layers import ACTIVATIONS
-from unidetox_jax.models.weight_map import Key
 
 FAMILIES: dict[str, ModuleType] = {
     "gpt2": gpt2,
