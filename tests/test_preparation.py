@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from variants import VARIANTS, chosen
 
-from unidetox_jax import models
+from unidetox_jax import models, sharding
 from unidetox_jax.decoding import generate, objectives, preparation, sampling, warpers
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.decode_attention import applies, decode_attention
@@ -130,3 +130,17 @@ def test_projections_that_are_fused_are_not_shared_in_part():
     together = preparation.prepare([base, twin])[0].params.trees[1]
     (alone,) = preparation.prepare([twin])[0].params.trees
     jax.tree.map(np.testing.assert_array_equal, together, alone)
+
+
+def test_models_in_common_are_prepared_on_a_mesh():
+    """What they do not share may have nothing that an axis splits."""
+    mesh = sharding.make_mesh("data:4,model:2")
+    cfg = models.config_from_hf({**VARIANTS["gpt2"], "n_layer": 2})
+    base = models.Model(models.init(cfg, jax.random.key(0), mesh), cfg)
+    settings = {
+        "objective": objectives.get("contrastive"), "warpers": [warpers.top_k(20)], "max_new_tokens": 5, "eos_id": (),
+    }  # fmt: skip
+    prompts = np.arange(2, 26).reshape(8, 3)
+    copy = models.Model(jax.tree.map(lambda leaf: leaf + 0, base.params), cfg)
+    expected = generate([base, copy], prompts, **settings)
+    np.testing.assert_array_equal(generate([base, base], prompts, **settings).tokens, expected.tokens)

@@ -187,7 +187,7 @@ def test_candidates_of_a_sharded_vocabulary_equal_top_k():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA's CPU compiler treats top_k")
 def test_the_vocabulary_is_never_sorted():
-    """XLA turns top_k into a sort of the vocabulary, fifty times slower, if an output is sliced or unused."""
+    """XLA turns top_k into a sort of the vocabulary, fifty times slower, if an output is sliced."""
     scores = jnp.zeros((4, 50_257))
     for name in ("all", "top_p"):
         text = sample_rows.lower(scores, CHAINS[name], jnp.arange(4)).compile().as_text()

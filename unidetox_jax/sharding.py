@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, tuple[Axis, ...]], ...] = (
     (r"(up|gate)/bias$", ("model",)),
     (r"down/kernel$", ("model", "fsdp")),
     (r"project_(in|out)/kernel$", (None, "fsdp")),
-    (r"(query|key|value)/transposed_kernel$", ("model", None, "fsdp")),
+    (r"(query|key|value)/transposed_kernel$", ("model", None, "fsdp")),  # for decoding; of query_key_value as well
     (r"attention/output/transposed_kernel$", ("fsdp", "model", None)),
     (r"(up|gate)/transposed_kernel$", ("model", "fsdp")),
     (r"down/transposed_kernel$", ("fsdp", "model")),
@@ -99,11 +99,12 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
-def param_shardings(tree: Any, mesh: Mesh, gather: bool = False) -> Any:
+def param_shardings(tree: Any, mesh: Mesh, gather: bool = False, partial: bool = False) -> Any:
     """The tree's NamedShardings by `RULES`, for parameters and optimizer states that mirror them.
 
     tree: arrays or ShapeDtypeStructs. Dimensions that an axis does not divide are logged, once per shape.
     gather: do not split over `fsdp`, for a loop that would gather the parameters in every iteration.
+    partial: the tree may lack parameters of its model, and with them all that an axis splits.
 
     Raises:
       UserError: an axis larger than 1 (fsdp, model) that splits nothing in the tree.
@@ -119,7 +120,7 @@ def param_shardings(tree: Any, mesh: Mesh, gather: bool = False) -> Any:
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
     for axis in ("model",) if gather else ("fsdp", "model"):
-        if mesh.shape[axis] > 1 and axis not in used:
+        if mesh.shape[axis] > 1 and axis not in used and not partial:
             raise UserError(f"mesh: nothing of this model can be split {mesh.shape[axis]} ways over {axis!r}")
     return shardings
 

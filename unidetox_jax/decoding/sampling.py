@@ -7,9 +7,9 @@ B batch, V vocabulary, k of top-k. It differs from `jax.random.categorical`:
   other candidates (with noise by position among candidates, one borderline candidate more or less would shift the noise
   of all that follow). Rounding changes a sample only if two perturbed scores nearly tie. The cost is the same: 0.06 ms
   for 16 rows of 50 candidates.
-- With top-k, the other warpers act on the candidates only. On CPU `lax.top_k` finds them; both of its outputs must be
-  used whole, as XLA otherwise sorts the vocabulary, eighty times slower. On GPUs and TPUs it always sorts, so there the
-  best blocks of the vocabulary are found first and only they are sorted (`block_top_k`).
+- With top-k, the other warpers act on the candidates only. They are searched in the best blocks of the vocabulary
+  (`block_top_k`): GPUs and TPUs sort what they search, and on CPUs that is faster too. No output of a `lax.top_k`
+  may be sliced, as XLA's CPU compiler then makes it a sort, eighty times slower.
 - Without top-k, one uniform number per row goes through the inverse cumulative distribution, by blocks of the
   vocabulary: two passes, in a twentieth of the time of Gumbel noise for every token. Top-p makes some thirty passes
   more, so on CPU a few rows are taken at a time that stay in the cache: a quarter of the time for 262,144 tokens.
@@ -30,9 +30,9 @@ from unidetox_jax.decoding import warpers as warpers_
 from unidetox_jax.decoding.warpers import Greedy, MinP, Temperature, TopK, TopP, Warper
 
 _BLOCK = 256  # tokens per block sum in `inverse_cdf`
-BLOCKS = 128, 16  # block sizes of `block_top_k`: for k = 51 of 50,257 tokens it sorts 393, 408 and 816 values
+BLOCKS = 128, 16  # block sizes of `block_top_k`: for k = 51 of 50,257 tokens it searches 393, 408 and 816 values
 _CACHE_BYTES = 2**22  # of scores at a time on a CPU; twice or half as much is as fast
-_SMALL_VOCABULARY = 4096  # tokens, cheap to sort
+_SMALL_VOCABULARY = 2048  # tokens, cheap to sort
 _ROW_STREAM = 0xFFFFFFFF  # in place of a token id, for a row's uniform number; no token has this id
 
 
@@ -93,17 +93,17 @@ def _hash(keys, ids):
     return jax.random.key_data(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, ids))[..., 0]
 
 
-def top_candidates(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_candidates(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tuple[jax.Array, jax.Array]:
     """The k largest scores of each row, of ties the lower ids: float32 [B,V] → float32 [B,k], token ids int32 [B,k].
 
-    If the mesh shards the vocabulary, each device finds its own k candidates, of which the k largest are taken. Use
-    both outputs whole (see the module's docstring).
+    If the mesh shards the vocabulary, each device finds its own k candidates, of which the k largest are taken.
+    Slice neither output (see the module's docstring).
     """
     rows, model, has_mesh = _mesh_axes(scores.shape)
 
     def local(scores):
         size = scores.shape[-1]
-        values, ids = block_top_k(scores, min(k, size))
+        values, ids = block_top_k(scores, min(k, size), blocks)
         if model:
             ids = ids + lax.axis_index(model) * size
             values, ids = (lax.all_gather(x, model, axis=1, tiled=True) for x in (values, ids))
@@ -146,11 +146,11 @@ def block_top_k(scores: jax.Array, k: int, blocks: Sequence[int] = BLOCKS) -> tu
 
 def _candidates(scores, k):
     """`top_candidates`, but with ties in any order. On CPU `lax.top_k` takes half the time if the likely tokens come
-    first, so a small vocabulary is first sorted by the mean score over rows."""
+    first, so a vocabulary too small for blocks is first sorted by the mean score over rows."""
     if sharding.device_of().platform != "cpu" or scores.shape[-1] > _SMALL_VOCABULARY or _mesh_axes(scores.shape)[1]:
         return top_candidates(scores, k)
     order = jnp.argsort(-scores.mean(0)).astype(jnp.int32)
-    values, places = top_candidates(scores[:, order], k)
+    values, places = top_candidates(scores[:, order], k, blocks=())
     return values, order[places]
 
 

@@ -14,7 +14,7 @@ from unidetox_jax.errors import UserError
 from unidetox_jax.models import layers
 from unidetox_jax.models.config import ROPE, ModelConfig, from_options, head_size, read_hf, to_options
 from unidetox_jax.models.key_tables import Key, heads_out, linear, norm, same
-from unidetox_jax.models.layers import Attention, FeedForward, layer_norm
+from unidetox_jax.models.layers import PROJECTIONS, Attention, FeedForward, layer_norm
 from unidetox_jax.models.rotary import Rotary
 
 OPTIONS = {
@@ -131,23 +131,20 @@ def key_table(cfg: FalconConfig) -> list[Key]:
         if not cfg.parallel:
             table += norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm")
     table += [
-        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{projection}/kernel" for projection in FUSED]),
+        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{projection}/kernel" for projection in PROJECTIONS]),
         heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
         linear(f"{layer}.mlp.dense_h_to_4h.weight", f"{block}/mlp/up/kernel"),
         linear(f"{layer}.mlp.dense_4h_to_h.weight", f"{block}/mlp/down/kernel"),
     ]
     if cfg.bias:
         table += [
-            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{projection}/bias" for projection in FUSED]),
+            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{projection}/bias" for projection in PROJECTIONS]),
             same(f"{name}.dense.bias", f"{path}/output/bias"),
             same(f"{layer}.mlp.dense_h_to_4h.bias", f"{block}/mlp/up/bias"),
             same(f"{layer}.mlp.dense_4h_to_h.bias", f"{block}/mlp/down/bias"),
         ]
     table += norm("transformer.ln_f", "final/norm")
     return table if cfg.tie_word_embeddings else [*table, same("lm_head.weight", "final/head/embedding")]
-
-
-FUSED = ("query", "key", "value")
 
 
 def fused(cfg: ModelConfig, hf: str, ours: list[str]) -> Key:

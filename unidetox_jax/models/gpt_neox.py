@@ -8,9 +8,9 @@ import flax.linen as nn
 
 from unidetox_jax.models import layers
 from unidetox_jax.models.config import ROPE, ModelConfig, from_options, head_size, read_hf, to_options
-from unidetox_jax.models.falcon import FUSED, fused
+from unidetox_jax.models.falcon import fused
 from unidetox_jax.models.key_tables import Key, heads_out, linear, norm, same
-from unidetox_jax.models.layers import Attention, FeedForward, layer_norm
+from unidetox_jax.models.layers import PROJECTIONS, Attention, FeedForward, layer_norm
 from unidetox_jax.models.rotary import Rotary
 
 OPTIONS = {
@@ -95,11 +95,13 @@ def key_table(cfg: GPTNeoXConfig) -> list[Key]:
         same("gpt_neox.embed_in.weight", "embed/tokens/embedding"),
         *norm(f"{layer}.input_layernorm", f"{block}/attention_norm"),
         *norm(f"{layer}.post_attention_layernorm", f"{block}/mlp_norm"),
-        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{projection}/kernel" for projection in FUSED]),
+        fused(cfg, f"{name}.query_key_value.weight", [f"{path}/{projection}/kernel" for projection in PROJECTIONS]),
         heads_out(f"{name}.dense.weight", f"{path}/output/kernel", cfg.num_heads, cfg.head_size),
     ]
     if cfg.attention_bias:
-        table.append(fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{projection}/bias" for projection in FUSED]))
+        table.append(
+            fused(cfg, f"{name}.query_key_value.bias", [f"{path}/{projection}/bias" for projection in PROJECTIONS])
+        )
         table.append(same(f"{name}.dense.bias", f"{path}/output/bias"))
     for theirs, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
         table.append(linear(f"{layer}.mlp.{theirs}.weight", f"{block}/mlp/{ours}/kernel"))

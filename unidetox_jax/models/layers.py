@@ -41,6 +41,19 @@ FUSED = "query_key_value"
 TRANSPOSED = "transposed_kernel"
 
 
+def weights_first(weights: jax.Array, x: jax.Array, axes: int, precision, dtype=None) -> jax.Array:
+    """x Wᵀ computed as (W xᵀ)ᵀ: weights [*out, *in], x [..., *in], `axes` of which are *in -> [..., *out].
+
+    XLA's CPU library copies the right operand of a product into its own layout, in every step: in x Wᵀ all weights,
+    here the activations, which are smaller as long as there are few rows. The barriers keep XLA from turning one into
+    the other. dtype: of the result.
+    """
+    x = jax.lax.optimization_barrier(jnp.moveaxis(x, range(-axes, 0), range(axes)))
+    out = jnp.tensordot(weights, x, axes, precision=precision, preferred_element_type=dtype)
+    outputs = weights.ndim - axes
+    return jnp.moveaxis(jax.lax.optimization_barrier(out), range(outputs), range(-outputs, 0))
+
+
 class Dense(nn.DenseGeneral):
     """A linear layer, plus a low-rank adapter if its parameters hold one: x W + scale · (dropout(x) A) B.
 
@@ -65,16 +78,9 @@ class Dense(nn.DenseGeneral):
         return out + jnp.tensordot(x, b, axes=1, precision=self.precision) * self.lora.scale
 
     def _transposed(self, inputs):
-        """The product as (Wᵀ xᵀ)ᵀ, Wᵀ [*out, *in].
-
-        XLA's CPU library copies the right operand of a product into its own layout: here a few rows of activations, in
-        x W all weights. The barriers keep XLA from turning one into the other.
-        """
-        weights, inputs = jnp.asarray(self.get_variable("params", TRANSPOSED), self.dtype), inputs.astype(self.dtype)
+        kernel = jnp.asarray(self.get_variable("params", TRANSPOSED), self.dtype)
         axes = len(self.axis) if isinstance(self.axis, Sequence) else 1
-        inputs = jax.lax.optimization_barrier(jnp.moveaxis(inputs, range(-axes, 0), range(axes)))
-        out = jax.lax.optimization_barrier(jnp.tensordot(weights, inputs, axes, precision=self.precision))
-        out = jnp.moveaxis(out, range(weights.ndim - axes), range(axes - weights.ndim, 0))
+        out = weights_first(kernel, inputs.astype(self.dtype), axes, self.precision)
         return out + jnp.asarray(self.get_variable("params", "bias"), self.dtype) if self.use_bias else out
 
 
@@ -173,8 +179,8 @@ def transpose_kernels(tree: Any, name: str = "") -> Any:
     if not isinstance(tree, dict):
         return tree
     tree = {child: transpose_kernels(leaf, child) for child, leaf in tree.items()}
-    if "kernel" in tree:
-        inputs = 2 if name == "output" else 1  # an attention's output projection reads heads
+    if "kernel" in tree:  # `Attention` has kernels with two axes of outputs, or of inputs; all others have one of each
+        inputs = 2 if name == "output" else 1
         outputs = 2 if name in (*PROJECTIONS, FUSED) else 1
         axes = range(-outputs, 0), range(-inputs - outputs, -inputs)
         tree[TRANSPOSED] = jax.tree.map(lambda kernel: jnp.moveaxis(kernel, *axes), tree.pop("kernel"))

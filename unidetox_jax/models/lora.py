@@ -120,7 +120,7 @@ def _init_program(cfg: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Adapter
 def attach(params: Any, adapter: Adapter, cfg: ModelConfig) -> Any:
     """The parameters with the adapter's leaves beside the kernels; differentiable. All other leaves are shared.
 
-    params: the model's, prepared or not, with stacked blocks.
+    params: the model's, with stacked blocks, neither fused nor transposed.
     """
     return _with_leaves(params, _leaves(adapter, cfg))
 

@@ -88,13 +88,13 @@ def prepare(params: Params, cfg: ModelConfig, transpose: bool = False, fuse: boo
         return leaf if "norm" in sharding.path_string(path) else leaf.astype(cfg.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    if fuse and not cfg.lora.rank:
-        params = {**params, "blocks": fuse_attention(params["blocks"])}
-    if transpose:
-        params = {**params, "blocks": transpose_kernels(params["blocks"])}
-    if cfg.layer_loop == "unroll" and not isinstance(params["blocks"], tuple):
-        params = {**params, "blocks": tuple(one_layer(params["blocks"], i) for i in range(cfg.num_layers))}
-    return params
+    blocks = params["blocks"]
+    for wanted, arrange in ((fuse and not cfg.lora.rank, fuse_attention), (transpose, transpose_kernels)):
+        if wanted:
+            blocks = tuple(map(arrange, blocks)) if isinstance(blocks, tuple) else arrange(blocks)
+    if cfg.layer_loop == "unroll" and not isinstance(blocks, tuple):
+        blocks = tuple(one_layer(blocks, i) for i in range(cfg.num_layers))
+    return {**params, "blocks": blocks}
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:

@@ -26,10 +26,12 @@ from unidetox_jax.models.attention import (
 from unidetox_jax.models.cache import Cache
 from unidetox_jax.models.config import ModelConfig
 from unidetox_jax.models.decode_attention import BLOCK, decode_attention
-from unidetox_jax.models.layers import precision
+from unidetox_jax.models.layers import precision, weights_first
 from unidetox_jax.models.parameters import Params, head, one_layer
 from unidetox_jax.models.registry import family
 from unidetox_jax.models.wide_heads import narrow, widen, widen_query
+
+FEW_ROWS = 64  # up to which a CPU multiplies faster with the head's matrix first
 
 
 def _dots(primitive: Any, *values: Any, **settings: Any) -> bool:
@@ -243,8 +245,13 @@ def extend_layers(
 
 def logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Logits float32 [B,T,V] of the head's input [B,T,width]; multiplied in the compute dtype, summed in float32."""
-    matrix = head(params, cfg).astype(cfg.dtype)
-    out = jnp.einsum("btd,vd->btv", hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32)
+    matrix, (rows, length, _) = head(params, cfg).astype(cfg.dtype), hidden.shape
+    if length == 1 and rows <= FEW_ROWS and sharding.device_of().platform == "cpu":
+        out = weights_first(matrix, hidden, 1, precision(cfg.dtype), jnp.float32)
+    else:
+        out = jnp.einsum(
+            "btd,vd->btv", hidden, matrix, precision=precision(cfg.dtype), preferred_element_type=jnp.float32
+        )
     return soft_cap(sharding.constrain_batch(out, None, "model"), cfg.logit_cap)
 
 
