@@ -144,3 +144,11 @@ def test_models_in_common_are_prepared_on_a_mesh():
     copy = models.Model(jax.tree.map(lambda leaf: leaf + 0, base.params), cfg)
     expected = generate([base, copy], prompts, **settings)
     np.testing.assert_array_equal(generate([base, base], prompts, **settings).tokens, expected.tokens)
+
+
+def test_prepared_parameters_can_be_prepared_again():
+    cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), layer_loop="unroll")
+    params = models.init(cfg, jax.random.key(0))
+    (again,) = preparation.prepare([models.Model(models.prepare(params, cfg), cfg)])[0].params.trees
+    (once,) = preparation.prepare([models.Model(params, cfg)])[0].params.trees
+    jax.tree.map(np.testing.assert_array_equal, again, once)
