@@ -190,6 +190,7 @@ class _Watchdog:
             if self.group.process_id == 0:  # it hosts the service through which the others learn of this
                 while time.monotonic() < deadline and len(self._values("failed")) < self.group.num_processes:
                     time.sleep(0.1)
+                time.sleep(HEARTBEAT_INTERVAL)  # who has just reported may still be ending; jax would abort it
         os._exit(exit_code)  # sys.exit would make jax wait for all others
 
     def _values(self, kind: str) -> dict[int, str]:
