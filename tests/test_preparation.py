@@ -9,7 +9,8 @@ import pytest
 from variants import VARIANTS, chosen
 
 from unidetox_jax import models, sharding
-from unidetox_jax.decoding import generate, objectives, preparation, sampling, warpers
+from unidetox_jax.decoding import generate, loop, objectives, preparation, sampling, warpers
+from unidetox_jax.decoding.generate import make_request
 from unidetox_jax.models.attention import attention
 from unidetox_jax.models.decode_attention import applies, decode_attention
 from unidetox_jax.recipe import Lora
@@ -152,3 +153,32 @@ def test_prepared_parameters_can_be_prepared_again():
     (again,) = preparation.prepare([models.Model(models.prepare(params, cfg), cfg)])[0].params.trees
     (once,) = preparation.prepare([models.Model(params, cfg)])[0].params.trees
     jax.tree.map(np.testing.assert_array_equal, again, once)
+
+
+@pytest.mark.parametrize("mesh", [None, "data:4,model:2"])
+@pytest.mark.parametrize(("name", "samples"), [("gpt2", 1), ("gemma-3", 2)])
+def test_one_model_under_several_prompts_reads_its_weights_once(name, samples, mesh):
+    mesh = mesh and sharding.make_mesh(mesh)
+    cfg = models.config_from_hf(VARIANTS[name])
+    model = models.Model(models.init(cfg, jax.random.key(0), mesh), cfg)
+    copy = models.Model(jax.tree.map(lambda leaf: leaf + 0, model.params), cfg)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 90, size=(5, longest)) for longest in (4, 21)]
+    masks = [np.arange(x.shape[1], 0, -1) <= random.integers(1, x.shape[1] + 1, size=(5, 1)) for x in prompts]
+    settings = {
+        "objective": objectives.get("classifier_free_guidance"), "max_new_tokens": 24, "eos_id": (),
+        "attention_mask": masks, "samples": samples, "log_probabilities": True, "layer_loop": "scan",
+    }  # fmt: skip
+    found, expected = generate([model, model], prompts, **settings), generate([model, copy], prompts, **settings)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, rtol=1e-4)
+    products = [count_products(pair, prompts, settings) for pair in ([model, model], [model, copy])]
+    assert 2 * products[0] == products[1]
+
+
+def count_products(pair, prompts, settings: dict) -> int:
+    """How many matrix products the program of a generation has."""
+    request = make_request(pair, prompts, **settings)
+    with preparation.mesh_context(request.mesh):
+        lowered = loop.program.lower(request.params, request.inputs, settings["objective"], (), plan=request.plan)
+    return lowered.as_text().count("dot_general")

@@ -153,18 +153,22 @@ def make_request(
         prepared = preparation.prepare(models, layer_loop=layer_loop, side_by_side=same_inputs)[0].params
     elif prepared.side_by_side and not same_inputs:
         raise ValueError("models prepared side by side must read the same prompts and have a cache each")
+    prompt_rows = padded_sizes.round_up(len(prompts[0]), sharding.batch_shards(mesh))
+    rows = prompt_rows * samples
+    may_join = cache == "own" and not objective.needs_context
+    same_weights = may_join and preparation.can_be_read_as_one(prepared, rows, mesh)
+    lengths = [prompt.shape[1] for prompt in prompts]
     plan = make_plan(
         prepared.configs,
-        [prompt.shape[1] for prompt in prompts],
+        [max(lengths)] * len(lengths) if same_weights else lengths,
         max_new_tokens,
         cache=cache,
+        same_weights=same_weights,
         log_probabilities=log_probabilities,
         samples=samples,
         prompt_slots=prompt_slots,
         vocab_size=0 if all(model.cfg.vocab_size == vocab_size for model in models) else vocab_size or 0,
     )
-    prompt_rows = padded_sizes.round_up(len(prompts[0]), sharding.batch_shards(mesh))
-    rows = prompt_rows * samples
     inputs = loop.Inputs(
         prompts=tuple(_pad_to(x, prompt_rows, slots + 1) for x, slots in zip(prompts, plan.prompt_slots, strict=True)),
         masks=tuple(_pad_to(x, prompt_rows, slots + 1) for x, slots in zip(masks, plan.prompt_slots, strict=True)),
@@ -175,7 +179,8 @@ def make_request(
         eos_ids=_eos_ids(models[0].cfg, eos_id),
         pad=_pad_id(models[0].cfg, eos_id),
     )
-    return Request(prepared.trees, _place(inputs, mesh), plan, mesh, batch)
+    trees = prepared.trees[:1] if same_weights else prepared.trees
+    return Request(trees, _place(inputs, mesh), plan, mesh, batch)
 
 
 def make_plan(
@@ -183,6 +188,7 @@ def make_plan(
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
     cache: str = "own",
+    same_weights: bool = False,
     log_probabilities: bool = False,
     samples: int = 1,
     prompt_slots: int = 0,
@@ -199,6 +205,7 @@ def make_plan(
         prompt_slots=slots,
         segments=loop.plan_segments(max(slots) if samples == 1 else 0, max_new_tokens, single_segment),
         official_cache=cache == "official",
+        same_weights=same_weights,
         log_probabilities=log_probabilities,
         samples=samples,
         vocab_size=vocab_size,

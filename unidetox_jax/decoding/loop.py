@@ -11,6 +11,7 @@ B batch, V vocabulary, P cache slots for a model's prompt without its last token
 import dataclasses
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ class Plan:
     prompt_slots: tuple[int, ...]  # P of each model; 0 for prompts of one token
     segments: tuple[int, ...]  # new tokens at the end of each segment; the last is S
     official_cache: bool = False
+    same_weights: bool = False  # one tree for all models, which are read as one with as many rows
     log_probabilities: bool = False
     samples: int = 1  # rows that continue each prompt
     vocab_size: int = 0  # token ids that may be sampled; 0: all
@@ -75,7 +77,7 @@ class State(NamedTuple):
     lengths: jax.Array  # int32 [B]
     log_probabilities: jax.Array  # float32 [M,B]: sums over a row's tokens; [0,B] unless requested
     bad: jax.Array  # bool [M+1,B]: non-finite logits of each model, and scores (last)
-    caches: tuple[Cache, ...]  # one per model, or a single one: shared by all, or stacked for side-by-side models
+    caches: tuple[Cache, ...]  # one per model, or one: shared, stacked (side by side), or with the rows of all
     objective_state: Any = None
 
 
@@ -169,14 +171,13 @@ def begin(params: tuple[Any, ...], inputs: Inputs, objective: Objective, plan: P
     keys = sampling.row_keys(inputs.seed, inputs.row_ids)
     batch, count = inputs.row_ids.shape[0], len(plan.configs)
 
-    def prefill(tree, model: int) -> tuple[Cache, jax.Array | None]:
+    def prefill(tree, model: int, tokens: jax.Array, mask: jax.Array) -> tuple[Cache, jax.Array | None]:
         """The cache, and the prompt's hidden states if the objective needs them."""
         cfg, length = plan.configs[model], plan.cache_lengths(0)[model]
-        tokens, mask = inputs.prompts[model], inputs.masks[model]
         rows, slots = tokens.shape[0], tokens.shape[1] - 1
         if not slots:
             empty = jnp.zeros((rows, 0, cfg.embedding_size), cfg.dtype) if objective.needs_context else None
-            return models.init_cache(cfg, batch, length), empty
+            return models.init_cache(cfg, rows * plan.samples, length), empty
         cache = models.init_cache(cfg, rows, length if plan.samples == 1 else slots)
         read = models.prefill_states if objective.needs_context else models.prefill
         output, cache = read(tree, tokens[:, :-1], cfg, cache, mask[:, :-1])
@@ -185,12 +186,16 @@ def begin(params: tuple[Any, ...], inputs: Inputs, objective: Objective, plan: P
 
     caches: Any
     hidden: Any
-    if len(params) < count:  # side by side
+    if plan.same_weights:
+        cache, hidden = prefill(params[0], 0, _join_rows(inputs.prompts), _join_rows(inputs.masks))
+        caches = [cache]
+    elif len(params) < count:  # side by side
         # One model after another: cuDNN's attention over a batch of models loses their masks.
-        stacked, hidden = jax.lax.map(lambda tree: prefill(tree, 0), params[0])
+        stacked, hidden = jax.lax.map(lambda tree: prefill(tree, 0, inputs.prompts[0], inputs.masks[0]), params[0])
         caches = [models.share_cache_masks(stacked)]
     else:
-        caches, hidden = zip(*(prefill(tree, model) for model, tree in enumerate(params)), strict=True)
+        each = enumerate(zip(params, inputs.prompts, inputs.masks, strict=True))
+        caches, hidden = zip(*(prefill(tree, model, *prompt) for model, (tree, *prompt) in each), strict=True)
     objective_state = None
     if objective.needs_context:
         hidden = tuple(jnp.repeat(each, plan.samples, axis=0) for each in hidden)
@@ -257,6 +262,10 @@ def _continues(state: State, limit: jax.Array) -> jax.Array:
 
 def _step(params: tuple[Any, ...], state: State, plan: Plan, read) -> tuple[ModelOutputs, tuple[Cache, ...]]:
     """Every model reads its next token with `read`: models.decode_step or models.decode_states."""
+    if plan.same_weights:
+        tokens = _join_rows(state.last, plan.samples)
+        logits, cache = read(params[0], tokens, plan.configs[0], state.caches[0])
+        return _split_rows(logits, len(plan.configs), plan.samples), (cache,)
     if len(params) < len(plan.configs):
         return _step_side_by_side(params[0], state, plan, read)
     if len(state.caches) < len(params):
@@ -266,6 +275,18 @@ def _step(params: tuple[Any, ...], state: State, plan: Plan, read) -> tuple[Mode
         for tree, token, cfg, cache in zip(params, state.last, plan.configs, state.caches, strict=True)
     ]
     return tuple(output for output, _ in steps), tuple(cache for _, cache in steps)
+
+
+def _join_rows(rows: Sequence[jax.Array] | jax.Array, samples: int = 1) -> jax.Array:
+    """The rows [R·samples,…] of M models as [R·M·samples,…]: a prompt's stay together, so on their device."""
+    by_prompt = jnp.stack([x.reshape(-1, samples, *x.shape[1:]) for x in rows], axis=1)
+    return by_prompt.reshape(-1, *by_prompt.shape[3:])
+
+
+def _split_rows(joined: jax.Array, count: int, samples: int) -> tuple[jax.Array, ...]:
+    """The rows of each of `count` models: inverse of `_join_rows`."""
+    by_prompt = joined.reshape(-1, count, samples, *joined.shape[1:])
+    return tuple(by_prompt[:, model].reshape(-1, *joined.shape[1:]) for model in range(count))
 
 
 def _step_side_by_side(tree: Any, state: State, plan: Plan, read) -> tuple[ModelOutputs, tuple[Cache, ...]]:

@@ -23,6 +23,7 @@ from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.models.layers import PROJECTIONS
 
 GATHER_BYTES = 7 << 30  # weights of all models per device that leave room for caches on the smallest chip (16 GiB)
+CPU_ROWS = 32  # above which products take longer than reading the weights, and larger ones leave a CPU's caches
 LAYER_LOOP = "unroll"  # 1.2 to 1.4 times as fast as scan, measured on CPU; on a GPU a scan copies each layer's weights
 
 
@@ -107,6 +108,16 @@ def prepare(models: Sequence[Model], *, layer_loop: str | None = None, side_by_s
             trees = _prepare_separately([model.params for model in models], layout, mesh)
     prepared = Prepared(trees, layout.configs)
     return [Model(prepared, model.cfg) for model in models]
+
+
+def can_be_read_as_one(prepared: Prepared, rows: int, mesh: Mesh | None) -> bool:
+    """Whether several models are one (one model under several prompts) and are faster read once, with all their rows.
+
+    rows: of each model.
+    """
+    ids = [[id(leaf) for leaf in jax.tree.leaves(tree)] for tree in prepared.trees]
+    same = len(ids) > 1 and all(other == ids[0] for other in ids) and len(set(prepared.configs)) == 1
+    return same and (sharding.device_of(mesh).platform != "cpu" or rows * len(ids) <= CPU_ROWS)
 
 
 def _prepare_separately(all_params: Sequence[Any], layout: WeightLayout, mesh: Mesh | None) -> tuple[Any, ...]:
