@@ -54,7 +54,8 @@ fi
 log=$(mktemp)
 trap 'rm -f "$log" "$log.tar.gz"' EXIT
 if [[ -z $resume ]]; then
-  run tar -C "$here" --exclude=./.git --exclude=./.venv --exclude=./.cache --exclude=./runs -czf "$log.tar.gz" .
+  # Environments and caches begin with a dot
+  run tar -C "$here" --exclude='./.*' --exclude=./runs --exclude=./build --exclude=./dist -czf "$log.tar.gz" .
   run gcloud compute tpus tpu-vm scp "$log.tar.gz" "$tpu:unidetox_jax.tar.gz" "${place[@]}" --worker=all
   on_all 'mkdir -p unidetox_jax && tar -C unidetox_jax -xzf unidetox_jax.tar.gz && unidetox_jax/launch/tpu_worker.sh --install'
 fi

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from conftest import HANGS, ROOT
@@ -29,7 +30,8 @@ echo "$count" >"$RECORD/$name.count"
 codes=(${CODES:-})
 code=${codes[count - 1]:-0}
 case "$name" in
-  gcloud) if [[ " $* " == *" ssh "* && $code != lost ]]; then echo "tpu_worker.sh: exit code $code"; fi
+  gcloud) if [[ $4 == scp ]]; then cp "$5" "$RECORD/archive"; fi
+    if [[ " $* " == *" ssh "* && $code != lost ]]; then echo "tpu_worker.sh: exit code $code"; fi
     [[ $code == 0 ]] ;; # the real one has its own exit codes
   kubectl) cat >"$RECORD/manifest" ;;
   *) exit "$code" ;;
@@ -115,6 +117,10 @@ def test_a_tpu_is_created_installed_and_started(machine):
     assert create[3:5] == ["create", "xl"]
     assert {"--accelerator-type=v6e-8", "--version=v2-alpha-tpuv6e"} <= set(create)
     assert copy[3] == "scp" and copy[5] == "xl:unidetox_jax.tar.gz"
+    with tarfile.open(machine.record / "archive") as archive:
+        names = {pathlib.PurePath(name).parts[:1] for name in archive.getnames()}
+    assert {("setup.py",), ("pyproject.toml",), ("unidetox_jax",), ("configs",), ("launch",)} <= names
+    assert not [name for (name,) in names - {()} if name.startswith(".")]  # neither .git nor an environment
     assert install[-1].endswith("tpu_worker.sh --install") and "tpu_worker.sh -- run" in start[-1]
 
 
