@@ -8,6 +8,7 @@ from tests.eval_helpers import make_pair, torch_logprobs
 from unidetox_jax import sharding
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import likelihood
+from unidetox_jax.evaluation.likelihood_batches import Sizes, with_fewer_sizes
 
 
 def reference(torch_model, context, continuation, limit):
@@ -102,6 +103,36 @@ def test_few_shapes_are_compiled():
     before = likelihood.program(mesh)._cache_size()
     likelihood.loglikelihood(model, contexts[::-1], continuations[::-1], batch_size=32)
     assert likelihood.program(mesh)._cache_size() == before
+
+
+def test_sizes_are_joined_while_padding_costs_less_than_a_program():
+    small, wide, long = Sizes(4, 5, 16, 8, 8, 1), Sizes(4, 5, 16, 8, 8, 4), Sizes(4, 5, 64, 24, 24, 1)
+    other, largest = Sizes(4, 1, 0, 32, 8, 1), Sizes(8, 5, 96, 24, 24, 1)
+    counts = {small: 10, wide: 2, long: 3, other: 1, largest: 40}
+    assert with_fewer_sizes(counts, 0) == {sizes: sizes for sizes in counts}
+    assert with_fewer_sizes({**counts, small._replace(families=1): 1}, 320)[small._replace(families=1)] == small
+    joined = {**{sizes: sizes for sizes in counts}, small: wide, wide: wide}
+    assert with_fewer_sizes(counts, 10 * 20 * 3) == joined  # ten batches of 20 rows with 3 more candidates
+    assert with_fewer_sizes(counts, 10 * 20 * 3 - 1) == {sizes: sizes for sizes in counts}
+    everything = with_fewer_sizes(counts, 10**9)
+    # Rows without a shared context are another program, and no batch outgrows the largest
+    assert everything == {small: wide, wide: wide, long: largest, largest: largest, other: other}
+
+
+def test_joined_sizes_give_the_same_result(monkeypatch):
+    _, model = make_pair()
+    contexts, continuations = requests(np.random.default_rng(2), 40)
+    contexts = [context for context in contexts[:20] for _ in range(2)] + [contexts[0]] * 3
+    continuations += continuations[:3]
+    found, programs = [], []
+    for spare in (0, 10**9):
+        monkeypatch.setattr(likelihood, "tokens_per_compilation", lambda *_, spare=spare: spare)
+        program = likelihood.program(sharding.mesh_of(model.params))
+        program.clear_cache()
+        found.append(likelihood.loglikelihood(model, contexts, continuations, batch_size=8))
+        programs.append(program._cache_size())
+    np.testing.assert_allclose(found[1].sums, found[0].sums, rtol=1e-5)
+    assert programs[1] < programs[0] / 2
 
 
 def test_degenerate_requests():

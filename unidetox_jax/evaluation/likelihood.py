@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from unidetox_jax import models, padded_sizes, sharding
+from unidetox_jax import devices, models, padded_sizes, sharding
 from unidetox_jax.decoding.objective import Objective
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.generator import Generator, as_generator
 from unidetox_jax.evaluation.likelihood_batches import Batch, make_batches, make_families, make_rows
-from unidetox_jax.models import Model, ModelConfig
+from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.progress import Progress
 
 LOGITS_BYTES = 1 << 28  # of float32 logits at a time, per device
+COMPILE_SECONDS = 2.0  # a scan over layers takes as long for any number of layers
+MFU, CPU_FLOPS = 0.4, 1e10  # of an accelerator's peak; per second on a core, by a model small enough for this to matter
 
 
 class LogLikelihood(NamedTuple):
@@ -95,21 +97,29 @@ def loglikelihood(
     def collect(batch: Batch, result: tuple[jax.Array, jax.Array]) -> int:
         batch_sums, batch_greedy = (np.asarray(array) for array in result)
         for number, family in enumerate(batch.families):
-            for index, row in enumerate(family.rows, number * batch.group):
+            for index, row in enumerate(family.rows, number * batch.sizes.group):
                 sums[row.owners] = batch_sums[index, : len(row.owners)]
                 greedy[row.owners] = batch_greedy[index, : len(row.owners)]
         return sum(len(family.rows) for family in batch.families)
 
     with Progress(len(rows), "rows", label or "", disable=label is None or jax.process_index() > 0) as bar:
         pending = None  # computed on the device while the host prepares the next batch
-        for batch in make_batches(make_families(rows), batch_size, limit, sharding.batch_shards(mesh)):
-            result = _score(generator, mesh, batch, limit)
+        spare = tokens_per_compilation([each.cfg for each in generator.models], mesh)
+        for batch in make_batches(make_families(rows), batch_size, limit, sharding.batch_shards(mesh), spare):
+            result = _score(generator, mesh, batch)
             if pending is not None:
                 bar.update(collect(*pending))
             pending = (batch, result)
         if pending is not None:
             bar.update(collect(*pending))
     return LogLikelihood(sums, greedy, counts, truncated)
+
+
+def tokens_per_compilation(configs: Sequence[ModelConfig], mesh: Mesh) -> float:
+    """About how many tokens are read in the time that a program takes to compile, the same on every host."""
+    sheet = devices.specs(sharding.device_of(mesh).device_kind)
+    rate = CPU_FLOPS if sheet is None else MFU * sheet.flops
+    return COMPILE_SECONDS * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
 
 
 def common_prefix_length(*texts: Sequence[int]) -> int:
@@ -122,26 +132,19 @@ def common_prefix_length(*texts: Sequence[int]) -> int:
     return max(1, shared)
 
 
-def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
+def _score(generator: Generator, mesh: Mesh, batch: Batch):
     """Dispatches one batch: sums float32 [B, K], greedy bool [B, K], on every host."""
     rows = [row for family in batch.families for row in family.rows]
-    shared = bool(len(batch.families[0].prefix))
-    longest = max(len(row.tokens) for row in rows)
-    length = padded_sizes.tail_length(longest) if shared else padded_sizes.text_length(longest, limit)
-    most = max(len(row.scored) for row in rows)
-    scored_length = padded_sizes.tail_length(most)
-    widest = max(len(row.last) for row in rows)
-    width = 1 if widest == 1 else max(4, padded_sizes.next_power_of_two(widest))
-    size = batch.size * batch.group
+    sizes = batch.sizes
+    size = sizes.families * sizes.group
     configs = tuple(model.cfg for model in generator.models)
-    chunk = chunk_length(configs, mesh, size, scored_length)
-    scored_length = padded_sizes.round_up(scored_length, chunk) if chunk else 0
+    chunk = chunk_length(configs, mesh, size, sizes.scored)
 
-    scored = np.zeros((size, scored_length), np.int32)
-    last = np.zeros((size, width), np.int32)
+    scored = np.zeros((size, padded_sizes.round_up(sizes.scored, chunk) if chunk else 0), np.int32)
+    last = np.zeros((size, sizes.last), np.int32)
     spans = np.zeros((size, 2), np.int32)  # start, number of scored tokens before the last
     indices = [
-        number * batch.group + index
+        number * sizes.group + index
         for number, family in enumerate(batch.families)
         for index in range(len(family.rows))
     ]
@@ -155,19 +158,17 @@ def _score(generator: Generator, mesh: Mesh, batch: Batch, limit: int):
     if not any(prefixes):
         to_inputs, prefixes = to_inputs[:1], prefixes[:1]  # all models read the same
     contexts: list[tuple[np.ndarray, np.ndarray]] = []
-    if shared:
-        families = batch.families
-        extent = padded_sizes.text_length(max(len(family.prefix) for family in families), limit)
-        starts = [[(i, to_input(family.prefix)) for i, family in enumerate(families)] for to_input in to_inputs]
-        contexts = [_right_padded(*pair, batch.size, extent) for pair in zip(starts, prefixes, strict=True)]
+    if sizes.context:
+        starts = [[(i, to_input(family.prefix)) for i, family in enumerate(batch.families)] for to_input in to_inputs]
+        contexts = [_right_padded(*pair, sizes.families, sizes.context) for pair in zip(starts, prefixes, strict=True)]
         to_inputs, prefixes = [list], [0]
     texts = [
         [(index, to_input(row.tokens)) for index, row in zip(indices, rows, strict=True)] for to_input in to_inputs
     ]
-    tokens = [_right_padded(*pair, size, length)[0] for pair in zip(texts, prefixes, strict=True)]
+    tokens = [_right_padded(*pair, size, sizes.length)[0] for pair in zip(texts, prefixes, strict=True)]
     inputs = Inputs(tuple(tokens), spans, scored, last, tuple(contexts))
     placed = sharding.put(inputs, sharding.batch_sharding(mesh))
-    shape = Shape(configs, tuple(prefixes), chunk, batch.group, generator.vocab_size)
+    shape = Shape(configs, tuple(prefixes), chunk, sizes.group, generator.vocab_size)
     with jax.set_mesh(mesh):
         return program(mesh)(tuple(model.params for model in generator.models), placed, generator.objective, shape)
 
