@@ -12,7 +12,7 @@ from finetune_helpers import LENGTH, lines_of, make_world
 
 from unidetox_jax import checkpoint, data, models, sharding, training
 from unidetox_jax.errors import Preempted, UserError
-from unidetox_jax.training import loop, metrics
+from unidetox_jax.training import loop, training_log
 
 STEPS = 9
 OPTIMIZER = training.Optimizer(learning_rate=1e-3, steps=STEPS)
@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_lines_before_it_stay(parts, tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    log = metrics.Log(tmp_path, 1)
+    log = training_log.Log(tmp_path, 1)
     log.record(2, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "targets": 3.0})
     log.add_line()
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
@@ -248,18 +248,18 @@ def test_a_full_disk_is_one_line_and_the_lines_before_it_stay(parts, tmp_path, m
 def test_a_damaged_metrics_file_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(UserError, match="metrics.jsonl, line 2: not a line of metrics"):
-        metrics.Log(tmp_path, 1)
+        training_log.Log(tmp_path, 1)
 
 
 def test_tensorboard_is_told_the_same_and_of_a_restart(tmp_path):
     for step, first in ((0, 1), (1, 2)):
-        log = metrics.Log(tmp_path, step)
+        log = training_log.Log(tmp_path, step)
         for number in (first, first + 1):
             log.record(number, {"loss": number / 2, "grad_norm": 1.0, "learning_rate": 1e-3, "targets": 5.0})
             log.add_line()
         log.flush()
         (tmp_path / "tensorboard").rename(tmp_path / f"events{step}")
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in training_log.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert events(tmp_path / "events0")[:2] == [("restart", 0, None), ("loss", 1, 0.5)]
     assert ("restart", 2, None) == events(tmp_path / "events1")[0]
     assert [event for event in events(tmp_path / "events1") if event[0] == "loss"] == [

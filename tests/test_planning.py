@@ -15,7 +15,16 @@ from unidetox_jax.benchmarks import meshes
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import costs
-from unidetox_jax.plan import auto_mesh, compiler, cost_model, feasibility, hlo, programs, stage_programs, topology
+from unidetox_jax.plan import (
+    abstract_programs,
+    auto_mesh,
+    compiler,
+    cost_model,
+    feasibility,
+    hlo,
+    stage_programs,
+    topology,
+)
 from unidetox_jax.stages import settings
 
 needs_libtpu = pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed: unidetox-jax[tpu]")
@@ -114,8 +123,8 @@ def test_unfitting_program_gets_suggestions_and_exit_code_1(place, tmp_path, cap
     state = 3 * 4 * models.num_params(cfg)  # weights and both moments
     monkeypatch.setitem(devices.SPECS, "cpu", devices.Specs(int(0.9 * state), 1e12, 1e11, 1e10))
     monkeypatch.setattr(cost_model, "LOGITS_BYTES", 0)
-    monkeypatch.setattr(programs, "MEMORY_SAVERS", programs.MEMORY_SAVERS[:1])
-    toxify = lambda run, dtype: [("toxify", [programs.training_program("toxify gpt2", cfg, run.toxify)])]  # noqa: E731
+    monkeypatch.setattr(abstract_programs, "MEMORY_SAVERS", abstract_programs.MEMORY_SAVERS[:1])
+    toxify = lambda run, dtype: [("toxify", [abstract_programs.training_program("toxify gpt2", cfg, run.toxify)])]  # noqa: E731
     monkeypatch.setattr(stage_programs, "programs_by_stage", toxify)
     command = ["plan", f"--config={place}/config.py", "--topology=local", f"--json={tmp_path}/plan.json"]
     command += [
@@ -148,7 +157,7 @@ def test_unfitting_program_gets_suggestions_and_exit_code_1(place, tmp_path, cap
 def decoding(name, layout, rows=8):
     """(collectives, abstract weights of each) of two models' decoding on eight devices."""
     cfg = models.config_from_hf({**VARIANTS[name], "vocab_size": 512})
-    program = programs.decoding_program(
+    program = abstract_programs.decoding_program(
         "decode", [cfg, cfg], objectives.get("contrastive", alpha=0.1), [warpers.top_k(50)],
         rows=rows, prompt=20, new_tokens=24, batches=1,
     )  # fmt: skip
@@ -185,7 +194,7 @@ def test_weights_over_fsdp_are_gathered_before_the_loop():
 
 def test_training_arguments_are_counted_to_the_byte():
     cfg = models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 512})
-    program = programs.training_program("train", cfg, settings.TrainingSettings(max_length=32))
+    program = abstract_programs.training_program("train", cfg, settings.TrainingSettings(max_length=32))
     mesh = sharding.make_mesh("fsdp:8")
     report = compiler.compile_program(program, mesh)
     batch = 8 // 8 * 32 * (4 + 1 + 4)  # a row a device: tokens, mask, segments
@@ -298,7 +307,7 @@ def test_auto_mesh_is_fast_and_fits():
 
     def best(name, rows):
         cfg = dataclasses.replace(models.published_config(name), dtype="bfloat16")
-        program = programs.decoding_program(
+        program = abstract_programs.decoding_program(
             "d", [cfg], objectives.get("base"), [], rows=rows, prompt=64, new_tokens=20, batches=1
         )
         return auto_mesh.rank_meshes([program], place)[0]
@@ -318,7 +327,7 @@ def test_eight_bit_floats_take_one_byte():
 
 def test_only_the_model_axis_divides_weight_traffic():
     cfg = models.published_config("meta-llama/Llama-2-7b-hf")
-    program = programs.scoring_program("score", cfg, 8, 128, 32, 1)
+    program = abstract_programs.scoring_program("score", cfg, 8, 128, 32, 1)
     norms = 4 * 65 * cfg.hidden_size
     for layout, share in (("data:2,fsdp:4", 1), ("data:2,model:4", 4)):
         matrices = program.cost(sharding.make_mesh(layout).shape, "cpu").traffic - norms
@@ -346,7 +355,7 @@ def test_unsplittable_heads_and_odd_lengths_compile_for_gpus(heads):
         "num_attention_heads": queries, "num_key_value_heads": keys,
     })  # fmt: skip
     recipe = settings.TrainingSettings(max_length=33, remat="dots")
-    program = programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
+    program = abstract_programs.training_program("train", dataclasses.replace(cfg, dtype="bfloat16"), recipe)
     text = (
         program.lower(sharding.make_mesh("fsdp:2,model:4", topology.get_topology("h100-8").devices)).compile().as_text()
     )
@@ -384,7 +393,7 @@ def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsy
     def lower(mesh):
         raise {"data:2": UserError("cannot"), "data:4": NotImplementedError("odd\nlength")}[mesh]
 
-    program = programs.scoring_program("score", models.published_config("openai-community/gpt2"), 8, 8, 4, 1)
+    program = abstract_programs.scoring_program("score", models.published_config("openai-community/gpt2"), 8, 8, 4, 1)
     monkeypatch.setattr(meshes, "programs_of", lambda cfg: [program._replace(lower=lower)])
     for layouts, cells in ((("data:2",), "refused 1"), (("data:2", "data:4"), "refused 1 | FAILED 2")):
         failed = meshes.main(["--devices", "h100", "--meshes", *layouts, "--layouts", "gpt2 12/12"])
@@ -396,7 +405,7 @@ def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsy
 def paper_distillation(place, layout):
     """The compiled distillation of 128 texts from GPT-2 XL and its twin."""
     cfg = dataclasses.replace(models.published_config("openai-community/gpt2-xl"), dtype="bfloat16")
-    program = programs.decoding_program(
+    program = abstract_programs.decoding_program(
         "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=128, prompt=1,
         new_tokens=255, batches=5,
     )  # fmt: skip

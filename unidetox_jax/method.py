@@ -45,7 +45,7 @@ class LanguageModel(NamedTuple):
     Attributes:
       params: nested dictionary of arrays.
       tokenizer: of transformers.
-      history: steps, loss, tokens per second, … of the training that made it (`training.metrics.summary`), or empty.
+      history: of the training that made it: steps, loss, tokens per second, … (`training_log.summary`), or empty.
     """
 
     params: Any

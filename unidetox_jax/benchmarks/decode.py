@@ -18,7 +18,7 @@ from unidetox_jax.decoding import generate, loop, objectives, warpers
 from unidetox_jax.decoding.generate import make_plan
 from unidetox_jax.decoding.preparation import LAYER_LOOP, prepare
 from unidetox_jax.models import Model, ModelConfig, costs
-from unidetox_jax.plan.programs import decoding_inputs, decoding_program
+from unidetox_jax.plan.abstract_programs import decoding_inputs, decoding_program
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run

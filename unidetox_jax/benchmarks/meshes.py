@@ -28,7 +28,7 @@ from unidetox_jax import models, sharding
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.models import ModelConfig
-from unidetox_jax.plan import auto_mesh, programs, topology
+from unidetox_jax.plan import abstract_programs, auto_mesh, topology
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.recipe import Recipe
 
@@ -101,16 +101,16 @@ def shrink(cfg: ModelConfig) -> ModelConfig:
 
 def programs_of(cfg: ModelConfig) -> Iterator[Program]:
     """The programs of the stages."""
-    yield programs.training_program("train", cfg, Recipe(steps=1, max_length=33))
-    yield programs.decoding_program(
+    yield abstract_programs.training_program("train", cfg, Recipe(steps=1, max_length=33))
+    yield abstract_programs.decoding_program(
         "distill", [cfg, cfg], objectives.get("contrastive"), warpers.choose(top_k=50), rows=8, prompt=1,
         new_tokens=24, batches=1,
     )  # fmt: skip
-    yield programs.decoding_program(
+    yield abstract_programs.decoding_program(
         "evaluate", [cfg], objectives.get("base"), warpers.choose(top_p=0.9), rows=16, prompt=9, new_tokens=12,
         batches=1, samples=2,
     )  # fmt: skip
-    yield programs.scoring_program("score", cfg, 8, 33, 9, 1)
+    yield abstract_programs.scoring_program("score", cfg, 8, 33, 9, 1)
 
 
 def outcome(cfg: ModelConfig, mesh: Mesh, names: Sequence[str]) -> tuple[str, str]:

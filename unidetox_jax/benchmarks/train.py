@@ -19,7 +19,7 @@ from unidetox_jax import checkpoint, data, devices, distributed, models, shardin
 from unidetox_jax.benchmarks import timing
 from unidetox_jax.data.packing import Shape
 from unidetox_jax.models import ModelConfig, costs
-from unidetox_jax.plan.programs import training_program
+from unidetox_jax.plan.abstract_programs import training_program
 from unidetox_jax.progress import Progress
 from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run, TrainingSettings

@@ -77,7 +77,7 @@ def training(cfg: ModelConfig, recipe: Recipe, length: int, sizes: AxisSizes, fu
 def decoding(plan: loop.Plan, rows: int, prompt: int, sizes: AxisSizes, lanes: int, stored: bool) -> StepCost:
     """Cost of one more token in each of `rows` rows, with half of the new tokens in the cache.
 
-    lanes: head sizes are padded to a multiple of it. stored: see `programs.decoding_program`.
+    lanes: head sizes are padded to a multiple of it. stored: see `abstract_programs.decoding_program`.
     """
     row_shards, shards = sizes["data"] * sizes["fsdp"], sizes["model"]
     rows = padded_rows(-(-rows // plan.samples), sizes) // row_shards * plan.samples

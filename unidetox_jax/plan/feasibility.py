@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from unidetox_jax import models, sharding
 from unidetox_jax.devices import GIB
-from unidetox_jax.plan import auto_mesh, compiler, programs, stage_programs
+from unidetox_jax.plan import abstract_programs, auto_mesh, compiler, stage_programs
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.plan.topology import Topology, get_topology, larger_topologies
 from unidetox_jax.stages import loading
@@ -105,7 +105,9 @@ def _table_program(run: Run, name: str, topology: Topology) -> Program:
     if not name:
         return stage_programs.distillation_program(run, run.distill, dtype)
     recipe = dataclasses.replace(run.detoxify, remat="none")
-    return programs.training_program(f"detoxify {model_name(name)}", loading.load_config(run, name, dtype), recipe)
+    return abstract_programs.training_program(
+        f"detoxify {model_name(name)}", loading.load_config(run, name, dtype), recipe
+    )
 
 
 def compute_dtype(run: Run, topology: Topology) -> str:

@@ -7,8 +7,8 @@ from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.evaluation.candidates import Candidate
 from unidetox_jax.evaluation.likelihood_batches import FULL_BATCH_LENGTH
 from unidetox_jax.models import ModelConfig
+from unidetox_jax.plan.abstract_programs import decoding_program, scoring_program, training_program
 from unidetox_jax.plan.compiler import Program
-from unidetox_jax.plan.programs import decoding_program, scoring_program, training_program
 from unidetox_jax.stages import loading
 from unidetox_jax.stages.forms import ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name

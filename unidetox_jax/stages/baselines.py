@@ -21,7 +21,7 @@ from unidetox_jax.baselines.base import CLEAN, TOXIC, Baseline
 from unidetox_jax.decoding import objectives
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.evaluation.candidates import Candidate
-from unidetox_jax.plan.programs import training_program
+from unidetox_jax.plan.abstract_programs import training_program
 from unidetox_jax.stages import finetune, loading
 from unidetox_jax.stages.settings import Run, model_name
 from unidetox_jax.stages.task import Task, digest, fingerprint

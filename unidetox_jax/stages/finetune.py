@@ -22,7 +22,7 @@ from unidetox_jax.checkpoint import hf
 from unidetox_jax.data import packing
 from unidetox_jax.errors import UserError, suggest
 from unidetox_jax.models.transformer import REMAT
-from unidetox_jax.plan.programs import training_program
+from unidetox_jax.plan.abstract_programs import training_program
 from unidetox_jax.stages import loading
 from unidetox_jax.stages.settings import Run, TrainingSettings
 from unidetox_jax.stages.task import Task, fingerprint, is_complete

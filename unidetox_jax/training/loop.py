@@ -23,7 +23,7 @@ from unidetox_jax.checkpoint import Checkpointer
 from unidetox_jax.errors import Diverged, Preempted, UserError
 from unidetox_jax.models import costs
 from unidetox_jax.progress import Progress
-from unidetox_jax.training import metrics, preemption
+from unidetox_jax.training import preemption, training_log
 from unidetox_jax.training.criterion import LANGUAGE_MODELLING, Criterion
 from unidetox_jax.training.optimizer import Optimizer
 from unidetox_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
@@ -79,7 +79,7 @@ def fit(
       options: accumulation, remat, dropout_seed, as in `make_train_step`.
 
     Returns:
-      The trained parameters (with `lora`, the adapter's), and `metrics.summary`.
+      The trained parameters (with `lora`, the adapter's), and `training_log.summary`.
 
     Raises:
       Preempted: SIGTERM was received; the state is saved.
@@ -93,7 +93,7 @@ def fit(
     placement, frozen = sharding.batch_sharding(mesh), () if base is None else (base,)
     with preemption.sigterm_flag() as stop_requested, _checkpointer(directory, settings.keep) as checkpoints:
         start, state = _restore_or_init(checkpoints, cfg, criterion, initial, optimizer, mesh, settings.steps, label)
-        log, clock = metrics.Log(directory, start), _SaveClock(settings.save_minutes, start)
+        log, clock = training_log.Log(directory, start), _SaveClock(settings.save_minutes, start)
         if evaluate and start == 0:
             log.add_validation(0, evaluate(state.params))
         with (
@@ -118,7 +118,7 @@ def fit(
                 if stop:
                     raise _preempted(f"at step {step} of {settings.steps}", bool(checkpoints), label)
         log.flush()
-    return state.params, metrics.summary(log.lines)
+    return state.params, training_log.summary(log.lines)
 
 
 class _SaveClock:
@@ -212,7 +212,7 @@ class _MetricsReader:
     """Reads the metrics of steps in flight, checks them, and passes them on to the log and the progress bar."""
 
     def __init__(
-        self, cfg, batches: data.Batches, settings: LoopSettings, log: metrics.Log, bar, checkpoints, label: str
+        self, cfg, batches: data.Batches, settings: LoopSettings, log: training_log.Log, bar, checkpoints, label: str
     ):
         self._batches, self._settings, self._log, self._bar = batches, settings, log, bar
         self._checkpoints, self._label = checkpoints, label
