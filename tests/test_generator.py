@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.eval_helpers import make_pair, make_tokenizer
+from unidetox_jax import decoding
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import continuations, generator, likelihood, mmlu
@@ -125,3 +126,37 @@ def test_an_objective_with_context_generates_but_cannot_score(trio):
     assert text != plain
     with pytest.raises(UserError, match="likelihood: repetition_penalty needs a context"):
         likelihood.loglikelihood(subject, [[0]], [[5]])
+
+
+def test_prompts_are_padded_to_a_longer_program_where_that_is_cheaper_than_another(monkeypatch):
+    """Texts stay the same; a bucket joins the next longer one that is compiled, however long that is."""
+    _, model = make_pair(seed=4)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(2, 260, length).tolist() for length in (70, 40, 9, 30, 5, 66, 17, 18)]
+    found, slots = [], []
+    generate = decoding.generate
+
+    def recorded(*arguments, **named):
+        slots[-1].append(named["prompt_slots"])
+        return generate(*arguments, **named)
+
+    monkeypatch.setattr(decoding, "generate", recorded)
+    for seconds in (0, 1e9):
+        monkeypatch.setattr(continuations, "COMPILE_SECONDS", seconds)
+        slots.append([])
+        found.append(
+            continuations.complete(
+                model, prompts, samples=2, max_new_tokens=4, batch_size=6, eos_id=(), warpers=warpers.choose(top_p=0.9)
+            )
+        )
+    assert slots == [[128, 64, 32, 16], [128] * 3]  # 17 tokens take 16 slots, as the last one is read by the loop
+    assert [a == b for a, b in zip(found[0][0].flat, found[1][0].flat, strict=True)] == [True] * 16
+
+
+def test_which_prompts_share_a_program():
+    costs = {16: 1.0, 32: 2.0, 64: 5.0}
+    lengths = [50, 20, 20, 21, 4, 4]
+    assert continuations._buckets(lengths, costs.__getitem__, 0.0) == {50: 64, 20: 32, 21: 32, 4: 16}
+    assert continuations._buckets(lengths, costs.__getitem__, 2.0) == {50: 64, 20: 32, 21: 32, 4: 32}  # 2 prompts x 1
+    assert continuations._buckets(lengths, costs.__getitem__, 8.0) == {50: 64, 20: 32, 21: 32, 4: 32}
+    assert continuations._buckets(lengths, costs.__getitem__, 9.0) == {50: 64, 20: 64, 21: 64, 4: 64}  # 3 prompts x 3

@@ -25,6 +25,8 @@ MALLOC_OPTIONS = (
     (-1, -1),  # M_TRIM_THRESHOLD: never shrink the heap
     (-2, 256 << 20),  # M_TOP_PAD: grow the heap in steps of 256 MiB
 )
+USUAL_MFU = 0.4  # of an accelerator's peak, by well-tuned programs
+CPU_FLOPS = 1e10  # per second on a core, by a model so small that compiling takes longer than running it
 REPEATS = 5  # of a measurement; the fastest counts, since other load only slows it down
 
 
@@ -67,6 +69,12 @@ def specs(kind: str) -> Specs | None:
     """The data sheet of a `jax.Device.device_kind`; None if unknown (a CPU)."""
     kind = kind.replace(" lite", "e")  # libtpu calls a v5e "TPU v5 lite"
     return next((sheet for prefix, sheet in SPECS.items() if kind.startswith(prefix)), None)
+
+
+def usual_flops(kind: str) -> float:
+    """About how many FLOP/s a program reaches on a device, the same on every host: to weigh work against compiling."""
+    sheet = specs(kind)
+    return CPU_FLOPS if sheet is None else USUAL_MFU * sheet.flops
 
 
 def summary() -> str:

@@ -8,13 +8,13 @@ Axes: P prompts, S samples of a prompt.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from unidetox_jax import decoding, padded_sizes
+from unidetox_jax import decoding, devices, padded_sizes, sharding
 from unidetox_jax.data import chat as conversations
 from unidetox_jax.data import tokens as data_tokens
 from unidetox_jax.decoding.preparation import prepare
@@ -22,12 +22,12 @@ from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.generator import Generator, as_generator
-from unidetox_jax.models import Model
+from unidetox_jax.models import Model, costs
 from unidetox_jax.progress import Progress
 
 FULL_BATCH_LENGTH = 128  # prompts of up to this many tokens use the full batch size, longer ones a smaller one
 SHORTEST_BUCKET = 16  # tokens
-MIN_BATCHES = 3  # per bucket
+COMPILE_SECONDS = 5.0  # of a decoding program
 
 
 class Continuations(NamedTuple):
@@ -142,8 +142,21 @@ def complete(
     generator = as_generator(model)
     same_inputs = not any(generator.prefixes)
     models = prepare(generator.models, side_by_side=same_inputs)
+    mesh = sharding.mesh_of(generator.params) or sharding.single_device_mesh()
+
+    def prompt_flops(slots: int) -> float:
+        """Of a prompt with so many cache slots and its continuations."""
+        return sum(
+            slots * costs.forward_flops(model.cfg, slots / 2, logits=0)
+            + samples * max_new_tokens * costs.forward_flops(model.cfg, slots + max_new_tokens / 2)
+            for model in generator.models
+        )
+
+    lengths = [len(tokens) for tokens in prompts]
+    rate = devices.usual_flops(sharding.device_of(mesh).device_kind) * mesh.size
+    buckets = _buckets(lengths, prompt_flops, COMPILE_SECONDS * rate)
     with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
-        for batch in _batches([len(tokens) for tokens in prompts], samples, batch_size):
+        for batch in _batches(lengths, samples, batch_size, buckets):
             inputs = [
                 _left_padded([generator.model_input(index, prompts[p]) for p in batch.prompts])
                 for index in range(1 if same_inputs else len(models))
@@ -180,33 +193,43 @@ class _Batch(NamedTuple):
     slots: int
 
 
-def _batches(lengths: Sequence[int], samples: int, batch_size: int):
-    """Batches, longest prompts first, of one shape per length bucket. Buckets are powers of two; one with fewer than
-    `MIN_BATCHES` batches joins one up to four times as long, as compiling costs as much as several batches."""
-    by_length: dict[int, list[int]] = {}
+def _batches(lengths: Sequence[int], samples: int, batch_size: int, buckets: Mapping[int, int]) -> Iterator[_Batch]:
+    """Batches, longest prompts first, of one shape per length bucket.
+
+    buckets: cache slots for a prompt's length, from `_buckets`.
+    """
+    by_slots: dict[int, list[int]] = {}
     for index in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
-        slots = max(padded_sizes.next_power_of_two(max(lengths[index] - 1, 1)), SHORTEST_BUCKET)
-        by_length.setdefault(slots, []).append(index)
+        by_slots.setdefault(buckets[lengths[index]], []).append(index)
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
-
-        def size(slots, count=count):
+        for slots, members in by_slots.items():
             rows = batch_size
             while rows > 1 and rows * slots > batch_size * FULL_BATCH_LENGTH:
                 rows //= 2
-            return max(1, rows // count)
-
-        merged: list[tuple[int, list[int]]] = []
-        for slots, members in by_length.items():
-            if merged and len(members) < MIN_BATCHES * size(slots) and merged[-1][0] <= 4 * slots:
-                merged[-1][1].extend(members)
-            else:
-                merged.append((slots, list(members)))
-        for slots, members in merged:
-            full = min(size(slots), len(members))
+            full = min(max(1, rows // count), len(members))
             for start in range(0, len(members), full):
                 chosen = members[start : start + full]
                 yield _Batch(chosen + chosen[-1:] * (full - len(chosen)), first, count, slots)
+
+
+def _buckets(lengths: Sequence[int], prompt_flops: Callable[[int], float], spare: float) -> dict[int, int]:
+    """Cache slots for prompts of each of the lengths: powers of two, where it does not take longer to pad to the next
+    larger ones of a program that is compiled anyway than to compile another.
+
+    prompt_flops: cache slots → FLOPs of a prompt and its continuations. spare: FLOPs in the time of a compilation.
+    """
+    prompts: dict[int, list[int]] = {}
+    for length in sorted(lengths, reverse=True):
+        slots = max(padded_sizes.next_power_of_two(max(length - 1, 1)), SHORTEST_BUCKET)
+        prompts.setdefault(slots, []).append(length)
+    buckets: dict[int, int] = {}
+    compiled = 0
+    for slots, members in prompts.items():
+        if not compiled or len(members) * (prompt_flops(compiled) - prompt_flops(slots)) > spare:
+            compiled = slots
+        buckets |= dict.fromkeys(members, compiled)
+    return buckets
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,6 @@ from unidetox_jax.progress import Progress
 
 LOGITS_BYTES = 1 << 28  # of float32 logits at a time, per device
 COMPILE_SECONDS = 2.0  # a scan over layers takes as long for any number of layers
-MFU, CPU_FLOPS = 0.4, 1e10  # of an accelerator's peak; per second on a core, by a model small enough for this to matter
 
 
 class LogLikelihood(NamedTuple):
@@ -117,8 +116,7 @@ def loglikelihood(
 
 def tokens_per_compilation(configs: Sequence[ModelConfig], mesh: Mesh) -> float:
     """About how many tokens are read in the time that a program takes to compile, the same on every host."""
-    sheet = devices.specs(sharding.device_of(mesh).device_kind)
-    rate = CPU_FLOPS if sheet is None else MFU * sheet.flops
+    rate = devices.usual_flops(sharding.device_of(mesh).device_kind)
     return COMPILE_SECONDS * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
 
 
