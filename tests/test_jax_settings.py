@@ -94,3 +94,16 @@ def test_results_do_not_depend_on_jax_settings(plain, tmp_path, name, value, fam
     for family in families:
         for quantity, values in found[family].items():
             assert values == pytest.approx(plain[family][quantity], rel=1e-4, abs=1e-5), (family, quantity)
+
+
+def test_an_absent_tpu_is_no_reason_to_complain(tmp_path):
+    """With libtpu installed for `unidetox plan` and without JAX_PLATFORMS=cpu, as on most laptops."""
+    pytest.importorskip("libtpu")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    command = ["unidetox_jax.cli", "plan", f"--config={ROOT}/configs/quickstart.py", "--topology=local"]
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("local: 1 x ")  # the devices were looked for
+    assert result.stderr == "unidetox: ./pretrained/gpt2: no such directory\n"

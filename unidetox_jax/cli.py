@@ -74,7 +74,7 @@ def _dispatch(argv: list[str]) -> int | None:
     if command not in commands:
         raise UserError(f"no command {command!r}{suggest(command, commands)}")
     _set_up_logging()
-    _reset_jax_config()
+    _prepare_jax()
     module_name, help_text = commands[command]
     module = importlib.import_module(module_name)
     parser = _Parser(prog=f"unidetox {command}", description=help_text, allow_abbrev=False)
@@ -207,10 +207,13 @@ def _set_up_logging() -> None:
     standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)  # hides messages such as missing backends
 
 
-def _reset_jax_config() -> None:
+def _prepare_jax() -> None:
     import jax
     from absl import logging
 
+    from unidetox_jax import devices
+
+    devices.quiet_libtpu()
     for name, value in JAX_DEFAULTS.items():
         if getattr(jax.config, name) != value:
             logging.info("%s: ignored; commands run with %s", name.upper(), value)

@@ -6,8 +6,9 @@ All speeds that this package reports are relative to these. Also two limits of t
 import ctypes
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +18,10 @@ from etils import epath
 GIB = 1 << 30
 MAPS, MAX_MAPS = epath.Path("/proc/self/maps"), epath.Path("/proc/sys/vm/max_map_count")  # Linux
 MAPS_FRACTION = 0.5  # of the maximum; one more task's programs may need as many again
-ACCELERATORS = ("nvidiactl", "accel0", "vfio")  # in /dev of a machine with a GPU or TPU
+TPUS = ("accel0", "vfio")  # in /dev of a machine with a TPU
+ACCELERATORS = ("nvidiactl", *TPUS)  # or with a GPU
+# What libtpu, the compiler for TPUs, otherwise asks a machine without one for, and complains about in five lines
+ANY_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
 # Options of mallopt (glibc's malloc.h) and their values
 MALLOC_OPTIONS = (
     (-8, 1),  # M_ARENA_MAX: one heap for all threads; further arenas are limited to 64 MiB
@@ -140,10 +144,24 @@ def keep_freed_memory() -> bool:
     To be called before JAX starts its threads. XLA's CPU programs allocate buffers in every call. By default glibc maps
     and unmaps large ones, and clearing their pages took a fifth of a training's processor time.
     """
-    if any((epath.Path("/dev") / name).exists() for name in ACCELERATORS):
+    if _is_here(ACCELERATORS):
         return False  # the host only passes weights on and reuses no buffers
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all([mallopt(*option) for option in MALLOC_OPTIONS])
+
+
+def quiet_libtpu() -> None:
+    """Keeps libtpu, where it is installed for `unidetox plan`, from complaining that there is no TPU.
+
+    To be called before JAX looks for devices.
+    """
+    if not _is_here(TPUS):
+        for name, value in ANY_TPU.items():
+            os.environ.setdefault(name, value)
+
+
+def _is_here(nodes: Iterable[str]) -> bool:
+    return any((epath.Path("/dev") / name).exists() for name in nodes)
 
 
 def memory_maps_run_out() -> bool:
