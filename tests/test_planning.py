@@ -6,8 +6,10 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from finetune_helpers import write_config
+from jax.sharding import AxisType, Mesh
 from variants import VARIANTS
 
 from unidetox_jax import cli, devices, models, sharding
@@ -205,12 +207,18 @@ def test_training_arguments_are_counted_to_the_byte():
 HLO = """
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %all-gather.3 = f32[64,4]{1,0} all-gather(%x), dimensions={0}
-  %inner = (s32[]) while(%t), condition=%cond.2, body=%body.2
-  %other = (s32[]) while(%t), condition=%cond.2, body=%body.3
+  %inner = (s32[]) while(%t), condition=%cond.2, body=%body.2, backend_config={"known_trip_count":{"n":"6"}}
+  %other = (s32[]) while(%t), condition=%cond.3, body=%body.3
 }
 
 %cond.2 (p: (s32[])) -> pred[] {
   %c = pred[] constant(true)
+}
+
+%cond.3 (p: (s32[])) -> pred[] {
+  %four = s32[]{:T(128)} constant(4)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %four), direction=LT
 }
 
 %body.2 (p: (s32[])) -> (s32[]) {
@@ -237,13 +245,48 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_are_counted_at_their_depth_of_loops():
-    found = {(one.kind, one.depth): (one.count, one.bytes, one.largest) for one in hlo.collectives(HLO)}
-    assert found == {
-        ("all-reduce", 0): (1, 64, "f32[16]"),
-        ("all-gather", 1): (1, 1024, "f32[64,4]"),
-        ("all-reduce", 2): (2, 70, "bf16[30]"),  # once in each of two loops
+def test_collectives_are_counted_as_often_as_loops_run_them():
+    """The outer loop's number of rounds is unknown, as that of decoding's is; each round is a step then."""
+    places = {
+        (one.kind, one.depth, one.times, one.in_steps): (one.count, one.bytes, one.largest)
+        for one in hlo.collectives(HLO)
     }
+    assert places == {
+        ("all-reduce", 0, 1, False): (1, 64, "f32[16]"),
+        ("all-gather", 1, 1, True): (1, 1024, "f32[64,4]"),
+        ("all-reduce", 2, 6, True): (1, 60, "bf16[30]"),
+        ("all-reduce", 2, 4, True): (1, 10, "bf16[5]"),
+    }
+    report = compiler.Report(0, 0, 0, hlo.collectives(HLO))
+    program = abstract_programs.scoring_program("score", models.published_config("openai-community/gpt2"), 1, 8, 2, 1)
+    assert compiler.network_bytes(program, report) == 64 + 1024 + 6 * 60 + 4 * 10
+    assert compiler.network_bytes(program._replace(loops=2), report) == (1024 + 6 * 60 + 4 * 10) / 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "local",
+        pytest.param("v5e-4", marks=needs_libtpu),
+        pytest.param("h100-4", marks=needs_gpu_compiler),
+    ],
+)
+def test_how_often_loops_run_is_read_from_every_compilers_programs(kind):
+    """Layers, and parts of a batch, in training; layers within an unknown number of steps in decoding."""
+    cfg = models.config_from_hf({**VARIANTS["llama-3"], "num_hidden_layers": 5})
+    members = topology.get_topology(kind).devices[:4]
+    mesh = Mesh(np.asarray(members).reshape(1, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def places(program):
+        found = hlo.collectives(program.lower(mesh).compile().as_text())
+        return {(one.times, one.in_steps) for one in found if one.depth}
+
+    recipe = settings.TrainingSettings(max_length=8, batch_size=8, accumulation=2)
+    assert (2 * 5, False) in places(abstract_programs.training_program("train", cfg, recipe))
+    decoding = abstract_programs.decoding_program(
+        "decode", [cfg], objectives.get("base"), [], rows=8, prompt=20, new_tokens=24, batches=1, samples=2
+    )
+    assert {(5, False), (1, True), (5, True)} <= places(decoding)  # the first: of the prompt
 
 
 GPU_HLO = """

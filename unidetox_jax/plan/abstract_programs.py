@@ -81,7 +81,6 @@ def training_program(name: str, cfg: ModelConfig, recipe: Recipe) -> Program:
             cfg, recipe, length, sizes, _is_fused(cfg, platform, recipe.dropout)
         ),
         utilisation=TRAINING_UTILISATION,
-        trip_counts=(1, cfg.num_layers * recipe.accumulation),
         memory_savers=memory_savers,
     )
 
@@ -141,7 +140,6 @@ def decoding_program(
                 )  # fmt: skip
                 yield f"--config.{name.split()[0]}.batch_size={fewer}", smaller
 
-    loops = len(plan_of(configs, new_tokens).segments)  # of which each step runs one
     return Program(
         name,
         resident,
@@ -151,7 +149,7 @@ def decoding_program(
             plan_of(configs, new_tokens), rows, prompt, sizes, LANES if platform == "tpu" else 1, stored
         ),
         utilisation=DECODING_UTILISATION,
-        trip_counts=(0, 1 / loops, max(cfg.num_layers for cfg in configs) / loops),
+        loops=len(plan_of(configs, new_tokens).segments),
         memory_savers=memory_savers,
         shallow=shallow,
         layers=sum(cfg.num_layers for cfg in configs) / len(configs),
@@ -204,7 +202,6 @@ def scoring_program(name: str, cfg: ModelConfig, rows: int, length: int, scored:
         steps=steps,
         cost=lambda sizes, platform: cost_model.scoring(cfg, rows, length, scored, sizes, _is_fused(cfg, platform)),
         utilisation=TRAINING_UTILISATION,
-        trip_counts=(1, cfg.num_layers),
     )
 
 

@@ -28,7 +28,7 @@ class Program(NamedTuple):
     steps: how many steps the stage runs.
     cost: (sizes of the mesh's axes, platform) → cost of a step on each device.
     utilisation: assumed share of the tightest bound.
-    trip_counts: how often a step runs the instructions at each depth of loops.
+    loops: a step is one round of one of so many loops, as in decoding; 0: a step is the whole program.
     memory_savers: (flags, program) of variants that need less memory and more time.
     shallow: (mesh, layers) → the program with only that many layers, unrolled and for few tokens, lowered. Compiled at
       two depths it gives the number of kernels in a step of `layers` layers, a model's on average.
@@ -40,7 +40,7 @@ class Program(NamedTuple):
     steps: int
     cost: Callable[[AxisSizes, str], StepCost]
     utilisation: float
-    trip_counts: tuple[float, ...]
+    loops: int = 0
     memory_savers: "Callable[[], Iterable[tuple[str, Program]]]" = tuple
     shallow: Callable[[Mesh, int], Any] | None = None
     layers: float = 0
@@ -105,12 +105,16 @@ def bytes_per_device(abstract: Any) -> int:
 
 def network_bytes(program: Program, report: Report) -> float:
     """Bytes that a device receives in a step: every collective's result, as often as it runs."""
-    return sum(collective.bytes * count for collective, count in _trip_counts(program, report))
+    return sum(collective.bytes * count for collective, count in _per_step(program, report))
 
 
-def _trip_counts(program: Program, report: Report) -> Iterator[tuple[hlo.Collectives, float]]:
-    deepest = len(program.trip_counts) - 1
-    return ((collective, program.trip_counts[min(collective.depth, deepest)]) for collective in report.collectives)
+def _per_step(program: Program, report: Report) -> Iterator[tuple[hlo.Collectives, float]]:
+    """The collectives, and how often a step runs them."""
+    for collective in report.collectives:
+        if not program.loops:
+            yield collective, collective.times
+        elif collective.in_steps:
+            yield collective, collective.times / program.loops
 
 
 def bounds(program: Program, mesh: Mesh, topology: Topology, report: Report | None = None) -> Mapping[str, float]:
@@ -128,7 +132,7 @@ def bounds(program: Program, mesh: Mesh, topology: Topology, report: Report | No
         everyone = tuple(range(mesh.size))
         transfers = [
             (collective.bytes * trips, collective.count * trips, collective.group or everyone)
-            for collective, trips in _trip_counts(program, report)
+            for collective, trips in _per_step(program, report)
         ]
     network = sum(
         _network_seconds(received, count, [hosts[index] for index in group], specs)

@@ -19,6 +19,7 @@ _CALL = re.compile(
     r"(%[\w.\-]+|\{[%\w.\-, ]+\})"
 )
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\]")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)")
 # Instructions for which a GPU launches nothing
 _FREE = frozenset(
@@ -28,8 +29,13 @@ _FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """The collectives of one kind, device group and depth of loops: their number, bytes that each device receives, the
-    largest result. group: indices in the mesh of the first of the groups that exchange; empty: all devices."""
+    """The collectives of one kind, device group and place: their number, bytes that each device receives, the largest
+    result.
+
+    depth: of loops. times: how often the loops with known trip counts around them run them. in_steps: whether a loop
+    without one is around them as well, which in these programs is the loop over decoding steps. group: indices in the
+    mesh of the first of the groups that exchange; empty: all devices.
+    """
 
     kind: str
     depth: int
@@ -37,6 +43,8 @@ class Collectives:
     bytes: int
     largest: str
     group: tuple[int, ...] = ()
+    times: int = 1
+    in_steps: bool = False
 
 
 class Instruction(NamedTuple):
@@ -51,6 +59,16 @@ class Instruction(NamedTuple):
     def callees(self) -> list[tuple[str, str]]:
         """(attribute, computation) of each call."""
         return [(how, name) for how, names in _CALL.findall(self.rest) for name in re.findall(r"[\w.\-]+", names)]
+
+
+class Place(NamedTuple):
+    """Where a computation is: depth of loops, the innermost loop's body (or the entry computation), and `times` and
+    `in_steps` as in `Collectives`."""
+
+    depth: int
+    loop: str
+    times: int = 1
+    in_steps: bool = False
 
 
 class Module(NamedTuple):
@@ -74,31 +92,32 @@ def collectives(text: str) -> tuple[Collectives, ...]:
     """The collectives by depth of loops: 0 outside of loops, 1 in a loop, 2 in a nested one (a decoding step's scan
     over layers)."""
     module, seen = parse(text), set()
-    sizes: dict[tuple[int, str, tuple[int, ...]], list[tuple[int, str]]] = {}
-    depths = _loop_depths(module)
+    members: dict[tuple, list[tuple[int, str]]] = {}
+    places = _places(module)
     for computation, body in module.computations.items():
-        depth, loop = depths.get(computation, (0, module.entry))
+        place = places.get(computation, Place(0, module.entry))
         for instruction in body:
             if not (kind := _COLLECTIVE.fullmatch(instruction.opcode)):
                 continue
             # On TPUs an asynchronous collective appears in several fusions of a loop with one channel, but runs once
             channel = re.search(r"channel_id=\d+", instruction.rest)
-            key = loop, channel[0] if channel else instruction.name
+            key = place.loop, channel[0] if channel else instruction.name
             if key not in seen:
-                sizes.setdefault((depth, kind[1], _group(instruction.rest)), []).append(_size(instruction.shape))
+                where = place.depth, kind[1], _group(instruction.rest), place.times, place.in_steps
+                members.setdefault(where, []).append(_size(instruction.shape))
             seen.add(key)
     return tuple(
-        Collectives(kind, depth, len(members), sum(size for size, _ in members), max(members)[1], group)
-        for (depth, kind, group), members in sorted(sizes.items())
+        Collectives(kind, depth, len(sizes), sum(size for size, _ in sizes), max(sizes)[1], group, times, in_steps)
+        for (depth, kind, group, times, in_steps), sizes in sorted(members.items())
     )
 
 
 def sorts(text: str) -> dict[tuple[int, str], int]:
     """(depth of loops, first operand such as "f32[128,50257]") → number of sorts of it, top-k included."""
     module = parse(text)
-    depths = _loop_depths(module)
+    places = _places(module)
     operands = [
-        (depths.get(computation, (0, ""))[0], "{}[{}]".format(*_ARRAY.findall(instruction.shape)[0]))
+        (places.get(computation, Place(0, module.entry)).depth, "{}[{}]".format(*_ARRAY.findall(instruction.shape)[0]))
         for computation, body in module.computations.items()
         for instruction in body
         if instruction.opcode in ("sort", "topk")
@@ -129,20 +148,38 @@ def kernels(text: str) -> dict[int, int]:
     return dict(sorted(count(module.entry).items()))
 
 
-def _loop_depths(module: Module) -> dict[str, tuple[int, str]]:
-    """Computation → (its depth of loops, the loop body or entry computation that contains it)."""
-    depths: dict[str, tuple[int, str]] = {}
+def _places(module: Module) -> dict[str, Place]:
+    """The place of each computation that the program calls; the deepest one if it calls it in several."""
+    places: dict[str, Place] = {}
 
-    def visit(name: str, depth: int, loop: str) -> None:
-        if depth > depths.get(name, (-1, ""))[0]:
-            depths[name] = depth, loop
+    def visit(name: str, place: Place) -> None:
+        if name not in places or place.depth > places[name].depth:
+            places[name] = place
             for instruction in module.computations.get(name, ()):
+                count = _trip_count(instruction, module) if instruction.opcode == "while" else None
                 for how, callee in instruction.callees:
-                    is_loop = how in ("body", "condition")
-                    visit(callee, depth + is_loop, callee if is_loop else loop)
+                    if how in ("body", "condition"):
+                        in_steps = place.in_steps or count is None
+                        visit(callee, Place(place.depth + 1, callee, place.times * (count or 1), in_steps))
+                    else:
+                        visit(callee, place)
 
-    visit(module.entry, 0, module.entry)
-    return depths
+    visit(module.entry, Place(0, module.entry))
+    return places
+
+
+def _trip_count(loop: Instruction, module: Module) -> int | None:
+    """How often a `while` runs its body: as the compiler for GPUs notes it, or by a condition "counter < constant", as
+    that for TPUs leaves it; None if neither tells."""
+    if known := _TRIP_COUNT.search(loop.rest):
+        return int(known[1])
+    condition = dict(loop.callees).get("condition", "")
+    instructions = {instruction.name: instruction for instruction in module.computations.get(condition, ())}
+    compared = [one for one in instructions.values() if one.opcode == "compare" and one.shape.startswith("pred[]")]
+    if len(compared) != 1 or "direction=LT" not in compared[0].rest or list(instructions.values())[-1] != compared[0]:
+        return None
+    limit = instructions.get(re.findall(r"%[\w.\-]+", compared[0].rest)[1])
+    return int(limit.rest.partition(")")[0]) if limit and limit.opcode == "constant" else None
 
 
 def _group(rest: str) -> tuple[int, ...]:
