@@ -44,6 +44,7 @@ def assert_same_params(left, right):
         assert np.asarray(leaf).tobytes() == np.asarray(right[name]).tobytes(), name
 
 
+@pytest.mark.quick_variants(12)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_round_trips_bit_exactly(variant, tmp_path):
     reference = torch_model(VARIANTS[variant])
@@ -63,6 +64,7 @@ ONE_EACH = chosen("gpt2", "opt-350m", "falcon-rw-1b", "llama-3.2-transformers-5"
                   "gemma-1", "gemma-2", "gemma-3", "olmo-2", "olmo-3", "phi-4-mini", "pythia")  # fmt: skip
 
 
+@pytest.mark.quick_variants(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", ONE_EACH)
 def test_half_precision_round_trips_bit_exactly(variant, dtype, tmp_path):
@@ -75,6 +77,7 @@ def test_half_precision_round_trips_bit_exactly(variant, dtype, tmp_path):
     assert loaded.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("variant", ["gpt2", "falcon-40b", "opt-no-final-norm"])
 def test_orbax_checkpoint_is_read_on_another_mesh(variant, tmp_path):
     torch_model(VARIANTS[variant], dtype="bfloat16").save_pretrained(tmp_path / "there")

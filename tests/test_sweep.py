@@ -84,6 +84,7 @@ def finished(workdir):
     return {str(path.parent.relative_to(workdir)) for path in workdir.rglob("stage.json")}
 
 
+@pytest.mark.slow
 def test_tasks_that_no_field_changes_are_run_once(alone):
     workdir, _ = alone
     name = "gpt2"
@@ -104,6 +105,7 @@ def test_tasks_that_no_field_changes_are_run_once(alone):
     assert sorted(path.rsplit("/", 1)[1] for path in tested) == [f"{name}.control", f"{name}.detoxified"]
 
 
+@pytest.mark.slow
 def test_each_program_is_compiled_once(alone):
     _, programs = alone
     assert sum(programs.values()) > 20
@@ -113,6 +115,7 @@ def test_each_program_is_compiled_once(alone):
     assert sum("jit(step)" in text for text in named) == 2  # of training and of the validation loss
 
 
+@pytest.mark.slow
 def test_one_is_chosen_and_tested(alone, capsys):
     workdir, _ = alone
     found = json.loads((workdir / "sweep.json").read_text())
@@ -171,6 +174,7 @@ def test_killed_and_continued_it_ends_the_same(alone, config, tmp_path):
     assert results(workdir) == results(alone[0])
 
 
+@pytest.mark.slow
 def test_a_smaller_grid_reuses_results(alone, config, capsys):
     """A field with one value is part of directory names too, so values may be added or removed later."""
     workdir, _ = alone
@@ -278,6 +282,7 @@ def test_paths_of_the_configuration_are_relocated():
     assert moved.directory("toxic/hf") == epath.Path("w/two/hf") and run.directory("toxic") == epath.Path("w/toxic")
 
 
+@pytest.mark.slow
 def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
     workdir, _ = alone
     assert comparison.main([str(workdir), str(workdir)]) == 0
@@ -297,6 +302,7 @@ def test_the_table_of_several_sweeps(alone, tmp_path, capsys):
     assert "no sweep.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_table_of_distilled_texts(alone, tmp_path, capsys):
     """This sweep varies the learning rate as well, so that no model lies beside a text but the control."""
     workdir, _ = alone
@@ -352,6 +358,7 @@ def test_two_processes_in_a_bucket_sweep_as_one_does(config, tmp_path, bucket):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_is_left_out(config, tmp_path, capfd):
     alpha = ["--grid", "distill.objective.alpha=0.6", "--grid"]
     both, bad = [*alpha, "detoxify.learning_rate=1e-3,1e30"], [*alpha, "detoxify.learning_rate=1e30"]
@@ -411,6 +418,7 @@ def test_a_stage_that_diverges_before_it_makes_anything_can_be_corrected(tmp_pat
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_force_redoes_tasks_of_the_choice_only_once(alone, config, monkeypatch):
     workdir, _ = alone
     forced = []

@@ -14,6 +14,7 @@ from unidetox_jax.models import wide_heads
 HEADS = {"gpt2": (5, 5), "llama-3": (6, 3), "falcon-rw-1b": (4, 4), "gemma-3": (4, 1)}
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("name", HEADS)
 def test_texts_are_the_same(name, samples, monkeypatch):
