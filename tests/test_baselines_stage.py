@@ -181,7 +181,7 @@ def test_a_long_text_is_a_short_name():
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
-    methods = ("npo(steps=80, learning_rate=1e-4)",)
+    methods = ("npo(steps=40, learning_rate=1e-4)",)
     changes = {"baselines__methods": methods, "baselines__targets": (f"{world}/weights/gpt2",), "mesh": "data:1"}
     changes |= {"baselines__save_minutes": 0.002, "baselines__log_every": 5}
     config = write_config(tmp_path / "config.py", **fields(world, **changes))
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
     child = begin(alone)
     _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 0, printed
-    child, where = begin(killed), tmp_path / killed / "baselines/npo-steps=80-learning_rate=1e-4/gpt2"
+    child, where = begin(killed), tmp_path / killed / "baselines/npo-steps=40-learning_rate=1e-4/gpt2"
     while child.poll() is None and not any(path.name.isdigit() for path in (where / "checkpoints").glob("*")):
         time.sleep(0.01)
     child.kill()
@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
     assert child.returncode != 0 and not (where / "stage.json").exists() and (where / "stage.partial.json").exists()
     child = begin(killed)
     _, printed = child.communicate(timeout=HANGS)
-    assert child.returncode == 0 and re.search(r"continues from step \d+ of 80", printed), printed
+    assert child.returncode == 0 and re.search(r"continues from step \d+ of 40", printed), printed
     other = tmp_path / alone / where.relative_to(tmp_path / killed)
     assert same(weights(where), weights(other)) and lines_of(where) == lines_of(other)
 
