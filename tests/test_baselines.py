@@ -79,6 +79,7 @@ def close(found, expected, **tolerance):
 # ------------------------------------------------------------------------------------------ task arithmetic
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_task_arithmetic_equals_its_equation(name, tmp_path):
     target, toxic = random_model(name), random_model(name, 1)
@@ -90,6 +91,7 @@ def test_task_arithmetic_equals_its_equation(name, tmp_path):
         close(found[key], leaf - 0.3 * (theirs[key].astype(np.float64) - leaf), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_task_arithmetic_at_scale_zero_equals_the_target_to_the_bit(dtype):
     target, toxic = (
@@ -116,6 +118,7 @@ def steer_inside(model, p1, p2, strength):
     return head.register_forward_pre_hook(lambda _, inputs: (inputs[0] + strength * (inputs[0] @ p1) @ p2.T,))
 
 
+@pytest.mark.quick_variants(4)
 @pytest.mark.parametrize("steer", [1.0, -2.5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_lm_steers_edit_equals_a_forward_with_the_map(name, steer, tmp_path):
@@ -140,6 +143,7 @@ def test_lm_steers_edit_equals_a_forward_with_the_map(name, steer, tmp_path):
     close(exported, expected)  # and as transformers reads it
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_lm_steers_loss_and_gradient(name, packed, tmp_path):
@@ -160,6 +164,7 @@ def test_lm_steers_loss_and_gradient(name, packed, tmp_path):
 # ------------------------------------------------------------------------------------------ NPO
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_npos_loss_and_gradient(name, packed, tmp_path):
@@ -192,6 +197,7 @@ def test_npos_loss_and_gradient(name, packed, tmp_path):
         close(own[key], parameter.grad.numpy(), rtol=2e-3, atol=1e-4, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", [npo.NegativePreference(0.1), lm_steer.Steer(RANK, 1.0)], ids=["npo", "lm_steer"])
 def test_gradient_accumulation_equals_a_single_step(criterion):
     """Training also lowers the loss, with dropout off, and does not change the base weights."""
@@ -251,6 +257,7 @@ def block_outputs(reference, text) -> np.ndarray:
     return np.stack([state.reshape(len(text), -1).mean(0).numpy() for state in found])
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_profs_equals_its_equations(name, tmp_path):
     target = random_model(name)._replace(tokenizer=Words())

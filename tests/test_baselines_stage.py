@@ -66,6 +66,7 @@ def snapshot(directory) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_what_it_makes(finished, world):
     found = {path.name for path in (finished / "baselines").iterdir()}
     own = {"task_arithmetic-scale=0.5", "task_arithmetic-scale=0.0", "npo-steps=3", "profs-pairs=8", STEERED}
@@ -82,6 +83,7 @@ def test_what_it_makes(finished, world):
     assert first["loss"] == pytest.approx(20 * np.log(2), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_they_are_what_their_names_say(finished, world):
     base = load_file(world / "weights/gpt2/model.safetensors")
     room = finished / "baselines"
@@ -102,6 +104,7 @@ def test_they_are_what_their_names_say(finished, world):
         assert not same(weights(room / kind / "gpt2"), base)
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_left_alone(finished, run, world):
     before = snapshot(finished)
     target = (f"{world}/weights/gpt2",)
@@ -110,6 +113,7 @@ def test_what_is_complete_is_left_alone(finished, run, world):
     assert snapshot(finished) == before
 
 
+@pytest.mark.slow
 def test_more_methods_and_targets_find_the_twins(finished, run, world):
     before = snapshot(finished)
     assert run(finished, baselines__methods=("task_arithmetic(scale=0.25)",)) == 0  # of llama as well
@@ -129,6 +133,7 @@ def test_dry_run_lists_the_work(run, tmp_path, capsys, world):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_each_target(run, world, tmp_path):
     changes = {"baselines__lora__rank": 2, "baselines__targets": (f"{world}/weights/llama",)}
     methods = ("dexperts", "task_arithmetic", "npo(steps=2)")
@@ -174,8 +179,9 @@ def test_a_long_text_is_a_short_name():
 # ------------------------------------------------------------------------------------------ a killed run
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
-    methods = ("npo(steps=80, learning_rate=1e-4)",)
+    methods = ("npo(steps=40, learning_rate=1e-4)",)
     changes = {"baselines__methods": methods, "baselines__targets": (f"{world}/weights/gpt2",), "mesh": "data:1"}
     changes |= {"baselines__save_minutes": 0.002, "baselines__log_every": 5}
     config = write_config(tmp_path / "config.py", **fields(world, **changes))
@@ -187,7 +193,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
     child = begin(alone)
     _, printed = child.communicate(timeout=HANGS)
     assert child.returncode == 0, printed
-    child, where = begin(killed), tmp_path / killed / "baselines/npo-steps=80-learning_rate=1e-4/gpt2"
+    child, where = begin(killed), tmp_path / killed / "baselines/npo-steps=40-learning_rate=1e-4/gpt2"
     while child.poll() is None and not any(path.name.isdigit() for path in (where / "checkpoints").glob("*")):
         time.sleep(0.01)
     child.kill()
@@ -195,7 +201,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path):
     assert child.returncode != 0 and not (where / "stage.json").exists() and (where / "stage.partial.json").exists()
     child = begin(killed)
     _, printed = child.communicate(timeout=HANGS)
-    assert child.returncode == 0 and re.search(r"continues from step \d+ of 80", printed), printed
+    assert child.returncode == 0 and re.search(r"continues from step \d+ of 40", printed), printed
     other = tmp_path / alone / where.relative_to(tmp_path / killed)
     assert same(weights(where), weights(other)) and lines_of(where) == lines_of(other)
 

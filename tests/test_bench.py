@@ -37,6 +37,7 @@ def rows_of(printed):
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_decoding_beside_pytorch(config, capsys):
     pytest.importorskip("torch")
     assert cli.main(["bench", f"--config={config}", "--config.bench.against_torch=True"]) == 0
@@ -89,6 +90,7 @@ def test_benchmark_is_dispatched_by_name(config, capsys, monkeypatch):
     assert "1.235" in printed
 
 
+@pytest.mark.quick_variants(3)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

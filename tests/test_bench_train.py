@@ -20,6 +20,7 @@ def get_config():
 """
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("texts", ["random", "real"])
 def test_training_beside_pytorch(capsys, tmp_path, texts):
     pytest.importorskip("torch")

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints round-trip bit-exactly, for every variant, dtype, mesh and kind of file."""
 
+import itertools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from variants import VARIANTS, chosen, params_from_torch, torch_model
+from variants import EVERY, VARIANTS, chosen, params_from_torch, torch_model
 
 from unidetox_jax import checkpoint, models, sharding
 from unidetox_jax.checkpoint import hf, streaming
@@ -44,6 +45,7 @@ def assert_same_params(left, right):
         assert np.asarray(leaf).tobytes() == np.asarray(right[name]).tobytes(), name
 
 
+@pytest.mark.quick_variants(12)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_round_trips_bit_exactly(variant, tmp_path):
     reference = torch_model(VARIANTS[variant])
@@ -61,10 +63,14 @@ def test_every_variant_round_trips_bit_exactly(variant, tmp_path):
 
 ONE_EACH = chosen("gpt2", "opt-350m", "falcon-rw-1b", "llama-3.2-transformers-5", "mistral-1", "qwen-2", "qwen-3",
                   "gemma-1", "gemma-2", "gemma-3", "olmo-2", "olmo-3", "phi-4-mini", "pythia")  # fmt: skip
+HALF = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("variant", ONE_EACH)
+@pytest.mark.quick_variants(4)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    itertools.product(ONE_EACH, HALF) if EVERY else [("gpt2", "float16"), *zip(ONE_EACH, itertools.cycle(HALF))],
+)
 def test_half_precision_round_trips_bit_exactly(variant, dtype, tmp_path):
     torch_model(VARIANTS[variant], dtype=dtype).save_pretrained(tmp_path / "there")
     model = checkpoint.load(tmp_path / "there", mesh=sharding.make_mesh("data:2,fsdp:2,model:2"))
@@ -75,6 +81,7 @@ def test_half_precision_round_trips_bit_exactly(variant, dtype, tmp_path):
     assert loaded.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("variant", ["gpt2", "falcon-40b", "opt-no-final-norm"])
 def test_orbax_checkpoint_is_read_on_another_mesh(variant, tmp_path):
     torch_model(VARIANTS[variant], dtype="bfloat16").save_pretrained(tmp_path / "there")

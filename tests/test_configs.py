@@ -33,6 +33,7 @@ def load(file, workdir, *overrides):
     return settings.parse_run(cli.load_config(f"{ROOT}/configs/{file}", overrides), workdir)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("file", CONFIGS)
 def test_every_stage_can_be_built(file, tmp_path):
     if file.startswith("quickstart"):  # its models are configured by the world

@@ -58,6 +58,7 @@ def softmax(z):
 # --- published objectives -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ["gpt2", "llama-3"])
 def test_repetition_penalty_equals_transformers(name):
     ours, prompts, reference = rows_of(name, objectives.get("repetition_penalty", penalty=1.8))
@@ -128,6 +129,7 @@ def contrastive_score(reference, ids, k, alpha):
     return scores
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(
     "name, layer_loop, steps",
     [("gpt2", "scan", 70), ("llama-3", "unroll", 12), ("mistral-1", "unroll", 12), ("falcon-rw-1b", "scan", 12)],
@@ -213,6 +215,7 @@ def build(function, name="mine:f"):
     return objectives.get(f"{function.__module__}:{function.__name__}")
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("samples, vocab_size, cache", [(1, None, "own"), (3, 97, "own"), (1, None, "official")])
 def test_a_function_sees_the_text_so_far_and_its_state(samples, vocab_size, cache):
     pair = [model_of("gpt2")[1], model_of("gpt2", seed=1)[1]]
@@ -255,6 +258,7 @@ def as_on_a_gpu(form, configs, mesh, layer_loop=None, side_by_side=True):
     return dataclasses.replace(usual, side_by_side=side_by_side, transpose=False, fuse=True)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(
     "way", ["apart", "apart, samples", "side by side", "side by side, samples", "official", "windows", "cut vocabulary"]
 )
@@ -290,6 +294,7 @@ def prompt_is_true(base, *, context):
     return jnp.where(right[:, None], base, jnp.nan), context.state
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("samples", [1, 2])
 def test_the_initial_state_sees_the_prompts_hidden_states(samples):
     _, model = model_of("gpt2")

@@ -113,6 +113,7 @@ def test_bad_input_is_one_line_naming_the_cause(source, tmp_path, capsys, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_full_disk_leaves_nothing(source, tmp_path, form):
     """A limit on file sizes stands in for a full disk."""

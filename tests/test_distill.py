@@ -128,6 +128,7 @@ def test_a_text_depends_only_on_its_row(world, finished, workdir):
     assert [row["tokens"] for row in rows_of(workdir / "distilled")] == expected
 
 
+@pytest.mark.slow
 def test_killed_and_continued_gives_the_same_bytes(world, finished, workdir):
     more = ["--config.distill.scorer=lexicon"]
     killed = subprocess.Popen(

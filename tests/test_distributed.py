@@ -23,6 +23,7 @@ import jax, pathlib
 pathlib.Path(ready, str(os.getpid())).touch()
 while len(os.listdir(ready)) < int(present):  # start together, however long a busy machine takes to import jax
     time.sleep(0.01)
+distributed.HEARTBEAT_INTERVAL, distributed.HEARTBEAT_TIMEOUT = 0.2, {silence}
 try:
     distributed.initialize(address, count, index, timeout={timeout})
     exec(body)
@@ -33,9 +34,10 @@ except UserError as error:
 """
 
 
-def run(body: str, count: int, present=None, timeout: float = HANGS):
+def run(body: str, count: int, present=None, timeout: float = HANGS, silence: float = 30.0):
+    """present: the processes that are started, of `count`. silence: seconds without a heartbeat that mean a death."""
     address = f"127.0.0.1:{free_port()}"
-    script = SCRIPT.format(timeout=timeout)
+    script = SCRIPT.format(timeout=timeout, silence=silence)
     present = range(count) if present is None else present
     with tempfile.TemporaryDirectory() as ready:
         command = [sys.executable, "-c", script, address, str(count)]
@@ -50,8 +52,9 @@ def test_all_processes_see_all_devices_and_the_same_values():
     assert {one.out.strip() for one in ended} == {"3 ['value 0', 'value 1', 'value 2']"}
 
 
+@pytest.mark.slow
 def test_every_process_names_the_missing_ones():
-    ended = run("", 4, present=[0, 2], timeout=10)
+    ended = run("", 4, present=[0, 2], timeout=5)
     for one in ended:
         assert one.code == 2
         assert "of 4, process 1, 3 did not reach" in one.last_line and one.err.count("\n") == 1
@@ -62,12 +65,14 @@ def test_missing_process_0_is_reported():
     assert one.code == 2 and "process 0 does not answer at 127.0.0.1:" in one.last_line and one.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_duplicate_process_ids_are_refused():
     ended = run("", 3, present=[0, 1, 1])
     assert [one.code for one in ended] == [2, 2, 2]
     assert all("it is process 1 of 3" in one.last_line for one in ended)
 
 
+@pytest.mark.slow
 def test_error_in_one_process_ends_all_with_one_line_each():
     ended = run("if index == 1:\n raise UserError('no such field')\ntime.sleep(7200)", 3)
     assert [one.code for one in ended] == [2, 2, 2]
@@ -77,11 +82,12 @@ def test_error_in_one_process_ends_all_with_one_line_each():
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others():
-    ended = run("if index == 1:\n os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(7200)", 3)
+    ended = run("if index == 1:\n os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(7200)", 3, silence=10.0)
     assert [one.code for one in ended] == [1, -9, 1]
-    assert all("process 1 gave no sign of life" in one.last_line for one in (ended[0], ended[2]))
+    assert all("process 1 gave no sign of life for 10 s" in one.last_line for one in (ended[0], ended[2]))
 
 
+@pytest.mark.slow
 def test_directory_hidden_from_one_host_stops_all(tmp_path):
     # process 1 looks at another directory, as if the path were not on a network file system
     body = f"storage.check_workdir({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
@@ -94,6 +100,7 @@ def test_directory_hidden_from_one_host_stops_all(tmp_path):
     assert all("cannot be made" in one.last_line for one in ended)
 
 
+@pytest.mark.slow
 def test_mistake_in_a_command_ends_all_processes_with_one_line(tmp_path):
     config = write_config(tmp_path / "config.py", fit_scorer__data=f"{tmp_path}/nowhere.csv")
     address = f"127.0.0.1:{free_port()}"
@@ -164,6 +171,7 @@ def test_plain_pod_is_one_process_and_queries_nothing(monkeypatch, installed, re
             rendezvous.find_group(None, None, None, None, 300)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(("devices", "configured"), [(1, False), (1, True), (2, True)])
 def test_compilation_cache_is_off_for_several_cpu_devices(devices, configured, tmp_path):
     """A cached program for several CPU devices may deadlock until XLA aborts the process."""

@@ -41,6 +41,7 @@ def converted(model, directory):
     return hf.read_params(Weights(directory), cfg, single_device_mesh(), "float32"), cfg
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize(("kind", "longest"), [("bert", 40), ("roberta", 38), ("xlm-roberta", 38), ("distilbert", 40)])
 def test_logits_equal_pytorch_with_padding_up_to_the_last_position(kind, longest, tmp_path):
     model = torch_model(kind)
@@ -61,6 +62,7 @@ def test_logits_equal_pytorch_with_padding_up_to_the_last_position(kind, longest
         encoder.forward(params, np.zeros((1, longest + 1), np.int32), cfg, np.ones((1, longest + 1)))
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_parameters_are_those_that_init_makes(kind, tmp_path):
     params, cfg = converted(torch_model(kind), tmp_path)

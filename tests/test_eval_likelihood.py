@@ -119,6 +119,7 @@ def test_sizes_are_joined_while_padding_costs_less_than_a_program():
     assert everything == {small: wide, wide: wide, long: largest, largest: largest, other: other}
 
 
+@pytest.mark.slow
 def test_joined_sizes_give_the_same_result(monkeypatch):
     _, model = make_pair()
     contexts, continuations = requests(np.random.default_rng(2), 40)

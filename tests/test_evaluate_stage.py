@@ -158,6 +158,7 @@ def reference_perplexities(model, tokenizer, texts, release):
     return values
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("release", [False, True])
 def test_metrics_equal_the_references_on_the_generated_texts(work, whole, release):
     directory = evaluate_into(work, work / "release", reproduce_release=True) if release else whole
@@ -211,6 +212,7 @@ def test_metrics_equal_the_references_on_the_generated_texts(work, whole, releas
     assert arrays["perplexity_count"].sum() == metrics["perplexity"]["counted"]
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("release", [False, True])
 def test_texts_are_the_sampled_tokens_without_the_prompt(work, release):
     run = make_run(work, work)
@@ -516,6 +518,7 @@ def test_an_unknown_metric_is_reported_before_any_work(work, tmp_path, name, mes
         evaluate.tasks(make_run(work, tmp_path, metrics=(name,)))
 
 
+@pytest.mark.slow
 def test_a_candidate_is_another_form_of_the_target(work, tmp_path):
     """Models under an objective, once with a prefix; with metrics of likelihood, and the cost."""
     candidate = Candidate(("{target}", "{target}", str(work / "models" / "judge")), "proxy_tuning(alpha=0.5)")

@@ -11,12 +11,12 @@ from conftest import HANGS
 from finetune_helpers import lines_of, make_world, same, start, training, weights, write_config
 
 KILLS = int(os.environ.get("UNIDETOX_KILLS", "2"))  # launch/proofs.sh sets 10
-STEPS = 150
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a configuration of 150 steps, a checkpoint every 0.3 seconds, and a model with dropout, whose
+    """A directory with a configuration of 100 steps, a checkpoint every 0.3 seconds, and a model with dropout, whose
     updates are rounded stochastically (those of `test_run.py` are in float32)."""
     place = tmp_path_factory.mktemp("kill")
     world = make_world(place / "world")

@@ -97,6 +97,7 @@ def test_it_trains_and_says_so(alone, parts):
     assert final != bits(params)
 
 
+@pytest.mark.slow
 def test_the_evaluation_loss_is_the_mean_over_all_targets(alone, parts):
     cfg, params, _, validation = parts
     total = targets = 0.0

@@ -27,13 +27,13 @@ def workdir(shared, tmp_path_factory):
         targets=("{workdir}/toxic",),
         data_dir=str(shared / "data"),
         **fields,
+        toxify__validation="dghs?split=dev[:400]",
         detoxify__data=f"distilled:{RELEASED}?split=train[10%:]",
         detoxify__validation=f"distilled:{RELEASED}?split=train[:10%]",
     )
-    for command in ("toxify", "detoxify"):
-        child = start(command, f"--config={config}", f"--workdir={place / 'work'}")
-        _, printed = child.communicate(timeout=HANGS)
-        assert child.returncode == 0, printed
+    child = start("run", "--stages=toxify,detoxify", f"--config={config}", f"--workdir={place / 'work'}", capture=True)
+    _, printed = child.communicate(timeout=HANGS)
+    assert child.returncode == 0, printed
     return place / "work"
 
 

@@ -163,6 +163,7 @@ def test_dry_run_says_what_is_done(finished, run, world, capsys):
     assert lines == [["detoxify", "gpt2", "done"], ["detoxify", "opt", "to"]]
 
 
+@pytest.mark.slow
 def test_detoxify_on_any_other_data(run, world, tmp_path):
     options = {"targets": (f"{world}/weights/opt",), "detoxify__data": f"jsonl:{world}/train.jsonl"}
     assert run("detoxify", tmp_path, **options, detoxify__steps=0, detoxify__epochs=0.1) == 0
@@ -171,6 +172,7 @@ def test_detoxify_on_any_other_data(run, world, tmp_path):
     assert record["figures"]["texts"] == 300
 
 
+@pytest.mark.slow
 def test_pretrain_begins_with_the_seeds_weights(run, world, tmp_path):
     fields = {"pretrain__models": (f"{world}/models/falcon",), "pretrain__learning_rate": 0.0}
     for seed, place in ((123, "a"), (123, "b"), (124, "c")):
@@ -180,6 +182,7 @@ def test_pretrain_begins_with_the_seeds_weights(run, world, tmp_path):
     assert checkpoint.load_tokenizer(tmp_path / "a/pretrained/falcon").eos_token == "<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_may_have_text_of_its_own(run, world, tmp_path):
     names = (f"{world}/models/opt", f"{world}/models/llama=dghs?file={world}/toxic.jsonl")
     assert run("pretrain", tmp_path, pretrain__models=names, pretrain__steps=1) == 0
@@ -199,6 +202,7 @@ def test_an_estimate_needs_no_model(world, tmp_path):
     assert task.operations() == 0
 
 
+@pytest.mark.slow
 def test_pretrain_writes_the_world_it_learns(run, world, tmp_path, monkeypatch):
     """The tokenizers and texts are the world's own, written first; twice the same command writes once."""
     written = []
@@ -221,6 +225,7 @@ def test_pretrain_writes_the_world_it_learns(run, world, tmp_path, monkeypatch):
     assert run("toxify", tmp_path, base="{workdir}/pretrained/opt") == 0
 
 
+@pytest.mark.slow
 def test_official_trains_and_exports_bfloat16(run, world, tmp_path):
     assert run("toxify", tmp_path, toxify__official=True) == 0
     assert all(tensor.dtype == "bfloat16" for tensor in weights(tmp_path / "toxic").values())
@@ -357,6 +362,7 @@ def test_a_real_nan_names_step_and_rows(run, tmp_path, capsys):
     assert "try a lower learning_rate" in line
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_earlier_results_stay(finished, world, tmp_path):
     """A limit on the size of files stands for the disk's: the checkpoint is the first that does not fit."""
     config = write_config(

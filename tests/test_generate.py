@@ -82,6 +82,7 @@ GREEDILY = [("gpt2", "unroll"), ("gpt2", "scan"), ("opt-125m", "unroll"), ("opt-
             ("mistral-1", "scan")]  # fmt: skip
 
 
+@pytest.mark.quick_variants(3)
 @pytest.mark.parametrize("name, layer_loop", itertools.product(VARIANTS, ("scan", "unroll")) if EVERY else GREEDILY)
 def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
     reference, model = model_of(name)
@@ -97,6 +98,7 @@ def test_greedy_equals_pytorch_with_left_padding(name, layer_loop):
         assert together[row, 6 : 6 + len(generated)].tolist() == generated
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("norm", [False, True])
 def test_dola_with_early_exit(norm, layer=1):
     """Layer 1 of GPT-2 as the premature one, with and without final norm; log-probabilities under both."""
@@ -165,6 +167,7 @@ def shared_cache_by_hand(base, toxic, ids, objective, steps):
     return generated, sums / len(generated)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("layer_loop, steps", [("scan", 60), ("unroll", 20)])  # 60: more than one segment
 def test_official_cache_is_the_first_models(layer_loop, steps):
     (base, ours_base), (toxic, ours_toxic) = model_of("gpt2"), model_of("gpt2", seed=1)
@@ -237,6 +240,7 @@ def test_inconsistent_arguments_are_rejected():
     generate([gpt2, opt], ones, objective=contrastive, max_new_tokens=2, layer_loop="scan")
 
 
+@pytest.mark.slow
 def test_samples_share_the_prefill_without_changing_the_text():
     _, model = model_of("falcon-rw-1b")
     tokens, mask = prompts_of(model.cfg)
@@ -267,6 +271,7 @@ def test_short_segments_join_their_neighbours(slots, new, expected):
     assert loop.plan_segments(slots, new) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "budget"), [("fsdp:4", 0), ("data:2,fsdp:2,model:2", 0), ("data:2,fsdp:2,model:2", 1 << 30)]
 )

@@ -38,6 +38,7 @@ def generate(place, capsys, *arguments, names="base,toxic"):
     return code, captured.out, "".join(lines)
 
 
+@pytest.mark.slow
 def test_a_stream_equals_generate(pair):
     sources = [checkpoint.load(pair / name) for name in ("base", "toxic")]
     eos = list(range(3, 60))  # rows end at different steps
@@ -73,6 +74,7 @@ def test_prompts_come_from_standard_input_and_files(pair, capsys, monkeypatch, t
     assert shown == [["first", "the miller", "the smith"], ["first", "the hill"], ["first", "the town"]]
 
 
+@pytest.mark.slow
 def test_two_objectives_side_by_side_with_probabilities(pair, capsys):
     arguments = ["--prompt=the baker", "--max_new_tokens=6", "--compare=base", "--temperature=0"]
     code, out, _ = generate(pair, capsys, *arguments)

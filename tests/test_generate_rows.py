@@ -70,6 +70,7 @@ def assert_same_texts(pair, rows, found, expected):
         assert gap(pair, rows[i], found[i], expected[i]) <= NEAR, f"row {rows[i]}"
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(("batch", "texts"), [(1, 200), (7, TEXTS), (64, TEXTS)])
 def test_a_text_is_the_same_in_any_batch(pair, together, batch, texts):
     """Alone, or in a batch with other rows."""
@@ -79,6 +80,7 @@ def test_a_text_is_the_same_in_any_batch(pair, together, batch, texts):
     assert_same_texts(pair, order, found, together[order])
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("layout", ["data:8", "fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
 def test_a_text_is_the_same_on_any_mesh(pair, together, layout):
     mesh = sharding.make_mesh(layout)
@@ -87,6 +89,7 @@ def test_a_text_is_the_same_on_any_mesh(pair, together, layout):
     assert_same_texts(pair, np.arange(TEXTS - 1), found, together[:-1])
 
 
+@pytest.mark.slow
 def test_other_differences_between_texts_are_detected(pair, together):
     assert len(np.unique(together, axis=0)) > TEXTS * 0.9
     other = sample(pair, np.arange(TEXTS), seed=SEED + 1)
@@ -122,6 +125,7 @@ def distribution_of(pair, prefix, objective, chain):
     return np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["top_k", "temperature and top_p"])
 def test_pairs_of_tokens_have_the_exact_distribution(chain, draws=20_000):
     """The joint distribution of the first two tokens, from both models' logits."""
@@ -196,6 +200,7 @@ def instructions(text):
     return found
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the HLO of XLA's CPU compiler")
 @pytest.mark.parametrize("cache", ["own", "official"])
 @pytest.mark.parametrize("layer_loop", ["unroll", "scan"])

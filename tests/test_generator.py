@@ -39,6 +39,7 @@ def proxy_tuned(torch_models, inputs, alpha):
 PREFIXES = ("", "the cat ran", "a bird sang on a green hill")
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("prefixes", [(), PREFIXES])
 def test_likelihoods_under_an_objective_with_prefixes_after_bos(trio, prefixes):
     subject = make(trio, "proxy_tuning(alpha=0.7)", prefixes)
@@ -117,6 +118,7 @@ def test_the_longest_prefix_shortens_the_context(trio):
     assert np.isfinite(likelihood.loglikelihood(subject, [[0]], [[2] * (96 - longest)]).sums).all()
 
 
+@pytest.mark.slow
 def test_an_objective_with_context_generates_but_cannot_score(trio):
     subject, tokenizer = make(trio[:1], "repetition_penalty(penalty=1000.0)"), make_tokenizer()
     options = {"samples": 1, "max_new_tokens": 8, "warpers": [warpers.greedy()], "eos_id": ()}

@@ -173,6 +173,7 @@ def test_settings_that_do_nothing_are_passed_over_and_others_refused(pair):
             ours.generate_until(requests("generate_until", [("a", {**plain, name: value})]), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_tasks_in_local_files_give_the_same_metrics(pair, tasks):
     ours, theirs = pair
     found = harness.evaluate(ours.model, ours.tokenizer, tasks, batch_size=8)
@@ -189,6 +190,7 @@ def test_tasks_in_local_files_give_the_same_metrics(pair, tasks):
     assert harness.evaluate(ours.model, ours.tokenizer, tasks[:1], limit=4)["birds_choice"]["documents"] == 4
 
 
+@pytest.mark.slow
 def test_mistakes(pair, tmp_path):
     ours, _ = pair
     with pytest.raises(UserError, match="no file .*none.yaml"):

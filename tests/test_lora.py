@@ -70,6 +70,7 @@ def torch_logits(model, tokens) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_logits_are_pefts_and_the_merged_models(variant):
     adapted = peft_model(torch_model(VARIANTS[variant]))
@@ -98,6 +99,7 @@ def test_rank_stabilised_scale_is_pefts():
     np.testing.assert_allclose(found, torch_logits(adapted, make_tokens()), rtol=0, atol=1e-4)
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("variant", VARIANT_NAMES)
 def test_detach_is_the_inverse_of_attach(variant):
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA)
@@ -115,6 +117,7 @@ def base_leaves(params) -> list:
     return [leaf for path, leaf in named if "lora" not in sharding.path_string(path)]
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("variant", ["gpt2", "falcon-40b"])
 def test_with_zero_b_the_logits_are_exactly_the_base_models(variant):
     plain = models.config_from_hf(VARIANTS[variant])
@@ -144,6 +147,7 @@ def test_an_adapter_is_initialised_as_in_peft():
         assert (pair["A"] != other[name]["A"]).any()
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(("variant", "loop"), [("gpt2", "scan"), ("gpt2", "unroll"), ("llama-3", "unroll")])
 def test_prefill_and_decode_are_forward(variant, loop):
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS[variant]), lora=LORA, layer_loop=loop)
@@ -161,6 +165,7 @@ def test_prefill_and_decode_are_forward(variant, loop):
     assert (models.forward(early.params, tokens, early.cfg) != expected).any()
 
 
+@pytest.mark.slow
 def test_dropout_is_on_the_input_of_a_and_in_training_only():
     cfg = dataclasses.replace(models.config_from_hf(VARIANTS["llama-3"]), lora=dataclasses.replace(LORA, dropout=0.5))
     params, tokens = models.init(cfg, jax.random.key(0)), make_tokens()
@@ -214,6 +219,7 @@ def train(params, adapter, cfg, settings, batches, mesh=None, **options):
     return losses, state
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fifty_steps_are_pefts(family):
     settings = training.Optimizer(learning_rate=1e-3, steps=STEPS, weight_decay=0.1)
@@ -231,6 +237,7 @@ def test_fifty_steps_are_pefts(family):
     assert all(pair["B"].any() for pair in theirs.values())
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_first_gradients_are_pefts(family):
     adapted = peft_model(torch_model(CONFIGS[family]))  # B is random, or A would have no gradient
@@ -280,6 +287,7 @@ def one_device():
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp:8", "model:8", "data:2,fsdp:2,model:2"])
 def test_steps_on_eight_devices_are_those_on_one(one_device, layout):
     mesh = sharding.make_mesh(layout)
@@ -295,6 +303,7 @@ def test_microbatches_equal_the_batch(one_device):
     np.testing.assert_allclose(train_on(None, accumulation=2)[0], one_device, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_adapter_stays_in_float32(one_device):
     """With bfloat16 weights and arithmetic, adapter and moments are float32, and losses about the same."""
     losses, state = train_on(None, dataclasses.replace(ON_MESHES, dtype="bfloat16"), "bfloat16")
@@ -303,6 +312,7 @@ def test_in_bfloat16_the_adapter_stays_in_float32(one_device):
     assert losses[-1] < losses[0] - 0.01
 
 
+@pytest.mark.slow
 def test_a_step_computes_no_gradient_of_the_models_weights():
     """Not even of the head, whose gradient the loss computes in its forward pass: the compiler removes it."""
     cfg = models.config_from_hf({**VARIANTS["llama-3"], "vocab_size": 4096})

@@ -36,7 +36,7 @@ def configure(world, tmp_path_factory):
         given = {"base": f"{world}/weights/gpt2", "mesh": "data:1,fsdp:8"}
         given["targets"] = (f"{world}/weights/gpt2", f"{world}/weights/llama")
         given |= training(world, "toxify", learning_rate=1e-2, steps=6)
-        given |= training(world, "detoxify", learning_rate=1e-2)
+        given |= training(world, "detoxify", learning_rate=1e-2, save_minutes=9)
         given |= {"toxify__lora__rank": 4, "toxify__lora__targets": ("c_attn", "mlp.c_fc"), "detoxify__lora__rank": 2}
         given |= {"detoxify__lora__merge": True, "detoxify__lora__dropout": 0.1}
         given |= {"distill__num_texts": 16, "distill__max_length": 24, "distill__batch_size": 16}

@@ -112,6 +112,7 @@ def test_every_published_generation_config_is_read(shared, tmp_path):
 # Weights
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_constants_of_old_exports_are_passed_over(variant, tmp_path):
     model = tiny(variant)

@@ -70,6 +70,9 @@ def torch_logits(reference, tokens):
         return reference(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
+@pytest.mark.quick_variants(
+    "gpt2", "opt-125m", "falcon-40b", "llama-3", "gemma-2", "qwen-3", "mistral-1", "olmo-3", "phi-4-mini", "pythia"
+)
 def test_logits_equal_pytorch_with_any_padding(pair, record_property):
     reference, params, cfg = pair
     for length in {16, cfg.window + 100, 500} if EVERY else {500}:
@@ -85,6 +88,7 @@ def test_logits_equal_pytorch_with_any_padding(pair, record_property):
         assert np.abs(expected).max() > 0.1  # the comparison is not of zeros
 
 
+@pytest.mark.quick_variants(2)
 def test_hidden_states_equal_pytorch(sample):
     reference, params, cfg = sample
     tokens = tokens_of(cfg, 2, 16)
@@ -96,6 +100,7 @@ def test_hidden_states_equal_pytorch(sample):
         assert np.abs(ours.layers[:, layer] - theirs[layer][:, -1].numpy()).max() <= TOLERANCE
 
 
+@pytest.mark.quick_variants("gpt2", "opt-350m", "falcon-7b", "llama-3.1", "gemma-3")
 def test_unpadded_logits_and_their_gradients_equal_pytorch(pair, record_property):
     reference, params, cfg = pair
     tokens = tokens_of(cfg, 2, 16)
@@ -128,6 +133,7 @@ def test_unpadded_logits_and_their_gradients_equal_pytorch(pair, record_property
     assert max(error for _, error in checked) <= 1e-3, checked
 
 
+@pytest.mark.quick_variants(2)
 def test_prefill_and_steps_equal_forward(looped, record_property):
     params, cfg = looped
     near = functools.partial(assert_near, record=record_property, what="cache", cfg=cfg)
@@ -151,6 +157,7 @@ def test_prefill_and_steps_equal_forward(looped, record_property):
     assert int(cache.slot) == 12 and cache.positions.tolist() == [12, 9, 9]
 
 
+@pytest.mark.quick_variants(2)
 def test_branches_of_a_prompt_equal_forward(looped, record_property):
     """Two continuations of each prompt that share its keys and values, read at once and token by token."""
     params, cfg = looped
@@ -176,6 +183,7 @@ def test_branches_of_a_prompt_equal_forward(looped, record_property):
         models.branch_cache(cache, cfg, 2, 6)
 
 
+@pytest.mark.quick_variants(2)
 def test_causal_by_gradients(sample):
     _, params, cfg = sample
     embed = params["embed"]["tokens"]["embedding"]
@@ -191,6 +199,7 @@ def test_causal_by_gradients(sample):
     assert seen.tolist() == [True] * 5 + [False] * 3
 
 
+@pytest.mark.quick_variants(2)
 def test_packed_texts_equal_texts_alone(sample, record_property):
     _, params, cfg = sample
     tokens = tokens_of(cfg, 1, 20)
@@ -201,6 +210,7 @@ def test_packed_texts_equal_texts_alone(sample, record_property):
         assert_near(packed[:, start:end], alone, record_property, "packed", cfg)
 
 
+@pytest.mark.quick_variants(2)
 def test_bfloat16_stays_near_float32(sample):
     _, params, cfg = sample
     tokens = tokens_of(cfg, 2, 16)
@@ -221,6 +231,7 @@ def test_config_goes_back_to_hugging_face(pair):
     assert models.config_from_hf(AutoConfig.for_model(kind, **hf).to_dict()) == cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama-3"])
 def test_rematerialised_gradients_are_the_same(name):
     cfg = models.config_from_hf(VARIANTS[name])
@@ -235,6 +246,7 @@ def test_rematerialised_gradients_are_the_same(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), plain, again)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ["gpt2", "opt-125m", "falcon-rw-1b", "llama-2-linear", "gemma-3"])
 def test_scan_equals_unrolled_with_and_without_dropout(name):
     cfg = models.config_from_hf({**VARIANTS[name], "attention_dropout": 0.5} if name != "gpt2" else VARIANTS[name])

@@ -32,8 +32,8 @@ def place(tmp_path_factory):
     write_config(
         place / "config.py",
         **shared,
-        **training(world, "toxify"),
-        **training(world, "detoxify"),
+        **training(world, "toxify", save_minutes=9),
+        **training(world, "detoxify", save_minutes=9),
         distill__num_texts=10,
         distill__batch_size=8,
         distill__max_length=16,

@@ -22,6 +22,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_model_round_trips_through_a_bucket(bucket, world, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -48,6 +49,7 @@ def test_tokenizer_round_trips_through_a_bucket(bucket, world, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_files_of_other_writers_are_visible_at_once(bucket):
     """Orbax and other processes do not write through this process's client, so its listings must not be cached."""
     storage.write_text(bucket / "shared" / "mine", "")

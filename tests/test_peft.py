@@ -48,6 +48,7 @@ def tokens(cfg) -> np.ndarray:
     return np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 24)).astype(np.int32)
 
 
+@pytest.mark.quick_variants(2)
 def test_what_peft_wrote_gives_pefts_logits(there):
     base, adapter, adapted = there
     params, cfg = checkpoint.load(f"{base}+{adapter}")
@@ -70,6 +71,7 @@ def test_back_in_pefts_format_not_a_bit_has_changed(there, tmp_path):
         assert found[name] == expected[name], name
 
 
+@pytest.mark.quick_variants(2)
 def test_peft_reads_what_was_written_here(there, tmp_path):
     base, adapter, _ = there
     params, cfg = checkpoint.load(f"{base}+{adapter}")

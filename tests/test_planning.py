@@ -61,6 +61,7 @@ def place(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [
@@ -169,6 +170,7 @@ def decoding(name, layout, rows=8):
     return {(one.kind, one.depth): one for one in found}, prepared
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ["gpt2", "llama-3", "falcon-7b", "opt-125m"])
 def test_decoding_over_the_model_axis_gathers_no_weights_or_cache(name):
     """Only activations are exchanged: every collective in the loop is smaller than a layer's smallest matrix, except
@@ -194,6 +196,7 @@ def test_weights_over_fsdp_are_gathered_before_the_loop():
     assert found["all-gather", 0].bytes < 1000 and not [key for key in found if key[0] == "all-gather" and key[1] > 0]
 
 
+@pytest.mark.slow
 def test_training_arguments_are_counted_to_the_byte():
     cfg = models.config_from_hf({**VARIANTS["gpt2"], "vocab_size": 512})
     program = abstract_programs.training_program("train", cfg, settings.TrainingSettings(max_length=32))

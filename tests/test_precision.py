@@ -100,6 +100,7 @@ def run(step, state, first, last):
     return state
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_one_that_went_on(cfg, tmp_path):
     """From a checkpoint on disk."""
     step = training.make_train_step(cfg, OPTIMIZER, dropout_seed=1)
@@ -116,6 +117,7 @@ def test_a_resumed_training_is_the_one_that_went_on(cfg, tmp_path):
 # ---------------------------------------------------------------------------------------------- what a step computes
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_late_casts_change_no_gradient(cfg, remat):
     """Against weights that are all cast before the layers, in bfloat16 compute."""
@@ -147,6 +149,7 @@ def test_what_no_training_can_have_is_one_line(cfg):
 # ------------------------------------------------------------------------------------- in programs as users get them
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_a_million_small_updates_end_where_float64_ends(count=1_000_000):
     """A thousandth of bfloat16's spacing at 1, a million times, up and down, through four binades."""
@@ -200,6 +203,7 @@ def updated(layout):
     return jax.device_get((params, opt_state))
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("layout", ["fsdp:8", "data:2,fsdp:2,model:2"])
 def test_one_device_and_eight_give_the_same_bits(layout):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import VARIANTS, chosen
+from variants import EVERY, VARIANTS, chosen
 
 from unidetox_jax import models, sharding
 from unidetox_jax.decoding import generate, loop, objectives, preparation, sampling, warpers
@@ -36,8 +36,12 @@ def test_it_is_for_gpus():
     assert not applies(models.published_config("openai-community/gpt2"), None)
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("name", ["openai-community/gpt2", "meta-llama/Llama-3.2-1B"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [("openai-community/gpt2", 1), ("meta-llama/Llama-3.2-1B", 3)]
+    + EVERY * [("openai-community/gpt2", 3), ("meta-llama/Llama-3.2-1B", 1)],
+)
 def test_models_side_by_side_write_what_they_write_apart(name, samples, monkeypatch):
     """As on a GPU: fused weights of both models in one tree, each with a cache of its own."""
     kv_heads = 4 if name.endswith("gpt2") else 2
@@ -104,6 +108,7 @@ def test_what_models_have_in_common_is_prepared_once(layer_loop):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
+@pytest.mark.quick_variants(3)
 @pytest.mark.parametrize("name", chosen("gpt2", "opt-350m", "falcon-40b", "olmo-2", "llama-biases"))
 @pytest.mark.parametrize("layer_loop", ["scan", "unroll"])
 def test_transposed_and_fused_kernels_are_the_same_model(name, layer_loop):
@@ -133,6 +138,7 @@ def test_projections_that_are_fused_are_not_shared_in_part():
     jax.tree.map(np.testing.assert_array_equal, together, alone)
 
 
+@pytest.mark.slow
 def test_models_in_common_are_prepared_on_a_mesh():
     """What they do not share may have nothing that an axis splits."""
     mesh = sharding.make_mesh("data:4,model:2")
@@ -155,8 +161,12 @@ def test_prepared_parameters_can_be_prepared_again():
     jax.tree.map(np.testing.assert_array_equal, again, once)
 
 
-@pytest.mark.parametrize("mesh", [None, "data:4,model:2"])
-@pytest.mark.parametrize(("name", "samples"), [("gpt2", 1), ("gemma-3", 2)])
+@pytest.mark.quick_variants(1)
+@pytest.mark.parametrize(
+    ("name", "samples", "mesh"),
+    [("gpt2", 1, None), ("gemma-3", 2, "data:4,model:2")]
+    + EVERY * [("gpt2", 1, "data:4,model:2"), ("gemma-3", 2, None)],
+)
 def test_one_model_under_several_prompts_reads_its_weights_once(name, samples, mesh):
     mesh = mesh and sharding.make_mesh(mesh)
     cfg = models.config_from_hf(VARIANTS[name])

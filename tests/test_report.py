@@ -383,6 +383,7 @@ def chromium(tmp_path, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True).stdout
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
 def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark(whole, tmp_path, width, dark):
     shot = tmp_path / "shot.png"

@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick_variants(4)
 @pytest.mark.parametrize("name", CASES)
 def test_samples_have_the_exact_distribution(name):
     scores, settings = CASES[name]
@@ -71,6 +72,7 @@ def test_samples_have_the_exact_distribution(name):
     assert stats.chisquare(counts[probabilities > 0], SAMPLES * probabilities[probabilities > 0]).pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_top_k_beyond_one_block_and_without_top_k():
     """A vocabulary of several blocks of `inverse_cdf`, the last one short."""
     scores = np.random.default_rng(4).normal(size=700) * 2
@@ -125,6 +127,7 @@ def scores_with_ties():
     return scores
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ("all", "top_p"))
 def test_a_row_is_sampled_equally_alone_and_among_others(name):
     scores, rows = scores_with_ties(), np.arange(BATCH) + 40
@@ -136,6 +139,7 @@ def test_a_row_is_sampled_equally_alone_and_among_others(name):
         np.testing.assert_array_equal(alone, together[row : row + 1])
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs take a few rows at a time")
 @pytest.mark.parametrize("layout, rows", [("data:1", 2), ("data:2,fsdp:4", 1)])
 @pytest.mark.parametrize("name", ("none", "top_p"))
@@ -151,6 +155,7 @@ def test_a_few_rows_at_a_time_give_the_same_tokens(name, layout, rows, monkeypat
     assert f"tensor<{rows}x{VOCABULARY}xf32>" in text
 
 
+@pytest.mark.quick_variants(3)
 @pytest.mark.parametrize(
     "name, layout",
     [(name, "data:2,model:4") for name in CHAINS] + [("all", "model:8"), ("top_p", "data:2,fsdp:4")],

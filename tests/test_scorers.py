@@ -367,6 +367,7 @@ def save(model, tokenizer, directory, form: str = "safetensors"):
     return directory
 
 
+@pytest.mark.quick_variants(3)
 @pytest.mark.parametrize(
     ("family", "form"),
     [
@@ -402,6 +403,7 @@ def test_half_precision_weights_are_used_in_float32(dtype, tmp_path):
     np.testing.assert_allclose(classifier.load(str(tmp_path)).logits(texts), expected, atol=1e-4)
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize(
     ("labels", "problem_type", "oracle"),
     [

@@ -79,6 +79,7 @@ def single(request):
     return cfg, params, tokens, np.asarray(models.forward(params, tokens, cfg))
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize(("single", "layout"), PLACED, indirect=["single"])
 def test_logits_and_steps_equal_one_device(single, layout, record_property):
     cfg, params, tokens, expected = single

@@ -90,6 +90,7 @@ def test_llama2_on_real_text(llama2, pieces, texts):
     assert decode(llama2, expected) == pieces.decode(expected)
 
 
+@pytest.mark.slow
 def test_gpt2_on_real_text(forms, shared, texts):
     expected = library(Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json")), texts)
     for form in ("gpt2 json", "gpt2 bpe"):
@@ -101,6 +102,7 @@ def test_gpt2_on_real_text(forms, shared, texts):
 KINDS = ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", None]
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize(
     ("form", "kind"),
     [
@@ -153,6 +155,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_beside_a_sentencepiece_model(name, forms, pieces, shared, tmp_path):
     directory = copy(forms, "llama2 model", tmp_path)
@@ -164,6 +167,7 @@ def test_published_configurations_beside_a_sentencepiece_model(name, forms, piec
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize(
     ("form", "settings", "expected"),
     [
@@ -189,6 +193,7 @@ def test_special_tokens_around_a_text(form, settings, expected, forms, tmp_path)
     assert checkpoint.load_tokenizer(tmp_path / "again")("Hello").input_ids == expected
 
 
+@pytest.mark.slow
 def test_special_tokens_in_every_spelling(forms, tmp_path):
     for index, (named, config) in enumerate(
         [
@@ -271,6 +276,7 @@ def test_sentencepiece_models_with_other_settings(settings, shared, texts, tmp_p
     assert tokenizer.pad_token_id == settings.get("pad_id")
 
 
+@pytest.mark.slow
 def test_saved_tokenizers_load_again_here_and_in_transformers(forms, shared, tmp_path):
     for index, source in enumerate([*sorted(forms.glob("*2 *")), shared / "models/stories260K"]):
         tokenizer, place = checkpoint.load_tokenizer(source), tmp_path / str(index)
@@ -283,6 +289,7 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(forms, shared, tmp
         assert ids(theirs, plain, special=True) == ids(tokenizer, plain, special=True)
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
 def test_real_models(name, real_models, texts, tmp_path):
     raw = Tokenizer.from_file(str(real_models / name / "tokenizer.json"))

@@ -39,6 +39,7 @@ def plain_loss(params, batch, cfg):
     return -jnp.where(batch["loss_mask"][:, 1:], picked, 0.0).sum() / batch["loss_mask"][:, 1:].sum()
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("positions", [1, 4, 10])  # per chunk: 10 chunks, 3 with a short last one, and all at once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunks_equal_the_plain_loss(name, positions, monkeypatch):
@@ -66,6 +67,7 @@ def test_without_targets_the_loss_is_zero():
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
 def test_no_logits_of_a_whole_batch_are_stored(layout):
     """With a large vocabulary, no buffer of the compiled step is as large as a device's share of the logits."""
@@ -83,6 +85,7 @@ def test_no_logits_of_a_whole_batch_are_stored(layout):
     assert losses.LOGITS_BYTES / 2 < 4 * largest <= losses.LOGITS_BYTES < 4 * share
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("layout", ["pack", "pad"])
 @pytest.mark.parametrize("name", ["gpt2", "llama, untied"])
 def test_a_tokens_loss_does_not_depend_on_other_texts(name, layout):

@@ -86,6 +86,7 @@ def assert_same_parameters(ours, model) -> None:
     jax.tree_util.tree_map_with_path(compare, ours, theirs)
 
 
+@pytest.mark.quick_variants(2)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_fifty_steps_are_the_trainers(family):
     settings = training.Optimizer(learning_rate=5e-5, steps=STEPS)

@@ -70,6 +70,7 @@ def one_device(request):
     return cfg, train(cfg, STEPS)[0]
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(
     ("one_device", "layout"),
     [
@@ -91,6 +92,7 @@ def test_the_loss_curve_is_one_devices(one_device, layout):
     assert kernel.addressable_shards[0].data.size == kernel.size // shards
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize(("layout", "count"), [("", 4), ("data:2,fsdp:2,model:2", 2)])
 def test_microbatches_equal_the_batch(cfg, layout, count):
     """Eight rows at once, and as four microbatches of two (or two of four, for a mesh of four batch shards)."""
@@ -117,6 +119,7 @@ def without_remat(cfg):
     return train(dataclasses.replace(cfg, residual_dropout=0.1), 3, None, PUBLISHED, dropout_seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_nothing(cfg, without_remat, remat):
     history, state = train(
@@ -126,6 +129,7 @@ def test_rematerialisation_changes_nothing(cfg, without_remat, remat):
     assert_same_moments(state, without_remat[1])
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_step(cfg):
     cfg = dataclasses.replace(cfg, embedding_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1)
     optimizer = training.Optimizer(learning_rate=0.0, steps=10)  # weights stay, so that only the noise changes
@@ -193,6 +197,7 @@ def test_rows_that_do_not_divide_into_microbatches_are_refused(cfg):
         train(cfg, 1, accumulation=3)
 
 
+@pytest.mark.slow
 def test_schedules_and_dropout_seeds_share_a_program(cfg):
     settings = [training.Optimizer(1e-3, 10, warmup_steps=2), training.Optimizer(5e-5, 7, seed=3)]
     steps = [training.make_train_step(cfg, optimizer, dropout_seed=seed) for seed, optimizer in enumerate(settings)]

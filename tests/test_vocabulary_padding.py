@@ -48,6 +48,7 @@ def test_other_differences_are_refused(other, message):
         common_vocabulary([Tokenizer(9), other], ["base", "toxic"])
 
 
+@pytest.mark.quick_variants(1)
 @pytest.mark.parametrize("choice", [warpers.top_k(200), warpers.temperature(1.5)])
 def test_rows_beyond_the_vocabulary_have_no_probability(choice):
     """The filled-up rows of one model say what the other has no word for, as loudly as can be."""

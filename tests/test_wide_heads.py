@@ -1,11 +1,12 @@
 """Heads that lie together in a cache, as on a TPU, give what they give apart."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
-from variants import VARIANTS
+from variants import EVERY, VARIANTS
 
 from unidetox_jax import models
 from unidetox_jax.decoding import generate, objectives, preparation
@@ -14,8 +15,11 @@ from unidetox_jax.models import wide_heads
 HEADS = {"gpt2": (5, 5), "llama-3": (6, 3), "falcon-rw-1b": (4, 4), "gemma-3": (4, 1)}
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.quick_variants(1)
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    itertools.product(HEADS, (1, 3)) if EVERY else [("gpt2", 1), ("llama-3", 3), ("falcon-rw-1b", 1), ("gemma-3", 3)],
+)
 def test_texts_are_the_same(name, samples, monkeypatch):
     cfg = models.config_from_hf(VARIANTS[name])
     queries, keys = HEADS[name]
