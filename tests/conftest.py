@@ -117,17 +117,17 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(items):
-    """Variants that are not among the quick ones are slow. Files with the most slow tests come first: xdist's workers
-    take whole files, and none should begin a long one last."""
-    before = collections.Counter()
+    """Files with the most slow tests come first: xdist's workers take whole files, and none should begin a long one
+    last. Then variants that are not among the quick ones are marked slow as well."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+    before: collections.Counter = collections.Counter()
     for item in items:
         if mark := item.get_closest_marker("quick_variants"):
             test, variant = item.nodeid.removesuffix("]").split("[", 1)
             if variant not in mark.args and not (isinstance(mark.args[0], int) and before[test] < mark.args[0]):
                 item.add_marker(pytest.mark.slow)
             before[test] += 1
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -23,7 +23,7 @@ import jax, pathlib
 pathlib.Path(ready, str(os.getpid())).touch()
 while len(os.listdir(ready)) < int(present):  # start together, however long a busy machine takes to import jax
     time.sleep(0.01)
-distributed.HEARTBEAT_INTERVAL, distributed.HEARTBEAT_TIMEOUT = 0.2, {silence}
+distributed.HEARTBEAT_TIMEOUT = {silence}
 try:
     distributed.initialize(address, count, index, timeout={timeout})
     exec(body)
