@@ -1,11 +1,13 @@
 """Generators: several models under an objective, each with a prefix, against PyTorch one text at a time."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from tests.eval_helpers import make_pair, make_tokenizer
-from unidetox_jax import decoding
+from unidetox_jax import decoding, models
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import continuations, generator, likelihood, mmlu
@@ -155,10 +157,24 @@ def test_prompts_are_padded_to_a_longer_program_where_that_is_cheaper_than_anoth
     assert [a == b for a, b in zip(found[0][0].flat, found[1][0].flat, strict=True)] == [True] * 16
 
 
-def test_which_prompts_share_a_program():
+def test_which_prompts_share_a_program(monkeypatch):
     costs = {16: 1.0, 32: 2.0, 64: 5.0}
     lengths = [50, 20, 20, 21, 4, 4]
-    assert continuations._buckets(lengths, costs.__getitem__, 0.0) == {50: 64, 20: 32, 21: 32, 4: 16}
-    assert continuations._buckets(lengths, costs.__getitem__, 2.0) == {50: 64, 20: 32, 21: 32, 4: 32}  # 2 prompts x 1
-    assert continuations._buckets(lengths, costs.__getitem__, 8.0) == {50: 64, 20: 32, 21: 32, 4: 32}
-    assert continuations._buckets(lengths, costs.__getitem__, 9.0) == {50: 64, 20: 64, 21: 64, 4: 64}  # 3 prompts x 3
+    for seconds, expected in (
+        (0.0, {50: 64, 20: 32, 21: 32, 4: 16}),
+        (2.0, {50: 64, 20: 32, 21: 32, 4: 32}),  # 2 prompts x 1 s
+        (8.0, {50: 64, 20: 32, 21: 32, 4: 32}),
+        (9.0, {50: 64, 20: 64, 21: 64, 4: 64}),  # 3 prompts x 3 s
+    ):
+        monkeypatch.setattr(continuations, "COMPILE_SECONDS", seconds)
+        assert continuations._buckets(lengths, costs.__getitem__) == expected
+
+
+def test_few_long_prompts_do_not_make_the_batches_of_all_small():
+    """On an H100 LLaMA-2-7B's weights would be read four times as often for 930 short prompts beside ten long ones."""
+    cost = functools.partial(
+        continuations._seconds_per_prompt, configs=[models.published_config("meta-llama/Llama-2-7b-hf")],
+        kind="NVIDIA H100 80GB HBM3", count=1, samples=25, max_new_tokens=20, batch_size=512,
+    )  # fmt: skip
+    assert continuations._buckets([60] * 930 + [20] * 10 + [400] * 10, cost) == {400: 512, 60: 64, 20: 64}
+    assert cost(512) > 2 * cost(64)

@@ -29,8 +29,9 @@ MALLOC_OPTIONS = (
     (-1, -1),  # M_TRIM_THRESHOLD: never shrink the heap
     (-2, 256 << 20),  # M_TOP_PAD: grow the heap in steps of 256 MiB
 )
-USUAL_MFU = 0.4  # of an accelerator's peak, by well-tuned programs
-CPU_FLOPS = 1e10  # per second on a core, by a model so small that compiling takes longer than running it
+# FLOP/s and bytes/s that programs reach: shares of an accelerator's peaks; of a CPU's core, by a model so small that
+# compiling takes longer than running it
+USUAL_SHARES, CPU_RATES = (0.4, 0.6), (1e10, 1e10)
 REPEATS = 5  # of a measurement; the fastest counts, since other load only slows it down
 
 
@@ -75,10 +76,13 @@ def specs(kind: str) -> Specs | None:
     return next((sheet for prefix, sheet in SPECS.items() if kind.startswith(prefix)), None)
 
 
-def usual_flops(kind: str) -> float:
-    """About how many FLOP/s a program reaches on a device, the same on every host: to weigh work against compiling."""
+def usual_rates(kind: str) -> tuple[float, float]:
+    """About how many FLOP/s and bytes/s a program reaches on a device, the same on every host: to weigh work against
+    compiling."""
     sheet = specs(kind)
-    return CPU_FLOPS if sheet is None else USUAL_MFU * sheet.flops
+    if sheet is None:
+        return CPU_RATES
+    return USUAL_SHARES[0] * sheet.flops, USUAL_SHARES[1] * sheet.bandwidth
 
 
 def summary() -> str:

@@ -22,7 +22,7 @@ from unidetox_jax.decoding.warpers import Warper, choose
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.generator import Generator, as_generator
-from unidetox_jax.models import Model, costs
+from unidetox_jax.models import Model, ModelConfig, costs
 from unidetox_jax.progress import Progress
 
 FULL_BATCH_LENGTH = 128  # prompts of up to this many tokens use the full batch size, longer ones a smaller one
@@ -143,18 +143,17 @@ def complete(
     same_inputs = not any(generator.prefixes)
     models = prepare(generator.models, side_by_side=same_inputs)
     mesh = sharding.mesh_of(generator.params) or sharding.single_device_mesh()
-
-    def prompt_flops(slots: int) -> float:
-        """Of a prompt with so many cache slots and its continuations."""
-        return sum(
-            slots * costs.forward_flops(model.cfg, slots / 2, logits=0)
-            + samples * max_new_tokens * costs.forward_flops(model.cfg, slots + max_new_tokens / 2)
-            for model in generator.models
-        )
-
+    cost = functools.partial(
+        _seconds_per_prompt,
+        configs=[model.cfg for model in generator.models],
+        kind=sharding.device_of(mesh).device_kind,
+        count=mesh.size,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     lengths = [len(tokens) for tokens in prompts]
-    rate = devices.usual_flops(sharding.device_of(mesh).device_kind) * mesh.size
-    buckets = _buckets(lengths, prompt_flops, COMPILE_SECONDS * rate)
+    buckets = _buckets(lengths, cost)
     with Progress(len(prompts) * samples, "texts", label or "", disable=hidden) as bar:
         for batch in _batches(lengths, samples, batch_size, buckets):
             inputs = [
@@ -204,20 +203,25 @@ def _batches(lengths: Sequence[int], samples: int, batch_size: int, buckets: Map
     for first in range(0, samples, batch_size):
         count = min(batch_size, samples - first)
         for slots, members in by_slots.items():
-            rows = batch_size
-            while rows > 1 and rows * slots > batch_size * FULL_BATCH_LENGTH:
-                rows //= 2
-            full = min(max(1, rows // count), len(members))
+            full = min(_prompts_per_batch(slots, count, batch_size), len(members))
             for start in range(0, len(members), full):
                 chosen = members[start : start + full]
                 yield _Batch(chosen + chosen[-1:] * (full - len(chosen)), first, count, slots)
 
 
-def _buckets(lengths: Sequence[int], prompt_flops: Callable[[int], float], spare: float) -> dict[int, int]:
+def _prompts_per_batch(slots: int, samples: int, batch_size: int) -> int:
+    """Prompts of so many cache slots, each with its samples, in a batch of limited memory."""
+    rows = batch_size
+    while rows > 1 and rows * slots > batch_size * FULL_BATCH_LENGTH:
+        rows //= 2
+    return max(1, rows // samples)
+
+
+def _buckets(lengths: Sequence[int], cost: Callable[[int], float]) -> dict[int, int]:
     """Cache slots for prompts of each of the lengths: powers of two, where it does not take longer to pad to the next
     larger ones of a program that is compiled anyway than to compile another.
 
-    prompt_flops: cache slots → FLOPs of a prompt and its continuations. spare: FLOPs in the time of a compilation.
+    cost: cache slots → seconds for a prompt and its continuations.
     """
     prompts: dict[int, list[int]] = {}
     for length in sorted(lengths, reverse=True):
@@ -226,10 +230,32 @@ def _buckets(lengths: Sequence[int], prompt_flops: Callable[[int], float], spare
     buckets: dict[int, int] = {}
     compiled = 0
     for slots, members in prompts.items():
-        if not compiled or len(members) * (prompt_flops(compiled) - prompt_flops(slots)) > spare:
+        if not compiled or len(members) * (cost(compiled) - cost(slots)) > COMPILE_SECONDS:
             compiled = slots
         buckets |= dict.fromkeys(members, compiled)
     return buckets
+
+
+def _seconds_per_prompt(
+    slots: int,
+    configs: Sequence[ModelConfig],
+    kind: str,
+    count: int,
+    samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+) -> float:
+    """About the seconds that a prompt of so many cache slots and its continuations take on `count` devices of a kind:
+    its FLOPs, and its share of reading the weights in every step of its batch."""
+    flops_rate, bandwidth = devices.usual_rates(kind)
+    batch = _prompts_per_batch(slots, min(samples, batch_size), batch_size)
+    flops = sum(
+        slots * costs.forward_flops(cfg, slots / 2, logits=0)
+        + samples * max_new_tokens * costs.forward_flops(cfg, slots + max_new_tokens / 2)
+        for cfg in configs
+    )
+    reads = max_new_tokens * sum(costs.read_bytes(cfg) for cfg in configs) / batch
+    return flops / (flops_rate * count) + reads / bandwidth
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -116,7 +116,7 @@ def loglikelihood(
 
 def tokens_per_compilation(configs: Sequence[ModelConfig], mesh: Mesh) -> float:
     """About how many tokens are read in the time that a program takes to compile, the same on every host."""
-    rate = devices.usual_flops(sharding.device_of(mesh).device_kind)
+    rate, _ = devices.usual_rates(sharding.device_of(mesh).device_kind)
     return COMPILE_SECONDS * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
 
 

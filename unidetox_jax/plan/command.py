@@ -192,4 +192,6 @@ def _collectives(report: Report) -> Iterator[str]:
     for entry in report.collectives:
         among = f" among {len(entry.group)}" if entry.group else ""
         size = entry.bytes / 1e6
-        yield f"{entry.count} {entry.kind}{among}, {_where(entry.depth)}: {size:,.2f} MB, the largest {entry.largest}"
+        times = "once" if entry.times == 1 else f"{entry.times} times"
+        often = f"{times} in each step" if entry.in_steps else times
+        yield f"{entry.count} {entry.kind}{among}, {often}: {size:,.2f} MB, the largest {entry.largest}"
