@@ -12,11 +12,12 @@
 # kills: every kill test with all its kills. speed: beside PyTorch. plan: memory on TPU slices.
 # families: every variant of every family (the tests take a sample) against PyTorch, and on every axis of eight devices
 # against one; prints the largest differences.
-# meshes: every published layout of heads (of DATA/../hub) compiled for every mesh of up to 8 H100s and v5e; takes hours.
+# meshes: every published layout of heads (of DATA/../hub) compiled for every mesh of up to 8 H100s and v5e; takes hours,
+#   goes on where a run before it ended.
 # precision: the same training in float32, bfloat16 and the release's arithmetic; MODEL=DIR also on that model, on toxic text.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ "${1:-}" == --help ]]; then sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0; fi
+if [[ "${1:-}" == --help ]]; then sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 0; fi
 python=${VENV:-.venv}/bin/python
 data=${DATA:-../shared/data}
 out=${OUT:-runs/proofs}
@@ -113,7 +114,7 @@ families() {
     tests/test_checkpoint_hf.py tests/test_sharding.py tests/test_training_step.py
 }
 
-meshes() { "$python" -m unidetox_jax.benchmarks.meshes "$data/../hub"; }
+meshes() { mkdir -p "$out" && "$python" -m unidetox_jax.benchmarks.meshes "$data/../hub" --results "$out/meshes.jsonl"; }
 
 precision() {
   unidetox pretrain --config=configs/quickstart.py --workdir="$out/precision" --config.pretrain.models="('{workdir}/world/models/gpt2',)"

@@ -430,22 +430,28 @@ def test_published_head_layouts_compile_on_meshes(program, layout, kind, mesh, s
     assert f"| {layout} | {kind} | ok |" in capsys.readouterr().out
 
 
-def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsys):
-    """It has every mesh of up to 8 devices and every layout; a UserError is a refusal, any other error a failure."""
+def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsys, tmp_path):
+    """It has every mesh of up to 8 devices and every layout; a UserError is a refusal, any other error a failure. What
+    a file of results has is not compiled again."""
     assert len(set(meshes.MESHES)) == 1 + 3 + 6 + 10
     assert {name.split()[0] for name in meshes.layouts()} >= {"gpt2", "opt", "falcon", "llama", "phi3", "gemma2"}
     monkeypatch.setattr(meshes, "mesh_of", lambda kind, layout: layout)
 
+    lowered = []
+
     def lower(mesh):
+        lowered.append(mesh)
         raise {"data:2": UserError("cannot"), "data:4": NotImplementedError("odd\nlength")}[mesh]
 
     program = abstract_programs.scoring_program("score", models.published_config("openai-community/gpt2"), 8, 8, 4, 1)
     monkeypatch.setattr(meshes, "programs_of", lambda cfg: [program._replace(lower=lower)])
     for layouts, cells in ((("data:2",), "refused 1"), (("data:2", "data:4"), "refused 1 | FAILED 2")):
-        failed = meshes.main(["--devices", "h100", "--meshes", *layouts, "--layouts", "gpt2 12/12"])
+        options = ["--meshes", *layouts, "--layouts", "gpt2 12/12", "--results", str(tmp_path / "results")]
+        failed = meshes.main(["--devices", "h100", *options])
         printed = capsys.readouterr().out
         assert failed == ("FAILED" in cells) and f"| gpt2 12/12 x 64 | h100 | {cells} |" in printed
     assert printed.endswith("1. cannot\n\n2. score: NotImplementedError: odd length\n")
+    assert lowered == ["data:2", "data:4"]
 
 
 def paper_distillation(place, layout):

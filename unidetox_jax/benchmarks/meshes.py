@@ -1,7 +1,7 @@
 """On which meshes each published layout of attention heads compiles, for devices that are not present.
 
     python -m unidetox_jax.benchmarks.meshes [HUB ...] [--devices h100 v5e] [--meshes MESH ...] [--layouts gpt2 ...]
-        [--programs train distill evaluate score]
+        [--programs train distill evaluate score] [--results FILE]
 
 HUB: folders of checkpoints' folders, whose config.json files are read in addition to the package's own configurations.
 A layout is a family, a number of heads and key-value heads, a head size and a kind of attention. It is compiled with
@@ -9,7 +9,8 @@ one layer of each kind and a small vocabulary, on every mesh of 1, 2, 4 and 8 de
 the generation of two models together (distillation), of several texts a prompt (evaluation), the scoring of texts.
 
 Prints Markdown, a line for each layout and kind of device: ok; refused, with the number of a reason below, if the
-package rejects it before compiling; FAILED otherwise. The exit code is 1 if anything failed.
+package rejects it before compiling; FAILED otherwise. The exit code is 1 if anything failed. The whole table takes five
+to six hours of one core: with --results a run that was stopped goes on where it ended.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -47,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--meshes", nargs="+", default=MESHES)
     parser.add_argument("--layouts", nargs="+", default=[""], help="only layouts whose names start with one of these")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--results", type=pathlib.Path, help="JSON lines of what was compiled; not compiled again")
     options = parser.parse_args(argv)
     try:
         selected = {name: cfg for name, cfg in layouts(options.hub).items() if name.startswith(tuple(options.layouts))}
-        failed = table(selected, options.devices, options.meshes, options.programs)
+        failed = table(selected, options.devices, options.meshes, options.programs, options.results)
     except UserError as error:
         print(f"meshes: {error}", file=sys.stderr)
         return error.exit_code
@@ -139,8 +142,16 @@ def mesh_of(kind: str, layout: str) -> Mesh:
     return Mesh(np.asarray(devices[:count]).reshape(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def table(configs: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequence[str], names: Sequence[str]) -> bool:
-    """Prints the table line by line; returns whether anything failed."""
+def table(
+    configs: dict[str, ModelConfig],
+    kinds: Sequence[str],
+    meshes: Sequence[str],
+    names: Sequence[str],
+    file: pathlib.Path | None = None,
+) -> bool:
+    """Prints the table line by line; returns whether anything failed. Outcomes in the file are not compiled again, new
+    ones are added to it."""
+    known = _known(file)
     reasons: dict[str, int] = {}
     failed = False
     print("Meshes as data x fsdp x model.\n")
@@ -153,17 +164,30 @@ def table(configs: dict[str, ModelConfig], kinds: Sequence[str], meshes: Sequenc
         for kind in kinds:
             cells = []
             for layout in meshes:
-                start = time.monotonic()
-                result, reason = outcome(cfg, mesh_of(kind, layout), names)
+                key = (name, kind, layout, ",".join(names), jax.__version__)
+                if key not in known:
+                    start = time.monotonic()
+                    known[key] = outcome(cfg, mesh_of(kind, layout), names)
+                    result, reason = known[key]
+                    seconds = time.monotonic() - start
+                    print(f"{name}, {kind}, {layout}: {result} {reason} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+                    if file is not None:
+                        with file.open("a") as lines:
+                            print(json.dumps([*key, result, reason]), file=lines)
+                result, reason = known[key]
                 failed |= result == "FAILED"
                 note = f" {reasons.setdefault(reason, len(reasons) + 1)}" if reason else ""
                 cells.append("ok" if result == "ok" else f"{result}{note}")
-                seconds = time.monotonic() - start
-                print(f"{name}, {kind}, {layout}: {result} {reason} ({seconds:.1f} s)", file=sys.stderr, flush=True)
             print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
     for reason, number in reasons.items():
         print(f"\n{number}. {reason}")
     return failed
+
+
+def _known(file: pathlib.Path | None) -> dict[tuple[str, ...], tuple[str, str]]:
+    """(layout, kind of device, mesh, programs, version of JAX) → outcome, as earlier runs wrote them."""
+    lines = [] if file is None or not file.exists() else file.read_text().splitlines()
+    return {tuple(fields[:-2]): tuple(fields[-2:]) for fields in map(json.loads, lines)}
 
 
 def _line(error: Exception) -> str:
