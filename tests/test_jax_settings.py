@@ -5,8 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
+from variants import VARIANTS, chosen
+
+from unidetox_jax import models, sharding
+from unidetox_jax.benchmarks import meshes
 
 pytestmark = pytest.mark.slow
 
@@ -81,19 +86,29 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "families"),
+    ("surroundings", "families"),
     [
-        ("JAX_ENABLE_X64", "1", ("gpt2", "llama")),
-        ("JAX_NUMPY_DTYPE_PROMOTION", "strict", ("gpt2",)),
-        ("JAX_NUMPY_RANK_PROMOTION", "raise", ("llama",)),
-        ("JAX_DISABLE_JIT", "1", ("llama",)),
+        ({"JAX_ENABLE_X64": "1"}, ("gpt2", "llama")),
+        ({"JAX_DISABLE_JIT": "1"}, ("llama",)),
     ],
+    ids=["64 bits", "no compilation"],
 )
-def test_results_do_not_depend_on_jax_settings(plain, tmp_path, name, value, families):
-    found = run(tmp_path, *families, **{name: value})
+def test_results_do_not_depend_on_jax_settings(plain, tmp_path, surroundings, families):
+    found = run(tmp_path, *families, **surroundings)
     for family in families:
         for quantity, values in found[family].items():
             assert values == pytest.approx(plain[family][quantity], rel=1e-4, abs=1e-5), (family, quantity)
+
+
+@pytest.mark.parametrize(
+    "name", chosen("gpt2-scale-by-layer", "opt-350m", "falcon-rw-1b", "llama-3", "gemma-2", "mistral-1", "pythia")
+)
+def test_nothing_is_promoted(name):
+    """Every program can be traced where no dtype and no rank may be promoted."""
+    cfg = models.config_from_hf(VARIANTS[name])
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for program in meshes.programs_of(cfg):
+            program.lower(sharding.single_device_mesh())
 
 
 def test_an_absent_tpu_is_no_reason_to_complain(tmp_path):

@@ -170,8 +170,8 @@ def distances(slot: jax.Array, count: int, slots: int, ring: bool) -> jax.Array:
     """
     query = jnp.arange(count)[:, None]
     if ring and count > 1:
-        return slots + query - jnp.arange(slots + count)
-    return (slot + count - 1 - jnp.arange(slots)) % slots - (count - 1) + query
+        return slots + query - jnp.arange(slots + count)[None]
+    return ((slot + count - 1 - jnp.arange(slots)) % slots - (count - 1))[None] + query
 
 
 def write(layers: Layers, layer: int | jax.Array, new: jax.Array, slot: int | jax.Array, ring: bool = False) -> Layers:

@@ -8,6 +8,7 @@ import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from unidetox_jax.models import layers
@@ -85,7 +86,7 @@ class Block(nn.Module):
         residual_stddev = cfg.initializer_range / math.sqrt(2 * cfg.num_layers)
         scale = cfg.head_size**-0.5 if cfg.scale_by_head_size else 1.0
         if cfg.scale_by_layer:
-            scale = scale / (layer + 1)
+            scale = scale / jnp.asarray(layer + 1, jnp.float32)
         attention = Attention(cfg, True, True, residual_stddev, cfg.attention_dropout, name="attention")
         out, state = attention(layer_norm(cfg, "attention_norm")(x), attend, rotary, scale, deterministic)
         x = x + dropout(out)

@@ -81,7 +81,10 @@ class Dense(nn.DenseGeneral):
         kernel = jnp.asarray(self.get_variable("params", TRANSPOSED), self.dtype)
         axes = len(self.axis) if isinstance(self.axis, Sequence) else 1
         out = weights_first(kernel, inputs.astype(self.dtype), axes, self.precision)
-        return out + jnp.asarray(self.get_variable("params", "bias"), self.dtype) if self.use_bias else out
+        if not self.use_bias:
+            return out
+        bias = jnp.asarray(self.get_variable("params", "bias"), self.dtype)
+        return out + jnp.expand_dims(bias, range(out.ndim - bias.ndim))  # users may forbid to promote ranks
 
 
 def dense(cfg: ModelConfig, features, name: str, bias: bool, axis=-1, stddev: float | None = None) -> nn.Module:
@@ -133,7 +136,8 @@ class OffsetRMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.cfg.norm_epsilon)
-        return (x * (1.0 + scale.astype(jnp.float32))).astype(self.cfg.dtype)
+        scale = jnp.expand_dims(1.0 + scale.astype(jnp.float32), range(x.ndim - 1))
+        return (x * scale).astype(self.cfg.dtype)
 
 
 def offset_rms_norm(cfg: ModelConfig, name: str) -> nn.Module:

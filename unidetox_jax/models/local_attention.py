@@ -71,12 +71,12 @@ def cache_masks(cfg: ModelConfig, cache: Cache, causal: jax.Array, positions: ja
 
     slots = kv.num_slots(cfg, layer, cache.length)
     distance = kv.distances(cache.slot, positions.shape[1], slots, slots < cache.length)
-    mask = within_window(distance, jnp.minimum(positions, slot))
+    mask = within_window(distance, jnp.minimum(positions, slot[None]))
     if prefix is None:
         return (causal, None), (mask, None)
     prefixes, length = prefix.shape
     slots = kv.num_slots(cfg, layer, length)
-    distance = slot[:, None] + slots - jnp.arange(slots)
+    distance = slot[:, None] + slots - jnp.arange(slots)[None]
     positions = positions.reshape(prefixes, -1, positions.shape[1])[:, 0]
     return (causal, prefix[:, None]), (mask, within_window(distance, positions))
 
