@@ -1,6 +1,7 @@
 """What all tests share: eight host devices, a compilation cache for the processes that they start, real data."""
 
 import collections
+import gc
 import importlib.util
 import os
 import pathlib
@@ -34,8 +35,11 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
         return compile_or_get_cached(backend, computation, devices, *rest, **named)
 
     compiler.compile_or_get_cached = single_device_cached
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]  # splitting costs more than it gains where all cores are busy
 if jax.__version_info__ < (0, 11):  # LLVM alone compiles in half the time; later versions always emit by MLIR
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+gc.set_threshold(100_000, 50, 100)  # tracing makes so many objects that collecting them took a twentieth of the time
 
 if importlib.util.find_spec("torch") is None:  # EXTRA=quick of launch/test.sh
     IMPORTS = re.compile(r"^(import|from) (\w+\.)?(torch|eval_helpers)\b", re.MULTILINE)

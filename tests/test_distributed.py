@@ -90,7 +90,9 @@ def test_a_killed_process_ends_the_others():
 @pytest.mark.slow
 def test_directory_hidden_from_one_host_stops_all(tmp_path):
     # process 1 looks at another directory, as if the path were not on a network file system
-    body = f"storage.check_workdir({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
+    body = (
+        f"storage.VISIBLE_WITHIN = 1; storage.check_workdir({str(tmp_path)!r} + ('/here' if index == 1 else '/shared'))"
+    )
     ended = run(body, 2)
     assert [one.code for one in ended] == [2, 2]
     assert all("process 1 on " in one.last_line and "cannot see" in one.last_line for one in ended)

@@ -27,6 +27,7 @@ from unidetox_jax import distributed
 from unidetox_jax.errors import UserError
 
 COPY_BYTES = 1 << 24  # bytes per read or write: remote files buffer all that a single call passes them
+VISIBLE_WITHIN = 10.0  # seconds that a network file system may take to show what another host wrote
 CLIENTS = ("gcsfs", "google", "aiohttp", "requests")  # packages whose errors are not always OSErrors
 
 # Orbax and other processes do not write through this process's gcsfs: its cached listings would miss their files.
@@ -262,10 +263,12 @@ def check_workdir(directory: epath.PathLike) -> None:
 
 
 def _reads(path: epath.Path, content: str) -> bool:
-    """Whether the file holds `content`; network file systems may take seconds to show it."""
-    for _ in range(20):
+    """Whether the file holds `content`, at the latest `VISIBLE_WITHIN` seconds from now."""
+    end = time.monotonic() + VISIBLE_WITHIN
+    while True:
         with contextlib.suppress(OSError):
             if path.read_text() == content:
                 return True
+        if time.monotonic() > end:
+            return False
         time.sleep(0.5)
-    return False
