@@ -138,7 +138,7 @@ def test_no_module_imports_itself_by_way_of_others():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-def test_importing_a_module_asks_for_no_device_and_no_pytorch():
+def test_importing_a_module_asks_for_no_device_and_no_pytorch(tmp_path):
     """Or several processes could not meet before jax looks at their devices, and every command would start later."""
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
     names = [name for name in names if not name.endswith((".__init__", ".harness"))]  # lm_eval is an extra
@@ -151,7 +151,13 @@ for name in {names}:
 from unidetox_jax import models
 for family in ("gpt2", "llama"):
     models.config_from_hf({{"model_type": family}})
+from unidetox_jax.training.training_log import Log
+log = Log({str(tmp_path)!r}, 0)
+log.record(1, {{"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "targets": 1}})
+log.add_line()
+log.flush()
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr[-500:]
+    assert list(tmp_path.glob("tensorboard/*"))

@@ -1,4 +1,4 @@
-"""Imports transformers' configurations and tokenizers without PyTorch.
+"""Imports transformers' configurations and tokenizers, and other packages, without PyTorch.
 
 Where PyTorch is installed, transformers imports it with every configuration, although none uses it. That takes as long
 as all other imports of a command together.
@@ -39,6 +39,19 @@ def torch_on_demand() -> Iterator[None]:
         for name, module in stand_ins.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
+
+
+@contextlib.contextmanager
+def torch_hidden() -> Iterator[None]:
+    """Within the context, `import torch` fails unless PyTorch was imported before: for packages that do without it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def config_class(model_type: str) -> Any:

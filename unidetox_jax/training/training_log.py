@@ -14,6 +14,7 @@ from etils import epath
 
 from unidetox_jax import storage
 from unidetox_jax.errors import UserError
+from unidetox_jax.models.lazy_transformers import torch_hidden
 
 FILE = "metrics.jsonl"
 FLUSH_SECONDS = 5.0  # between writes of the file; it is also written before every checkpoint
@@ -91,8 +92,9 @@ class _Events:
         self._file: Any = None
 
     def write(self, scalars: list[tuple[int, str, float]]) -> None:
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        with torch_hidden():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         if self._file is None:
             storage.make_directory(self._directory)
