@@ -24,6 +24,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 from jax._src import compilation_cache, compiler  # noqa: E402
+from jax.extend.backend import clear_backends  # noqa: E402
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
@@ -84,6 +85,19 @@ def forget_programs():
     they take more memory maps than a process may have, and XLA then dies in the middle of a compilation."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """One device in this process, for tests that are not about meshes: its programs are smaller, and kept on disk."""
+    _set_devices(1)
+    yield
+    _set_devices(8)
+
+
+def _set_devices(count: int):
+    clear_backends()
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 @pytest.fixture(scope="module")

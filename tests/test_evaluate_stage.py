@@ -64,8 +64,8 @@ def get_config(argument=None):
 """
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def work(one_device, tmp_path_factory):
     """A tiny model, one for perplexity, scorers, prompts, questions."""
     work = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("tiny", "judge")):
@@ -354,15 +354,14 @@ def test_after_sigkill_it_continues(work, whole, tmp_path):
     command = [sys.executable, "-m", "unidetox_jax.cli", "evaluate", f"--config={work}/config.py"]
     command.append(f"--workdir={tmp_path}")
     directory = tmp_path / "evaluation" / "tiny"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}  # the mesh of this process
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    child = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (directory / "parts" / "run0.texts.jsonl").exists() and child.poll() is None:
         time.sleep(0.01)
     assert child.poll() is None, child.stderr.read()
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert (directory / "parts" / "run0.texts.jsonl").exists() and not (directory / "metrics.json").exists()
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    subprocess.run(command, check=True, capture_output=True)
     same(directory, whole)
 
 

@@ -22,7 +22,7 @@ from unidetox_jax.benchmarks import effect
 from unidetox_jax.report.results import Evaluation
 from unidetox_jax.stages.task import Task, run_tasks
 
-KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "1"))  # launch/proofs.sh sets 5
+KILLS = int(os.environ.get("UNIDETOX_RUN_KILLS", "0"))  # launch/proofs.sh sets 5
 SEED = int(os.environ.get("UNIDETOX_KILL_SEED", "0"))
 GPT2, WORLD = "{workdir}/pretrained/gpt2", "{workdir}/world"
 SMALL = (
@@ -144,6 +144,7 @@ def test_a_moved_working_directory_stays_complete(alone, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not KILLS, reason="UNIDETOX_RUN_KILLS is not set; the run in a bucket is killed in any case")
 def test_killed_at_random_moments_it_gives_the_same_results(alone, tmp_path):
     """SIGKILL `KILLS` times anywhere in a run; a run that ends before is compared and started again."""
     expected, (_, _, seconds) = results(alone[0]), alone
