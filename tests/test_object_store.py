@@ -12,6 +12,7 @@ import pytest
 import tensorstore
 from conftest import ROOT
 from finetune_helpers import make_world, write_config
+from gcp_storage_emulator import server
 
 from unidetox_jax import checkpoint, cli, storage
 from unidetox_jax.errors import UserError
@@ -36,6 +37,21 @@ def test_model_round_trips_through_a_bucket(bucket, world, form, tmp_path, monke
     assert again.cfg == model.cfg
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert not list(tmp_path.iterdir())
+
+
+def test_loading_a_model_reads_every_byte_once(bucket, world, monkeypatch):
+    model, sent = checkpoint.load(world / "weights" / "llama"), []
+    checkpoint.save_hf(bucket / "once", model)
+    write_file = server.Response.write_file
+
+    def counted(response, content, *rest, **named):
+        sent.append(len(content))
+        return write_file(response, content, *rest, **named)
+
+    monkeypatch.setattr(server.Response, "write_file", counted)
+    checkpoint.load(bucket / "once")
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert 0.9 * weights < sum(sent) < 1.1 * weights
 
 
 def test_tokenizer_round_trips_through_a_bucket(bucket, world, tmp_path, monkeypatch):

@@ -222,11 +222,10 @@ def local_file(path: epath.Path, offset: int = 0, nbytes: int | None = None) -> 
 
 
 def _copy(path: epath.Path, offset: int, nbytes: int, file: IO[bytes]) -> None:
-    with path.open("rb") as source:
-        source.seek(offset)
-        while nbytes and (chunk := source.read(min(nbytes, COPY_BYTES))):
-            file.write(chunk)
-            nbytes -= len(chunk)
+    """Copies a range of a remote file. An open one would be asked for its size each time, and read 5 MB ahead."""
+    system, name = fsspec.url_to_fs(str(path))
+    for start in range(offset, offset + nbytes, COPY_BYTES):
+        file.write(system.cat_file(name, start, min(start + COPY_BYTES, offset + nbytes)))
     file.flush()
 
 

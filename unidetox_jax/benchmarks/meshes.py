@@ -179,6 +179,7 @@ def table(
                 note = f" {reasons.setdefault(reason, len(reasons) + 1)}" if reason else ""
                 cells.append("ok" if result == "ok" else f"{result}{note}")
             print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
+            jax.clear_caches()  # traces of programs that do not come again take 50 MB a cell
     for reason, number in reasons.items():
         print(f"\n{number}. {reason}")
     return failed
