@@ -89,15 +89,17 @@ def forget_programs():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """One device in this process, for tests that are not about meshes: its programs are smaller, and kept on disk."""
-    _set_devices(1)
+    """One CPU device in this process, for tests that are not about meshes: its programs are smaller, and kept on disk.
+    Nothing changes on a GPU."""
+    _set_cpu_devices(1)
     yield
-    _set_devices(8)
+    _set_cpu_devices(8)
 
 
-def _set_devices(count: int):
-    clear_backends()
-    jax.config.update("jax_num_cpu_devices", count)
+def _set_cpu_devices(count: int):
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        clear_backends()
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from unidetox_jax.stages import evaluate, loading, settings
 from unidetox_jax.stages.forms import Form
 from unidetox_jax.stages.task import run_task, run_tasks
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CATEGORIES = ["hills"] * 3 + ["rivers"] * 2 + ["islands"] * 2
 PROMPTS = [
     "the cat sat on",
@@ -64,7 +65,7 @@ def get_config(argument=None):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def work(one_device, tmp_path_factory):
     """A tiny model, one for perplexity, scorers, prompts, questions."""
     work = tmp_path_factory.mktemp("work")

@@ -431,8 +431,8 @@ def test_published_head_layouts_compile_on_meshes(program, layout, kind, mesh, s
 
 
 def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsys, tmp_path):
-    """It has every mesh of up to 8 devices and every layout; a UserError is a refusal, any other error a failure. What
-    a file of results has is not compiled again."""
+    """It has every mesh of up to 8 devices and every layout; a UserError is a refusal, any other error a failure. Of
+    what a file of results has, only failures are compiled again."""
     assert len(set(meshes.MESHES)) == 1 + 3 + 6 + 10
     assert {name.split()[0] for name in meshes.layouts()} >= {"gpt2", "opt", "falcon", "llama", "phi3", "gemma2"}
     monkeypatch.setattr(meshes, "mesh_of", lambda kind, layout: layout)
@@ -452,6 +452,7 @@ def test_table_of_meshes_distinguishes_refusals_from_failures(monkeypatch, capsy
         assert failed == ("FAILED" in cells) and f"| gpt2 12/12 x 64 | h100 | {cells} |" in printed
     assert printed.endswith("1. cannot\n\n2. score: NotImplementedError: odd length\n")
     assert lowered == ["data:2", "data:4"]
+    assert meshes.main(["--devices", "h100", *options]) and lowered == ["data:2", "data:4", "data:4"]
 
 
 def paper_distillation(place, layout):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--meshes", nargs="+", default=MESHES)
     parser.add_argument("--layouts", nargs="+", default=[""], help="only layouts whose names start with one of these")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
-    parser.add_argument("--results", type=pathlib.Path, help="JSON lines of what was compiled; not compiled again")
+    parser.add_argument("--results", type=pathlib.Path, help="JSON lines of outcomes; only failures are repeated")
     options = parser.parse_args(argv)
     try:
         selected = {name: cfg for name, cfg in layouts(options.hub).items() if name.startswith(tuple(options.layouts))}
@@ -149,8 +149,8 @@ def table(
     names: Sequence[str],
     file: pathlib.Path | None = None,
 ) -> bool:
-    """Prints the table line by line; returns whether anything failed. Outcomes in the file are not compiled again, new
-    ones are added to it."""
+    """Prints the table line by line; returns whether anything failed. Outcomes in the file are not compiled again but
+    for failures, which may have been mended; new ones are added to it."""
     known = _known(file)
     reasons: dict[str, int] = {}
     failed = False
@@ -186,9 +186,9 @@ def table(
 
 
 def _known(file: pathlib.Path | None) -> dict[tuple[str, ...], tuple[str, str]]:
-    """(layout, kind of device, mesh, programs, version of JAX) → outcome, as earlier runs wrote them."""
+    """(layout, kind of device, mesh, programs, version of JAX) → outcome of earlier runs that is no failure."""
     lines = [] if file is None or not file.exists() else file.read_text().splitlines()
-    return {tuple(fields[:-2]): tuple(fields[-2:]) for fields in map(json.loads, lines)}
+    return {tuple(key): (result, reason) for *key, result, reason in map(json.loads, lines) if result != "FAILED"}
 
 
 def _line(error: Exception) -> str:
