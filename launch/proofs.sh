@@ -114,7 +114,11 @@ families() {
     tests/test_checkpoint_hf.py tests/test_sharding.py tests/test_training_step.py
 }
 
-meshes() { mkdir -p "$out" && "$python" -m unidetox_jax.benchmarks.meshes "$data/../hub" --results "$out/meshes.jsonl"; }
+meshes() { # kernels that several meshes have in common are compiled once
+  mkdir -p "$out"
+  XLA_FLAGS="--xla_gpu_enable_llvm_module_compilation_parallelism=true --xla_gpu_kernel_cache_file=$out/kernels" \
+    "$python" -m unidetox_jax.benchmarks.meshes "$data/../hub" --results "$out/meshes.jsonl"
+}
 
 precision() {
   unidetox pretrain --config=configs/quickstart.py --workdir="$out/precision" --config.pretrain.models="('{workdir}/world/models/gpt2',)"

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unidetox_jax import sharding
 from unidetox_jax.models import cache as kv
 from unidetox_jax.models.attention import causal_mask
 from unidetox_jax.models.cache import Cache
@@ -36,12 +37,22 @@ def select(cfg: ModelConfig, layer, pair: tuple[Any, Any]) -> Any:
 
 def rotary_pair(cfg: ModelConfig, positions: jax.Array) -> tuple[Any, Any]:
     """The rotary tables; None if the family has none."""
+    recomputed = cfg.layer_loop == "unroll" and sharding.device_of().platform == "cpu"
 
     def tables(rotary):
-        return None if rotary is None else rotary_tables(rotary, cfg.head_size, positions)
+        if rotary is None:
+            return None
+        cos_sin = rotary_tables(rotary, cfg.head_size, positions)
+        return tuple(map(_computed_once, cos_sin)) if recomputed else cos_sin
 
     shared = tables(cfg.rotary)
     return shared, shared if cfg.local_rotary is None else tables(cfg.local_rotary)
+
+
+def _computed_once(table: jax.Array) -> jax.Array:
+    """The table [B,T,D], multiplied by the identity: XLA would compute the sines anew in every layer's loop over heads,
+    a twentieth of a decoding step on a CPU, but it does not merge a product into other loops."""
+    return jnp.einsum("btd,de->bte", table, jnp.eye(table.shape[-1]), precision="highest")
 
 
 def masks(cfg: ModelConfig, segments: jax.Array | None, positions: jax.Array) -> tuple[Any, Any]:
