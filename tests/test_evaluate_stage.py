@@ -32,7 +32,7 @@ from unidetox_jax.evaluation.config import EvaluationConfig
 from unidetox_jax.evaluation.scorers import linear
 from unidetox_jax.report import results, tables
 from unidetox_jax.stages import evaluate, loading, settings
-from unidetox_jax.stages.forms import Form
+from unidetox_jax.stages.evaluated_models import Form
 from unidetox_jax.stages.task import run_task, run_tasks
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -28,7 +28,7 @@ SEGMENT = 64  # slots: smaller segments read fewer dead slots, larger ones compi
 ROOM = SEGMENT // 8  # granularity of the last segment's end, and the shortest segment worth a loop
 
 Logits = tuple[jax.Array, ...]  # float32 [B,V] of each model
-ModelOutputs = tuple[Any, ...]  # of each model: its logits, or its `models.states.States`
+ModelOutputs = tuple[Any, ...]  # of each model: its logits, or its `models.hidden_states.States`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _first_prompt(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
 
 
 def _context(params: tuple[Any, ...], states, caches, state: State, inputs: Inputs, plan: Plan) -> Context:
-    """The objective's context; states: `models.states.States` of each model."""
+    """The objective's context; states: `models.hidden_states.States` of each model."""
     together = len(params) < len(plan.configs)
 
     def tree(model: int):

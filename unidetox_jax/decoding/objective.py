@@ -16,9 +16,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from unidetox_jax import extensions
+from unidetox_jax import extensions, storage
 from unidetox_jax.decoding.context import INITIAL_STATE, STATIC, Context, Prompt
 from unidetox_jax.errors import UserError, suggest
 
@@ -45,8 +44,8 @@ class Arrays:
         """The arrays as float32. Raises UserError: no such file, not an .npz file, or an array is missing."""
         expected = f"an .npz file that holds {' and '.join(self.names)}"
         try:
-            with epath.Path(path).open("rb") as file, np.load(file) as arrays:
-                return [np.asarray(arrays[name], np.float32) for name in self.names]
+            arrays = storage.read_arrays(path, self.names)
+            return [np.asarray(array, np.float32) for array in arrays.values()]
         except FileNotFoundError:
             raise UserError(f"{where}: no file {path!r}, expected {expected}") from None
         except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

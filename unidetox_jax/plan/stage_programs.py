@@ -10,7 +10,7 @@ from unidetox_jax.models import ModelConfig
 from unidetox_jax.plan.abstract_programs import decoding_program, scoring_program, training_program
 from unidetox_jax.plan.compiler import Program
 from unidetox_jax.stages import loading
-from unidetox_jax.stages.forms import ORIGINAL, Form, forms
+from unidetox_jax.stages.evaluated_models import ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import DistillSettings, EvaluateSettings, Run, model_name
 
 PROMPT_TOKENS = 64  # of an evaluation prompt; ToxiGen's are shorter

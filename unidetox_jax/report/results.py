@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from unidetox_jax import storage
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap, categories
 from unidetox_jax.evaluation.metrics import Cell, Quantity, get, measured
@@ -61,8 +62,7 @@ def read(directory: epath.Path) -> Evaluation:
     """The evaluation in a directory. Raises UserError for a file that `unidetox evaluate` did not write."""
     try:
         metrics = json.loads((directory / "metrics.json").read_text())
-        with (directory / "per_prompt.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Evaluation(metrics, dict(arrays), directory)
+        return Evaluation(metrics, storage.read_arrays(directory / "per_prompt.npz"), directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: not an evaluation ({error}); remove it and run `unidetox evaluate`") from None
 

@@ -53,7 +53,7 @@ from unidetox_jax.evaluation.generator import Generator
 from unidetox_jax.models import Model
 from unidetox_jax.plan import stage_programs
 from unidetox_jax.stages import evaluation_files, loading
-from unidetox_jax.stages.forms import FORMS, ORIGINAL, Form, forms
+from unidetox_jax.stages.evaluated_models import FORMS, ORIGINAL, Form, forms
 from unidetox_jax.stages.settings import EvaluateSettings, Run, model_name
 from unidetox_jax.stages.task import Task, cached, digest, fingerprint, is_complete
 

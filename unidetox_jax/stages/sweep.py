@@ -45,7 +45,7 @@ from unidetox_jax.stages.cells import (
     unique,
     variants,
 )
-from unidetox_jax.stages.forms import ORIGINAL
+from unidetox_jax.stages.evaluated_models import ORIGINAL
 from unidetox_jax.stages.run import estimate, readable
 from unidetox_jax.stages.settings import Run, model_name
 from unidetox_jax.stages.task import COMPLETE, Task, run_tasks, state

@@ -166,8 +166,7 @@ def load(directory: epath.PathLike) -> LinearClassifier:
         content = json.loads(path.read_text())
         if content.get("format") != FORMAT:
             raise UserError(f"{path}: format {content.get('format')!r}, expected {FORMAT}")
-        with (directory / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            idf, weights, bias = (arrays[name] for name in ("idf", "weights", "bias"))
+        idf, weights, bias = storage.read_arrays(directory / ARRAYS, ("idf", "weights", "bias")).values()
         labels, vocabularies = tuple(content["labels"]), content["vocabularies"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: not a linear classifier ({error})") from None
