@@ -138,6 +138,18 @@ def test_no_module_imports_itself_by_way_of_others():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
+def test_a_run_starts_without_libraries_that_only_some_stages_use():
+    code = """
+import importlib, sys
+from unidetox_jax.stages import STAGES
+for module, *_ in STAGES.values():
+    importlib.import_module(module)
+print(*{"matplotlib", "sklearn", "torch", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert (done.returncode, done.stdout) == (0, "\n"), done
+
+
 def test_importing_a_module_asks_for_no_device_and_no_pytorch(tmp_path):
     """Or several processes could not meet before jax looks at their devices, and every command would start later."""
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from test_training_parity import CONFIGS, STEPS, make_batch, train_torch
-from variants import VARIANTS, params_from_torch, torch_model
+from variants import VARIANTS, init_on, params_from_torch, torch_model
 
 from unidetox_jax import models, sharding, training
 from unidetox_jax.errors import UserError
@@ -270,7 +270,7 @@ ON_MESHES = dataclasses.replace(
 def train_on(mesh, cfg=ON_MESHES, param_dtype="float32", **options):
     """(losses, final state) of ten steps on one batch of eight rows."""
     settings = training.Optimizer(learning_rate=1e-2, steps=10)
-    params = models.init(cfg, jax.random.key(0), mesh, param_dtype)
+    params = init_on(cfg, mesh, param_dtype)
     batch = {name: np.tile(rows, (2, 1)) for name, rows in make_batch(0).items()}
     adapter = lora.init(cfg, jax.random.key(1), mesh)
     losses, state = train(params, adapter, cfg, settings, 10 * [batch], mesh, **options)

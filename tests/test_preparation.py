@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import EVERY, VARIANTS, chosen
+from variants import EVERY, VARIANTS, chosen, init_on
 
 from unidetox_jax import models, sharding
 from unidetox_jax.decoding import generate, loop, objectives, preparation, sampling, warpers
@@ -143,7 +143,7 @@ def test_models_in_common_are_prepared_on_a_mesh():
     """What they do not share may have nothing that an axis splits."""
     mesh = sharding.make_mesh("data:4,model:2")
     cfg = models.config_from_hf({**VARIANTS["gpt2"], "n_layer": 2})
-    base = models.Model(models.init(cfg, jax.random.key(0), mesh), cfg)
+    base = models.Model(init_on(cfg, mesh), cfg)
     settings = {
         "objective": objectives.get("contrastive"), "warpers": [warpers.top_k(20)], "max_new_tokens": 5, "eos_id": (),
     }  # fmt: skip
@@ -170,7 +170,7 @@ def test_prepared_parameters_can_be_prepared_again():
 def test_one_model_under_several_prompts_reads_its_weights_once(name, samples, mesh):
     mesh = mesh and sharding.make_mesh(mesh)
     cfg = models.config_from_hf(VARIANTS[name])
-    model = models.Model(models.init(cfg, jax.random.key(0), mesh), cfg)
+    model = models.Model(init_on(cfg, mesh), cfg)
     copy = models.Model(jax.tree.map(lambda leaf: leaf + 0, model.params), cfg)
     random = np.random.default_rng(0)
     prompts = [random.integers(3, 90, size=(5, longest)) for longest in (4, 21)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import EVERY, GPT2, LLAMA, VARIANTS, chosen, doubled
+from variants import EVERY, GPT2, LLAMA, VARIANTS, chosen, doubled, init_on
 
 from unidetox_jax import models, sharding, training
 
@@ -47,7 +47,7 @@ def make_batch(step: int, rows: int = 8, length: int = 16) -> dict[str, np.ndarr
 
 def train(cfg, steps, mesh=None, optimizer=OPTIMIZER, **options):
     """(metrics of every step, final state) from a fixed seed."""
-    state = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
+    state = training.init_state(init_on(cfg, mesh), optimizer)
     step = training.make_train_step(cfg, optimizer, mesh, **options)
     history, compiled = [], step.program._cache_size()
     for number in range(steps):
@@ -172,7 +172,7 @@ def test_a_step_donates_its_state(cfg):
 def test_the_abstract_state_describes_the_real_one(cfg, layout, precision):
     mesh = sharding.make_mesh(layout) if layout else None
     optimizer = dataclasses.replace(OPTIMIZER, precision=precision)
-    real = training.init_state(models.init(cfg, jax.random.key(0), mesh), optimizer)
+    real = training.init_state(init_on(cfg, mesh), optimizer)
     abstract = training.abstract_state(cfg, optimizer, mesh)
     assert jax.tree.structure(real) == jax.tree.structure(abstract)
 
@@ -185,7 +185,7 @@ def test_the_abstract_state_describes_the_real_one(cfg, layout, precision):
 @pytest.mark.parametrize("layout", ["", "data:2,fsdp:2,model:2"])
 def test_evaluation_totals_are_the_losses(cfg, layout):
     mesh = sharding.make_mesh(layout) if layout else None
-    params, batch = models.init(cfg, jax.random.key(0), mesh), make_batch(0)
+    params, batch = init_on(cfg, mesh), make_batch(0)
     totals = training.make_eval_step(cfg, mesh)(params, batch)
     expected = loss(models.init(cfg, jax.random.key(0)), batch, cfg)[1]
     np.testing.assert_allclose(totals["total"], expected["total"], rtol=1e-6)

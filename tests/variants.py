@@ -2,7 +2,10 @@
 
 import os
 
+import jax
 import numpy as np
+
+from unidetox_jax import models, sharding
 
 EVERY = "UNIDETOX_EVERY_VARIANT" in os.environ  # launch/proofs.sh families sets it
 TOLERANCE = 2e-4
@@ -109,6 +112,12 @@ def doubled(config: dict) -> dict:
     return {**config, width: 2 * config[width], heads: 2 * config[heads], "vocab_size": 128}
 
 
+def init_on(cfg, mesh, param_dtype: str = "float32"):
+    """`models.init` of key 0, then on the mesh: a program of one device is smaller, and kept on disk."""
+    params = models.init(cfg, jax.random.key(0), None, param_dtype)
+    return params if mesh is None else jax.device_put(params, sharding.param_shardings(params, mesh))
+
+
 def assert_near(ours, expected, record, what: str, cfg, tolerance: float = TOLERANCE):
     """Asserts the tolerance and records the deviation (pytest's `record_property`) for `launch/proofs.sh families`."""
     deviation = float(np.abs(ours - expected).max())
@@ -142,8 +151,6 @@ def torch_model(config: dict, seed: int = 0, dtype: str = "float32"):
 
 def params_from_torch(model, cfg) -> dict:
     """A PyTorch model's weights as our parameters, by the key table."""
-    from unidetox_jax import models
-
     tensors = {name_in_file(name, cfg): tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
     return params_from_tensors(tensors, cfg, models.key_table(cfg))
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from unidetox_jax import text_statistics
 
@@ -78,6 +77,8 @@ def nearest(texts: Sequence[str], corpus: Corpus, count: int) -> list[dict[str, 
     Returns:
       [{"text" (index), "sentence", "corpus_sentence", "similarity" in [0, 1]}, …].
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     owners_and_sentences = [(index, sentence) for index, text in enumerate(texts) for sentence in _sentences([text])]
     if not owners_and_sentences or not corpus.sentences:
         return []

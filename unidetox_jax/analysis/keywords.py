@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 WORD = r"(?u)\b[^\W\d_][\w'’-]*[^\W\d_]\b"  # at least two letters; no numbers
 MAX_WORDS = 50_000  # the most frequent words of all sets together
@@ -21,6 +20,8 @@ def keywords(sets: Mapping[str, Sequence[str]], count: int) -> dict[str, dict[st
       {set: {"frequent": [entry, …], "distinctive": [entry, …] (empty for a single set)}}; an entry is {"word", "weight"
       (mean TF-IDF over the set's texts), "texts" (share of them with the word)}.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(
         token_pattern=WORD, stop_words="english", sublinear_tf=True, max_features=MAX_WORDS, dtype=np.float64
     )

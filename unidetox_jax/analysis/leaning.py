@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import bootstrap
@@ -58,6 +57,8 @@ def fit(texts: Sequence[str], labels: Sequence[str], sources: Sequence[str], wor
     Raises:
       UserError: a label of fewer than two publishers, which cannot be both learnt and tested.
     """
+    from sklearn.model_selection import StratifiedGroupKFold
+
     true, groups = np.array(labels), np.array([publisher(source) for source in sources])
     names = tuple(sorted(set(true.tolist()), key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)))
     if len(names) < 2:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.stats
-from sklearn.metrics import cohen_kappa_score
 
 
 def pairwise(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[str, Any]]:
@@ -22,6 +20,9 @@ def pairwise(scores: Mapping[str, np.ndarray], threshold: float) -> list[dict[st
       [{"scorers": [first, second], "kappa", "rank_correlation", "toxic": share of toxic texts by each, "texts"}, …].
       Undefined values are None: kappa if all decisions of both are the same, a correlation if one gives equal scores.
     """
+    import scipy.stats
+    from sklearn.metrics import cohen_kappa_score
+
     results = []
     for (first, first_scores), (second, second_scores) in itertools.combinations(scores.items(), 2):
         scored = np.isfinite(first_scores) & np.isfinite(second_scores)

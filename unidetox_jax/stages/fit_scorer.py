@@ -10,8 +10,6 @@ import dataclasses
 import numpy as np
 from absl import logging
 from etils import epath
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
 
 from unidetox_jax import data, distributed, text_statistics
 from unidetox_jax.data import files
@@ -53,6 +51,8 @@ def _task(run: Run, name: str, recorded: OneScorerSettings) -> Task:
 def fit(settings: OneScorerSettings, directory: epath.Path, data_dir: epath.PathLike = "") -> dict:
     """Fits on the training texts, tests on the others, writes the classifier; returns the figures for the record.
     data_dir: where data sets are that are named, as `data.load` looks for them."""
+    from sklearn.metrics import roc_auc_score
+
     texts, toxic = _read(
         settings.data, data_dir, settings.text_field, settings.label_field, settings.above, settings.positive
     )
@@ -149,6 +149,8 @@ def _read(
 
 def _held_out(texts: list[str], settings: OneScorerSettings) -> set[str]:
     """The texts to test on, normalised by `text_statistics.normalized`."""
+    from sklearn.model_selection import train_test_split
+
     distinct = sorted({text_statistics.normalized(text) for text in texts})
     if not 0 < settings.held_out < 1:
         raise UserError(f"config.fit_scorer.held_out: found {settings.held_out}, expected a share between 0 and 1")

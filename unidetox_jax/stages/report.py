@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from unidetox_jax import distributed, storage
-from unidetox_jax.report import findings, page, plots, results, sweep_plots, tables
+from unidetox_jax.report import findings, page, results, tables
 from unidetox_jax.report.results import DETOXIFIED, ORIGINAL, Evaluation
 from unidetox_jax.stages import analyze, settings
 from unidetox_jax.stages.settings import Run, model_name
@@ -66,6 +66,8 @@ def _tested(run: Run) -> list[epath.Path]:
 
 def write(run: Run, directory: epath.Path) -> None:
     """Writes the page, the tables and the plots."""
+    from unidetox_jax.report import plots, sweep_plots  # Matplotlib is not to delay the start of `unidetox run`
+
     evaluations = load_evaluations(run)
     rows, quantities = results.rows(evaluations), results.quantities(evaluations)
     analysis, distilled = _text_results(run)

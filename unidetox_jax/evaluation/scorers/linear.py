@@ -2,21 +2,25 @@
 
 It serves as an offline toxicity scorer and as the classifier of political leaning. It is fitted by scikit-learn but
 stored as plain data (`linear.json`, and `linear.npz` read with allow_pickle=False), so loading cannot execute code.
+
+Importing scikit-learn takes a second, and `unidetox run` imports every stage: all modules import it where it is used.
 """
 
 import dataclasses
 import functools
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse
 from etils import epath
-from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from unidetox_jax import storage
 from unidetox_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
 ARGUMENT = "DIRECTORY"
 FORMAT = 1
@@ -52,8 +56,10 @@ class LinearClassifier:
         return scipy.sparse.hstack(blocks, format="csr")
 
     @functools.cached_property
-    def _analyses(self) -> dict[str, tuple[CountVectorizer, TfidfTransformer]]:
+    def _analyses(self) -> dict[str, tuple["CountVectorizer", "TfidfTransformer"]]:
         """For each analysis, the counter of its terms and their weights."""
+        from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
+
         analyses, start = {}, 0
         for name, terms in self.vocabularies.items():
             counter = CountVectorizer(vocabulary={term: index for index, term in enumerate(terms)}, **ANALYSES[name])
@@ -98,6 +104,9 @@ def fit(
       max_features: at most this many terms per analysis, the most frequent ones.
       balanced: give all labels the same weight, however rare.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     order = tuple(order) or tuple(sorted(set(labels)))
     if len(set(labels)) < 2 or set(labels) != set(order):
         raise UserError(f"labels found: {sorted(set(labels))}; expected at least two, and those of {list(order)}")
@@ -115,7 +124,7 @@ def fit(
     return LinearClassifier(order, vocabularies, np.concatenate(idf), model.coef_.T.copy(), model.intercept_)
 
 
-def _counts_by_word(counter: CountVectorizer, texts: Sequence[str]) -> scipy.sparse.csr_matrix:
+def _counts_by_word(counter: "CountVectorizer", texts: Sequence[str]) -> scipy.sparse.csr_matrix:
     """Counts of terms [N, terms] for an analysis within words: each distinct word is analysed only once."""
     words = [text.lower().split() for text in texts]
     ids: dict[str, int] = {}
