@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.eval_helpers import make_pair, make_tokenizer
-from unidetox_jax import decoding, models
+from unidetox_jax import decoding, models, padded_sizes
 from unidetox_jax.decoding import objectives, warpers
 from unidetox_jax.errors import UserError
 from unidetox_jax.evaluation import continuations, generator, likelihood, mmlu
@@ -162,11 +162,11 @@ def test_which_prompts_share_a_program(monkeypatch):
     lengths = [50, 20, 20, 21, 4, 4]
     for seconds, expected in (
         (0.0, {50: 64, 20: 32, 21: 32, 4: 16}),
-        (2.0, {50: 64, 20: 32, 21: 32, 4: 32}),  # 2 prompts x 1 s
+        (2.0, {50: 64, 20: 32, 21: 32, 4: 32}),  # 2 prompts x 1 s, in each evaluation
         (8.0, {50: 64, 20: 32, 21: 32, 4: 32}),
         (9.0, {50: 64, 20: 64, 21: 64, 4: 64}),  # 3 prompts x 3 s
     ):
-        monkeypatch.setattr(continuations, "COMPILE_SECONDS", seconds)
+        monkeypatch.setattr(continuations, "COMPILE_SECONDS", seconds * padded_sizes.PROGRAM_USES)
         assert continuations._buckets(lengths, costs.__getitem__) == expected
 
 

@@ -1,5 +1,7 @@
 """Array sizes to pad to, so that few shapes are compiled."""
 
+PROGRAM_USES = 4  # evaluations that padding slows down for each compilation saved: of a model's forms, and later ones
+
 
 def round_up(size: int, multiple: int) -> int:
     """The smallest multiple that is not less than `size`."""

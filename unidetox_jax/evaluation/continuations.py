@@ -218,8 +218,8 @@ def _prompts_per_batch(slots: int, samples: int, batch_size: int) -> int:
 
 
 def _buckets(lengths: Sequence[int], cost: Callable[[int], float]) -> dict[int, int]:
-    """Cache slots for prompts of each of the lengths: powers of two, where it does not take longer to pad to the next
-    larger ones of a program that is compiled anyway than to compile another.
+    """Cache slots for prompts of each of the lengths: powers of two, or the next larger ones of a program that is
+    compiled anyway, where padding in all evaluations takes less time than compiling another.
 
     cost: cache slots → seconds for a prompt and its continuations.
     """
@@ -230,7 +230,8 @@ def _buckets(lengths: Sequence[int], cost: Callable[[int], float]) -> dict[int, 
     buckets: dict[int, int] = {}
     compiled = 0
     for slots, members in prompts.items():
-        if not compiled or len(members) * (cost(compiled) - cost(slots)) > COMPILE_SECONDS:
+        prompts_read = padded_sizes.PROGRAM_USES * len(members)
+        if not compiled or prompts_read * (cost(compiled) - cost(slots)) > COMPILE_SECONDS:
             compiled = slots
         buckets |= dict.fromkeys(members, compiled)
     return buckets

@@ -115,9 +115,11 @@ def loglikelihood(
 
 
 def tokens_per_compilation(configs: Sequence[ModelConfig], mesh: Mesh) -> float:
-    """About how many tokens are read in the time that a program takes to compile, the same on every host."""
+    """How many tokens of padding an evaluation may have to save a program: read in all evaluations, they take about as
+    long as compiling it. The same on every host."""
     rate, _ = devices.usual_rates(sharding.device_of(mesh).device_kind)
-    return COMPILE_SECONDS * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
+    seconds = COMPILE_SECONDS / padded_sizes.PROGRAM_USES
+    return seconds * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
 
 
 def common_prefix_length(*texts: Sequence[int]) -> int:
