@@ -47,7 +47,7 @@ def compute(family):
     result = {"forward": models.forward(model.params, tokens, cfg, mask).mean((1, 2)), "step": logits.mean(1)}
     for form in ("own",) if jax.config.jax_disable_jit else ("own", "official"):
         result[form] = decoding.generate(
-            [model, model], tokens, objective=objectives.get("contrastive", alpha=0.1), max_new_tokens=6, seed=3,
+            [model, model], tokens, objective=objectives.get("contrastive", alpha=0.1), max_new_tokens=4, seed=3,
             warpers=[warpers.top_k(20), warpers.top_p(0.9), warpers.temperature(0.8)], attention_mask=mask, cache=form,
         ).tokens
     if jax.config.jax_disable_jit:  # a hundred times slower: skip the rest

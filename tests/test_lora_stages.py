@@ -23,7 +23,7 @@ STAGES = ("toxify", "distill", "detoxify", "evaluate")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(one_device, tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
@@ -33,7 +33,7 @@ def configure(world, tmp_path_factory):
     place = tmp_path_factory.mktemp("configs")
 
     def configure(**fields):
-        given = {"base": f"{world}/weights/gpt2", "mesh": "data:1,fsdp:8"}
+        given = {"base": f"{world}/weights/gpt2", "mesh": "data:1"}
         given["targets"] = (f"{world}/weights/gpt2", f"{world}/weights/llama")
         given |= training(world, "toxify", learning_rate=1e-2, steps=6)
         given |= training(world, "detoxify", learning_rate=1e-2, save_minutes=9)
@@ -66,7 +66,7 @@ def finished(run, tmp_path_factory):
     return workdir
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]  # test_lora.py has the meshes
 
 
 def test_a_stage_leaves_an_adapter_of_little_size(finished, world):
