@@ -9,8 +9,8 @@ one layer of each kind and a small vocabulary, on every mesh of 1, 2, 4 and 8 de
 the generation of two models together (distillation), of several texts a prompt (evaluation), the scoring of texts.
 
 Prints Markdown, a line for each layout and kind of device: ok; refused, with the number of a reason below, if the
-package rejects it before compiling; FAILED otherwise. The exit code is 1 if anything failed. The whole table takes five
-to six hours of one core: with --results a run that was stopped goes on where it ended.
+package rejects it before compiling; FAILED otherwise. The exit code is 1 if anything failed. The whole table takes six
+hours of one core: with --results a run that was stopped goes on where it ended.
 """
 
 import argparse
