@@ -8,6 +8,7 @@ row, V vocabulary, D width.
 """
 
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,14 +123,9 @@ def tokens_per_compilation(configs: Sequence[ModelConfig], mesh: Mesh) -> float:
     return seconds * rate * mesh.size / sum(costs.forward_flops(cfg, 0) for cfg in configs)
 
 
-def common_prefix_length(*texts: Sequence[int]) -> int:
+def common_prefix_length(*texts: list[int]) -> int:
     """Number of leading tokens that all texts share, but at least 1, as nothing predicts the first token."""
-    shared = 0
-    for first, *others in zip(*texts, strict=False):
-        if any(token != first for token in others):
-            break
-        shared += 1
-    return max(1, shared)
+    return max(1, len(os.path.commonprefix(texts)))  # compares sequences of any kind
 
 
 def _score(generator: Generator, mesh: Mesh, batch: Batch):
